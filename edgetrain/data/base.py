@@ -1,0 +1,53 @@
+"""What every reader gives: a data set whose rows come in chunks, as often as they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+#: Rows [N, *shape] (uint8 pixels or float32 values) and their labels [N], int64; ``None``: no labels.
+Chunk = tuple[NDArray[Any], "NDArray[Any] | None"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part (train or test) of a data set.
+
+    Attributes:
+        rows: number of samples.
+        chunks: starts a fresh pass over all rows, in order; chunks hold a few MiB.
+        where: what errors name: a file, or the data set's name.
+    """
+
+    rows: int
+    chunks: Callable[[], Iterator[Chunk]]
+    where: str
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set as its reader found it; nothing is loaded yet.
+
+    Attributes:
+        name: short name for run folders and reports.
+        shape: of one sample: ``(channels, height, width)`` for images, ``(features,)`` for tables.
+        pixel_max: the greatest pixel value if chunks are uint8 (a value is then byte / pixel_max);
+            ``None`` if chunks are float32.
+        table: whether the columns are measurements in units of their own, to be scaled column by column.
+        classes: number of classes; labels are 0..classes-1.
+        train: the training rows; ``None`` where the source has rows to predict on only.
+        test: the test rows; ``None`` where there are none.
+        names: the classes' names, or empty.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pixel_max: float | None
+    table: bool
+    classes: int
+    train: Part | None
+    test: Part | None
+    names: tuple[str, ...] = ()

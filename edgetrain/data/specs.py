@@ -1,0 +1,87 @@
+"""From what is typed after ``--data`` to a data set."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from pathlib import Path
+
+from edgetrain.data.base import DataSet
+from edgetrain.data.breast_cancer import open_breast_cancer
+from edgetrain.data.cifar import CifarFiles, open_cifar
+from edgetrain.data.compressed import find
+from edgetrain.data.digits import open_digits
+from edgetrain.data.fetch import ensure
+from edgetrain.data.idx import IdxPair, open_idx
+from edgetrain.data.known import KNOWN, KnownSet
+from edgetrain.data.npz import open_npz, open_npz_rows
+from edgetrain.errors import InputError
+
+_READY = {"digits": open_digits, "breast-cancer": open_breast_cancer}  # need no files of the user's
+NAMES = (*_READY, *KNOWN)
+
+
+def open_data(spec: str) -> DataSet:
+    """The data set that ``spec`` names: a known name, or else the path of an ``.npz`` file.
+
+    A known name wins over a file of that name; ``./name`` is always a path. A known set that is
+    nowhere on this machine is downloaded.
+
+    Raises:
+        InputError: ``spec`` names nothing, or what it names is no data set.
+        CorruptError: a file is damaged.
+        StorageError: a file is unreadable or could not be downloaded.
+    """
+    if spec in _READY:
+        return _READY[spec]()
+    if spec in KNOWN:
+        return open_known(KNOWN[spec], ensure(KNOWN[spec]))
+    return open_npz(_npz_path(spec))
+
+
+def open_rows(spec: str) -> DataSet:
+    """What ``spec`` has to predict on, as the test part: a known set's test rows, or an ``.npz`` file's.
+
+    Raises:
+        InputError: ``spec`` names nothing, or what it names has no rows.
+        CorruptError: a file is damaged.
+        StorageError: a file is unreadable or could not be downloaded.
+    """
+    if spec in NAMES:
+        return replace(open_data(spec), train=None)
+    return open_npz_rows(_npz_path(spec))
+
+
+def open_known(known: KnownSet, folder: Path) -> DataSet:
+    """A known data set out of ``folder``, where each of its files is plain, ``.gz`` or ``.xz``.
+
+    Raises:
+        InputError: a file is not there, or files do not belong together.
+        CorruptError: a file is damaged.
+        StorageError: a file is unreadable.
+    """
+    train = [_found(folder, file) for file in known.train]
+    test = [_found(folder, file) for file in known.test]
+    if known.layout == "idx":
+        return open_idx(
+            known.name, IdxPair(*train), IdxPair(*test), len(known.class_names), known.class_names
+        )
+    files = (CifarFiles(train, known.file_rows[0]), CifarFiles(test, known.file_rows[1]))
+    return open_cifar(known.name, *files, known.rows, known.class_names)
+
+
+def _found(folder: Path, file: str) -> Path:
+    path = find(folder, file)
+    if path is None:
+        raise InputError(f"{folder}: has no {file} (nor .gz, .xz); put it there")
+    return path
+
+
+def _npz_path(spec: str) -> Path:
+    if spec.lower().endswith(".npz"):
+        return Path(spec).expanduser()
+    close = difflib.get_close_matches(spec.lower(), NAMES, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise InputError(
+        f"unknown data set {spec!r}{hint}; known: {', '.join(NAMES)}; a path to an .npz file works too"
+    )

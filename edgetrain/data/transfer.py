@@ -1,0 +1,87 @@
+"""Bytes from a URL, with their progress on stderr."""
+
+from __future__ import annotations
+
+import http.client
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any, cast
+
+_BLOCK = 256 << 10
+_PATIENCE = 30.0  # seconds without a byte
+
+
+class RemoteError(Exception):
+    """The other side, or the way there, failed; the message says how."""
+
+
+class AbsentError(RemoteError):
+    """The server answers, but has no such file."""
+
+
+def download_blocks(url: str) -> Iterator[bytes]:
+    """The content of ``url`` in blocks; a progress bar on stderr, or one line if that is no terminal.
+
+    Raises:
+        RemoteError: no connection, a refusal, or an end before the announced length.
+    """
+    with _opened(url) as response:
+        total = _announced(response)
+        done = 0
+        with _progress(url, total) as advance:
+            while block := _read(response, url):
+                yield block
+                done += len(block)
+                advance(len(block))
+    if total is not None and done < total:
+        raise RemoteError(f"could not download {url}: connection ended after {done} of {total} bytes")
+
+
+def _announced(response: IO[bytes]) -> int | None:
+    length = str(cast(Any, response).headers.get("Content-Length"))
+    return int(length) if length.isdecimal() else None
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[IO[bytes]]:
+    with _failures_named(url):
+        response = urllib.request.urlopen(url, timeout=_PATIENCE)
+    with response:
+        yield response
+
+
+def _read(response: IO[bytes], url: str) -> bytes:
+    with _failures_named(url):
+        return response.read(_BLOCK)
+
+
+@contextmanager
+def _failures_named(url: str) -> Iterator[None]:
+    try:
+        yield
+    except urllib.error.HTTPError as error:
+        error.close()
+        kind = AbsentError if error.code in (403, 404, 410) else RemoteError  # S3 says 403 for "no such file"
+        raise kind(f"could not download {url}: HTTP {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = str(getattr(error, "reason", None) or error) or type(error).__name__
+        raise RemoteError(f"could not download {url}: {reason}") from error
+
+
+@contextmanager
+def _progress(url: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Give what is to be told of each block's size."""
+    if not sys.stderr.isatty():
+        print(f"downloading {url}", file=sys.stderr, flush=True)
+        yield lambda size: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"downloading {url.rsplit('/', 1)[-1]}", total=total)
+        yield lambda size: progress.advance(task, size)

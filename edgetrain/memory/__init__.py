@@ -1,0 +1,1 @@
+"""What a run holds on the device and on the host: the device's face, meters, and cost arithmetic."""

@@ -1,0 +1,1 @@
+"""Nets as lazy recipes: what each cell looks like, with nothing materialised."""

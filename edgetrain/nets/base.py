@@ -1,0 +1,77 @@
+"""A net is a chain of recipes; a cell exists only after it was visited for the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import nn
+
+from edgetrain.keys import seeded
+
+#: Option values of a net spec: what the user wrote after ``;``, else what the method prefers.
+Options = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class CellRecipe:
+    """How to make one cell.
+
+    Attributes:
+        name: shown to people, e.g. ``linear 784-1000``.
+        in_shape: of one sample that the cell reads.
+        out_shape: of one sample of the latents that it hands on.
+        build: makes the module; draws its weights from torch's global CPU generator.
+        signature: cells of equal signature take equal memory and time.
+        draws: whether the module draws random numbers when it runs (dropout).
+        couples_batch: whether the samples of a batch influence each other (batch normalisation).
+    """
+
+    name: str
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    build: Callable[[], nn.Module] = field(repr=False, compare=False)
+    signature: Hashable
+    draws: bool = False
+    couples_batch: bool = False
+
+    @property
+    def width(self) -> int:
+        """Numbers in one sample of the latents."""
+        return prod(self.out_shape)
+
+    def materialise(self, seed: int, index: int) -> nn.Module:
+        """The cell with its first weights, on the host; the same for the same seed and index."""
+        with seeded(seed, "cell", index):
+            return self.build()
+
+    def skeleton(self) -> nn.Module:
+        """The cell's shapes alone, on the meta device."""
+        with torch.device("meta"):
+            return self.build()
+
+    def parameters(self) -> int:
+        """Learned numbers in the cell."""
+        return sum(parameter.numel() for parameter in self.skeleton().parameters())
+
+
+@dataclass(frozen=True)
+class Net:
+    """A chain of cells.
+
+    Attributes:
+        spec: what the user wrote, or the name of the user's own net.
+        cells: the recipes, first to last.
+        options: the options that were in force, for records and for baselines like it.
+    """
+
+    spec: str
+    cells: Sequence[CellRecipe]
+    options: Options
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """Of one sample of the data set."""
+        return self.cells[0].in_shape

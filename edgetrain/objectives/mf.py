@@ -1,0 +1,54 @@
+"""Mono-Forward: each cell learns to name the class through a projection of its own.
+
+James Gong, Bruce Li, Waleed Abdulla: Mono-Forward: Backpropagation-Free Algorithm for Efficient
+Neural Network Training Harnessing Local Errors, 2025, https://arxiv.org/abs/2501.09238
+
+For a cell with activations a = ReLU(x W) and a learned projection M [C, n]:
+
+    G = a M^T                                  (eq. 5, "goodness" of each class)
+    L = -sum_c y_c log softmax(G)_c            (eq. 6)
+
+W and M follow the gradient of L (eqs. 7, 8); nothing flows to the previous cell. Under the sequence
+schedule the a handed on is the one computed before the update (Algorithm 1). For convolutional cells
+M acts on the flattened, pooled map. Classes are read off from the sum of all cells' G ("FF
+prediction") or from the last cell's alone ("BP prediction").
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from edgetrain.objectives.base import Batch, Defaults, Node, Objective, Step, Streams
+
+
+class MonoForward(Objective):
+    """Cross-entropy on a learned linear projection of the cell's activations."""
+
+    name = "mf"
+    citation = (
+        "J. Gong, B. Li, W. Abdulla: Mono-Forward: Backpropagation-Free Algorithm for Efficient Neural"
+        " Network Training Harnessing Local Errors. arXiv:2501.09238, 2025."
+    )
+    needs = "labels; any net"
+    net_defaults = {"bias": "0", "pool": "avg"}
+    defaults = Defaults(schedule="separate", optimizer="adam", lr=1e-3)
+    vote = "sum"
+
+    def head(self, node: Node) -> nn.Module:
+        """The projection M: a linear map [n] -> [C] without bias."""
+        return nn.Linear(prod(node.shape), self.classes, bias=False)
+
+    def loss(self, phase: str, cell: nn.Module, head: Any, batch: Batch) -> Step:
+        """Summed cross-entropy of softmax(a M^T)."""
+        a = cell(batch.streams["x"])
+        goodness = head(a.flatten(1))  # [B, C]
+        total = cross_entropy(goodness, batch.y, reduction="sum")
+        return Step(total, {"x": a.detach()}, goodness.detach())
+
+    def score(self, head: Any, latents: Streams) -> Tensor:
+        """The goodness G of each class, [B, C]."""
+        return head(latents["x"].flatten(1))  # type: ignore[no-any-return]

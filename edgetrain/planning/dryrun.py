@@ -1,0 +1,222 @@
+"""The executor's own steps over fake tensors: what the device side will hold, found in milliseconds.
+
+No memory is taken and no GPU is needed. On CUDA the sequence of allocations is replayed through a
+model of PyTorch's caching allocator, because the budget is about what that reserves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgetrain.memory.allocator import CachingAllocatorModel
+from edgetrain.memory.meter import LiveBytes, LiveMeter
+from edgetrain.planning.workload import Workload
+from edgetrain.store.rows import RowFormat
+from edgetrain.stream.cell import LiveCell
+from edgetrain.stream.executor import Executor, Tally
+from edgetrain.stream.feed import LABELS, DeviceFeed, HostBatch, Part, Slice, Transfer
+from edgetrain.stream.latents import DeviceLatents
+from edgetrain.stream.readout import DeviceCellsFeed, Portion, Readout, Slots, train_readout
+
+_CPU = torch.device("cpu")
+_STEPS = 2  # the first makes the optimizer's state, the second is steady
+# Kernels' own scratch that the dry run cannot see: cuBLAS and cuBLASLt workspaces as configured.
+CUDA_WORKSPACE_BYTES = 2 << 20
+
+
+@dataclass
+class Bench:
+    """Fake tensors, with a meter of the device side and, for CUDA, the allocator's model."""
+
+    tracker: LiveBytes
+    meter: LiveMeter
+    allocator: CachingAllocatorModel | None
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the device must give: reserved on CUDA, live elsewhere."""
+        if self.allocator is None:
+            return self.tracker.peak
+        return self.allocator.peak_reserved_bytes + CUDA_WORKSPACE_BYTES
+
+
+@contextmanager
+def bench(device: torch.device) -> Iterator[Bench]:
+    """A scope in which tensors are fake and metered as if they were on ``device``."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    allocator = CachingAllocatorModel() if device.type == "cuda" else None
+    tracker = LiveBytes(allocator)
+    with FakeTensorMode():
+        yield Bench(tracker, LiveMeter(full=True, tracker=tracker), allocator)
+
+
+class _NoSink:
+    """Latents that leave the device take no room there."""
+
+    def put(self, first: int, streams: object) -> None:
+        """Nothing to keep."""
+
+    def close(self) -> None:
+        """Nothing to wait for."""
+
+
+class _FakeFeed:
+    """A file feed whose host batches hold no values."""
+
+    waited_s = 0.0
+
+    def __init__(self, inputs: RowFormat, meter: LiveMeter):
+        self._formats, self._meter = {"x": inputs, "y": LABELS}, meter
+
+    def parts(self, work: Slice) -> Iterator[Part]:
+        """See ``stream.feed.Feed``."""
+        with self._meter.host():
+            buffers = {
+                stream: torch.empty(work.batch_size, layout.row_bytes, dtype=torch.uint8)
+                for stream, layout in self._formats.items()
+            }
+        batches = (HostBatch(step, start, stop - start, buffers) for step, start, stop in work.steps())
+        yield from Transfer(self._formats, _CPU, work.micro_batch).parts(work, batches, lambda batch: None)
+
+
+def cell_peak(work: Workload, index: int, micro_batch: int) -> int:
+    """Peak bytes of a visit to cell ``index``, streamed: its steps, and emitting or scoring after them."""
+    with bench(work.device) as table:
+        cell = place(work, index, table)
+        feed = _FakeFeed(work.format_into(index), table.meter)
+        _run(work, index, micro_batch, table, cell, feed, _NoSink())
+        return table.peak
+
+
+def place(work: Workload, index: int, table: Bench) -> LiveCell:
+    """The cell on the fake device."""
+    with table.meter.watch():
+        return LiveCell(work.nodes[index], work.objective, work.optimizer, _CPU, bare=True)
+
+
+def _run(
+    work: Workload,
+    index: int,
+    micro_batch: int,
+    table: Bench,
+    cell: LiveCell,
+    feed: _FakeFeed | DeviceFeed,
+    sink: _NoSink | DeviceLatents,
+) -> None:
+    executor = Executor(work.objective, _CPU, table.meter, work.seed)
+    piece = _slice(work, micro_batch, len(work.objective.phases))
+    emitting = sink if work.hands_on(index) else None
+    with table.meter.watch():
+        tally = Tally(_CPU)
+    executor.train(cell, feed, piece, 0, tally, emitting if work.emits_in_training else None)
+    if not work.emits_in_training:
+        executor.emit(cell, feed, _slice(work, micro_batch, 1), emitting)
+
+
+def _slice(work: Workload, micro_batch: int, phases: int) -> Slice:
+    """Two steps of full batches (or of all rows, if these are fewer)."""
+    size = min(work.batch_size, work.rows)
+    order = np.zeros(_STEPS * size, np.int64)
+    return Slice(_STEPS * size, size, min(micro_batch, size), 0, _STEPS, order, phases)
+
+
+def readout_peak(work: Workload, micro_batch: int, resident: bool) -> int:
+    """Peak bytes of a visit to the classifier, its blocks resident or streamed; latents from files."""
+    with bench(work.device) as table:
+        readout = _readout(work, table, resident)
+        formats = [work.format_into(index + 1) for index in range(work.depth)]
+        _run_readout(work, micro_batch, table, readout, _FakeCellsFeed(formats))
+        return table.peak
+
+
+def _readout(work: Workload, table: Bench, resident: bool) -> Readout:
+    assert work.readout is not None
+    widths = [formats.elements for formats in map(work.format_into, range(1, work.depth + 1))]
+    with table.meter.watch():
+        return Readout(widths, work.classes, work.readout, _CPU, work.seed, table.meter, resident)
+
+
+def _run_readout(
+    work: Workload,
+    micro_batch: int,
+    table: Bench,
+    readout: Readout,
+    feed: _FakeCellsFeed | DeviceCellsFeed,
+) -> None:
+    with table.meter.watch():
+        tally = Tally(_CPU)
+    piece = _slice(work, micro_batch, 1)
+    train_readout(readout, feed, piece, work.depth, work.classes, table.meter, tally)
+
+
+class _FakeCellsFeed:
+    waited_s = 0.0
+
+    def __init__(self, formats: list[RowFormat]):
+        self._formats = formats
+
+    def portions(self, work: Slice, sweeps: int) -> Iterator[Portion]:
+        """See ``stream.readout.CellsFeed``."""
+        slots = Slots([layout.row_bytes for layout in self._formats], work.micro_batch, _CPU)
+        for _, start, stop in work.steps():
+            for _ in range(sweeps):
+                for layout in self._formats:
+                    for _, first, last, _ in work.parts(stop - start):
+                        z = layout.decode(slots.view(last - first, layout.row_bytes))
+                        y = LABELS.decode(slots.view_labels(last - first))
+                        yield Portion(first, last, z.flatten(1), y)
+                        del z
+
+
+def resident_peak(work: Workload, micro_batches: list[int]) -> tuple[int, list[int]]:
+    """Peak bytes with data set, latents and cells all on the device: of the run, and by visit."""
+    peaks = []
+    with bench(work.device) as table:
+        with table.meter.watch():
+            data = _resident(work.rows, work.inputs)
+            labels = torch.empty(work.rows, dtype=torch.int64)
+        kept: list[LiveCell] = []
+        emitted: list[DeviceLatents] = []
+        for index in range(work.depth):
+            table.tracker.reset_peak()
+            kept.append(place(work, index, table))
+            out = DeviceLatents(work.rows, work.latent_dtype, work.emits_in_training)
+            _run(work, index, micro_batches[index], table, kept[-1], DeviceFeed(data, labels), out)
+            peaks.append(table.peak)
+            _keep_only(emitted, out, work.readout is not None)
+            data = out
+        if work.readout is not None:
+            table.tracker.reset_peak()
+            readout = _readout(work, table, resident=True)
+            feed = DeviceCellsFeed(emitted, labels)
+            _run_readout(work, micro_batches[-1], table, readout, feed)
+            peaks.append(table.peak)
+    return max(peaks), peaks
+
+
+def _resident(rows: int, layout: RowFormat) -> DeviceLatents:
+    latents = DeviceLatents(rows, layout.dtype, False)
+    latents.formats["x"] = layout
+    latents.tensors["x"] = torch.empty(rows, layout.row_bytes, dtype=torch.uint8)
+    return latents
+
+
+def _keep_only(emitted: list[DeviceLatents], newest: DeviceLatents, all_of_them: bool) -> None:
+    """A cell's inputs are freed when nobody reads them any more."""
+    if not all_of_them:
+        for latents in emitted:
+            latents.free()
+        emitted.clear()
+    emitted.append(newest)
+
+
+def state_bytes(tensors: dict[str, Tensor]) -> int:
+    """Bytes of a set of tensors."""
+    return sum(value.numel() * value.element_size() for value in tensors.values())

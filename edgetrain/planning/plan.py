@@ -1,0 +1,116 @@
+"""A plan: what fits, how, and what it costs. Sizes in bytes; MiB only where a person reads them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgetrain.units import ceil_mb, to_mb
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """Of one cell, or of the trained classifier.
+
+    Attributes:
+        name: shown to people.
+        params: learned numbers, head included.
+        micro_batch: samples on the device at once.
+        peak: device bytes of a visit.
+        latents: bytes of the latents that it hands on, on disk.
+        tiles: pieces in which its units are trained.
+    """
+
+    name: str
+    params: int
+    micro_batch: int
+    peak: int
+    latents: int
+    tiles: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of a whole run.
+
+    Attributes:
+        cells: in order.
+        readout: the trained classifier's, if there is one.
+        placement: ``stream`` or ``resident``.
+        readout_resident: whether all of the classifier stays on the device during its visits.
+        budget: device bytes that the run may take; ``None``: no limit.
+        min_budget: the smallest budget that would do, with micro-batches of one sample.
+        predicted_peak: of the device.
+        host_bytes: host buffers and cells in transit, without the host tier.
+        host_budget: host bytes allowed; ``None``: no limit.
+        disk_bytes: the most that the run folder holds.
+        disk_budget: disk bytes allowed; ``None``: no limit.
+        written_bytes: what the run writes in all.
+    """
+
+    cells: tuple[CellPlan, ...]
+    readout: CellPlan | None
+    placement: str
+    readout_resident: bool
+    budget: int | None
+    min_budget: int
+    predicted_peak: int
+    host_bytes: int
+    host_budget: int | None
+    disk_bytes: int
+    disk_budget: int | None
+    written_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device budget holds it."""
+        return self.budget is None or self.predicted_peak <= self.budget
+
+    @property
+    def host_fits(self) -> bool:
+        """Whether the host budget holds it."""
+        return self.host_budget is None or self.host_bytes <= self.host_budget
+
+    @property
+    def disk_fits(self) -> bool:
+        """Whether the disk budget holds it."""
+        return self.disk_budget is None or self.disk_bytes <= self.disk_budget
+
+    @property
+    def visits(self) -> tuple[CellPlan, ...]:
+        """All cells and, last, the classifier."""
+        return self.cells if self.readout is None else (*self.cells, self.readout)
+
+    @property
+    def micro_batches(self) -> list[int]:
+        """Of each cell and of the classifier."""
+        return [cell.micro_batch for cell in self.visits]
+
+    def as_dict(self, bp_peak: int | None) -> dict[str, Any]:
+        """What ``plan --json`` prints."""
+        return {
+            "fits": self.fits,
+            "host_fits": self.host_fits,
+            "disk_fits": self.disk_fits,
+            "placement": self.placement,
+            "budget_mb": to_mb(self.budget),
+            "min_budget_mb": ceil_mb(self.min_budget),
+            "predicted_peak_mb": to_mb(self.predicted_peak),
+            "bp_predicted_peak_mb": to_mb(bp_peak),
+            "host_mb": to_mb(self.host_bytes),
+            "disk_mb": to_mb(self.disk_bytes),
+            "written_mb": to_mb(self.written_bytes),
+            "cells": [_as_dict(cell) for cell in self.visits],
+        }
+
+
+def _as_dict(cell: CellPlan) -> dict[str, Any]:
+    values = asdict(cell)
+    return {
+        "name": values["name"],
+        "params": values["params"],
+        "predicted_peak_mb": to_mb(cell.peak),
+        "micro_batch": values["micro_batch"],
+        "tiles": values["tiles"],
+        "latents_mb": to_mb(cell.latents),
+    }

@@ -1,0 +1,216 @@
+"""Chooses micro-batches and placement so that the predicted peak fits the budget.
+
+Within the budget the largest micro-batch wins, then the placement that moves less: on a GPU all that
+fits stays there. On the CPU nothing is gained by keeping what lies in files in memory as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from math import prod
+
+from edgetrain.baselines.backprop import Backpropagation, joined
+from edgetrain.errors import BudgetError, InputError
+from edgetrain.nets.base import CellRecipe, Options
+from edgetrain.objectives.base import nodes
+from edgetrain.planning import storage
+from edgetrain.planning.dryrun import cell_peak, readout_peak, resident_peak
+from edgetrain.planning.plan import CellPlan, Plan
+from edgetrain.planning.workload import Workload
+from edgetrain.units import ceil_mb, show_mb
+
+_REPEATS = (3, 4)  # copies of equal cells from which backpropagation's peak is extrapolated
+_RESIDENT_CELLS = 64  # beyond that, a resident plan is not worth the time to check
+
+
+def make_plan(
+    work: Workload,
+    budget: int | None,
+    placement: str = "auto",
+    micro_batch: int | list[int] | None = None,
+    host_budget: int | None = None,
+    disk_budget: int | None = None,
+) -> Plan:
+    """The plan of a run; it may say that the run does not fit.
+
+    Args:
+        work: the run.
+        budget: device bytes, or ``None`` for no limit.
+        placement: ``auto``, ``stream`` or ``resident``.
+        micro_batch: asked for by the user, for all or each; ``None``: the largest that fits.
+        host_budget: host bytes, or ``None``.
+        disk_budget: disk bytes, or ``None``.
+
+    Raises:
+        InputError: micro-batches were asked for where they cannot be.
+    """
+    chooser = _Chooser(work, budget, _asked(work, micro_batch))
+    cells = tuple(chooser.cell(index) for index in range(work.depth))
+    readout, readout_resident = chooser.readout(lean=placement == "stream")
+    visits = cells if readout is None else (*cells, readout)
+    peak = max(cell.peak for cell in visits)
+    chosen = "stream"
+    if placement == "resident" or (placement == "auto" and work.device.type == "cuda" and work.depth <= _RESIDENT_CELLS):
+        whole, peaks = resident_peak(work, [cell.micro_batch for cell in visits])
+        if placement == "resident" or budget is None or whole <= budget:
+            chosen, peak, readout_resident = "resident", whole, True
+            cells = tuple(replace(cell, peak=peaks[index]) for index, cell in enumerate(cells))
+            readout = None if readout is None else replace(readout, peak=peaks[-1])
+    params = [cell.params for cell in visits]
+    return Plan(
+        cells=cells,
+        readout=readout,
+        placement=chosen,
+        readout_resident=readout_resident,
+        budget=budget,
+        min_budget=chooser.least if chosen == "stream" else peak,
+        predicted_peak=peak,
+        host_bytes=storage.host_bytes(work, params),
+        host_budget=host_budget,
+        disk_bytes=storage.disk_bytes(work, sum(params), chosen),
+        disk_budget=disk_budget,
+        written_bytes=storage.written_bytes(work, sum(params), chosen),
+    )
+
+
+def require_fit(plan: Plan) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        BudgetError: names the limit, what was asked, and the smallest that would do.
+    """
+    if not plan.fits and plan.budget is not None:
+        worst = max(plan.visits, key=lambda cell: cell.peak)
+        smallest = (
+            f"the smallest budget for this net and method is {ceil_mb(plan.min_budget):.2f} MiB"
+            if plan.min_budget > plan.budget
+            else f"it fits with smaller micro-batches, down to {ceil_mb(plan.min_budget):.2f} MiB"
+        )
+        raise BudgetError(
+            f"--max-gpu-mb {plan.budget / (1 << 20):g} cannot hold {worst.name!r}, which needs"
+            f" {show_mb(worst.peak)} at micro-batch {worst.micro_batch}; {smallest}"
+        )
+    if not plan.host_fits:
+        raise BudgetError(
+            f"--max-host-mb {show_mb(plan.host_budget)} is too little for batches and two cells in transit:"
+            f" {ceil_mb(plan.host_bytes):.2f} MiB; raise it or take a smaller --batch-size"
+        )
+    if not plan.disk_fits:
+        raise BudgetError(
+            f"--max-disk-gb {(plan.disk_budget or 0) / (1 << 30):g} cannot hold the run folder:"
+            f" {show_mb(plan.disk_bytes)}; raise it or use --latent-dtype uint8"
+        )
+
+
+def backprop_peak(work: Workload, recipes: Sequence[CellRecipe], options: Options) -> int:
+    """Peak device bytes of plain backpropagation on the same net, batch and optimizer.
+
+    A long row of equal cells adds the same with every cell, so its peak is found from short rows.
+    """
+    runs = [list(group) for _, group in groupby(recipes, key=lambda recipe: recipe.signature)]
+    short = [run[: _REPEATS[0]] for run in runs]
+    base = _backprop(work, [recipe for run in short for recipe in run], options)
+    total = base
+    for number, run in enumerate(runs):
+        if len(run) > _REPEATS[0]:
+            longer = [*short[:number], run[: _REPEATS[1]], *short[number + 1 :]]
+            step = _backprop(work, [recipe for part in longer for recipe in part], options) - base
+            total += step * (len(run) - _REPEATS[0])
+    return total
+
+
+def _backprop(work: Workload, recipes: list[CellRecipe], options: Options) -> int:
+    whole = nodes([joined(recipes)], recipes[0].in_shape, work.seed)
+    baseline = replace(
+        work, nodes=tuple(whole), objective=Backpropagation(work.classes, options), readout=None, readout_epochs=0
+    )
+    return cell_peak(baseline, 0, work.batch_size)
+
+
+def _asked(work: Workload, micro_batch: int | list[int] | None) -> list[int] | None:
+    if micro_batch is None:
+        return None
+    visits = work.depth + (work.readout is not None)
+    asked = [micro_batch] * visits if isinstance(micro_batch, int) else micro_batch
+    if len(asked) != visits:
+        raise InputError(f"micro_batch lists {len(asked)} numbers; expected {visits}, one for each cell")
+    size = min(work.batch_size, work.rows)
+    for index in range(work.depth):
+        if asked[index] < size and work.couples_batch(index):
+            raise InputError(
+                f"--micro-batch {asked[index]}: the samples of a batch influence each other in cell {index}"
+                f" ({work.nodes[index].recipe.name if work.nodes[index].recipe else ''}), so it takes batches whole"
+            )
+    return [min(each, size) for each in asked]
+
+
+class _Chooser:
+    """Finds for each node the largest micro-batch that fits, looking at each kind of cell once."""
+
+    def __init__(self, work: Workload, budget: int | None, asked: list[int] | None):
+        self.least = 0
+        self._work, self._budget, self._asked = work, budget, asked
+        self._known: dict[Hashable, tuple[int, int, int, int]] = {}
+
+    def cell(self, index: int) -> CellPlan:
+        """The plan of a cell."""
+        work, node = self._work, self._work.nodes[index]
+        assert node.recipe is not None and node.parent is not None
+        kind = (
+            node.recipe.signature,
+            node.parent.shape,
+            index == 0,
+            work.hands_on(index),
+            self._asked and self._asked[index],
+        )
+        if kind not in self._known:
+            head = work.objective.head(node)
+            extra = 0 if head is None else sum(value.numel() for value in head.parameters())
+            fixed = self._asked[index] if self._asked else None
+            sizes = self._sizes(fixed, work.couples_batch(index))
+            micro, peak, least = self._largest(sizes, lambda size: cell_peak(work, index, size))
+            self._known[kind] = (node.recipe.parameters() + extra, micro, peak, least)
+        params, micro, peak, least = self._known[kind]
+        self.least = max(self.least, least)
+        return CellPlan(node.recipe.name, params, micro, peak, storage.latent_bytes(work, index))
+
+    def readout(self, lean: bool) -> tuple[CellPlan | None, bool]:
+        """The plan of the trained classifier, and whether it stays on the device as a whole."""
+        work = self._work
+        if work.readout is None:
+            return None, False
+        sizes = self._sizes(self._asked[-1] if self._asked else None, couples=False)
+        widths = [prod(node.shape) for node in work.nodes]
+        params = work.classes * (sum(widths) + 1)
+        for resident in [False] if lean else [True, False]:
+            micro, peak, least = self._largest(sizes, lambda size, resident=resident: readout_peak(work, size, resident))
+            if self._holds(peak) or not resident:
+                break
+        self.least = max(self.least, least)
+        return CellPlan("classifier", params, micro, peak, 0), resident
+
+    def _sizes(self, fixed: int | None, couples: bool) -> list[int]:
+        """Micro-batches to try, largest first."""
+        size = min(self._work.batch_size, self._work.rows)
+        if fixed is not None:
+            return [fixed]
+        if couples:
+            return [size]
+        halves = [size]
+        while halves[-1] > 1:
+            halves.append(-(-halves[-1] // 2))
+        return halves
+
+    def _largest(self, sizes: list[int], peak_at: Callable[[int], int]) -> tuple[int, int, int]:
+        """The first size that fits (or the last), its peak, and the peak of the smallest size."""
+        least = peak_at(sizes[-1])
+        for size in sizes[:-1]:
+            peak = peak_at(size)
+            if self._holds(peak):
+                return size, peak, least
+        return sizes[-1], least, least
+
+    def _holds(self, peak: int) -> bool:
+        return self._budget is None or peak <= self._budget

@@ -1,0 +1,52 @@
+"""Host memory and disk of a run, by arithmetic."""
+
+from __future__ import annotations
+
+from edgetrain.planning.workload import Workload
+from edgetrain.store.latents import DEFAULT_WINDOW
+
+STATE_BYTES_PER_PARAMETER = 12  # a float32 weight and Adam's two moments
+_LABEL_BYTES = 8
+
+
+def latent_bytes(work: Workload, index: int) -> int:
+    """Bytes on disk of the training latents that node ``index`` emits; 0 if nobody reads them."""
+    return work.rows * work.format_into(index + 1).row_bytes if work.hands_on(index) else 0
+
+
+def host_bytes(work: Workload, params: list[int]) -> int:
+    """Host memory for batches on their way, for mapped pages, and for two cells in transit."""
+    size = min(work.batch_size, work.rows)
+    readers = (work.prefetch + 2) * size * max(
+        work.format_into(index).row_bytes + _LABEL_BYTES for index in range(work.depth)
+    )
+    writers = 3 * size * max(4 * work.format_into(index + 1).elements for index in range(work.depth))
+    labels = work.rows * _LABEL_BYTES  # the order of an epoch
+    transit = 2 * STATE_BYTES_PER_PARAMETER * max(params)
+    return readers + writers + labels + transit + DEFAULT_WINDOW
+
+
+def input_bytes(work: Workload) -> int:
+    """Disk of the prepared inputs and labels, training and test."""
+    return (work.rows + work.test_rows) * (work.inputs.row_bytes + _LABEL_BYTES)
+
+
+def disk_bytes(work: Workload, params: int, placement: str) -> int:
+    """The most that the run folder holds: inputs, the latents needed at once, cells, and the model."""
+    latents = [latent_bytes(work, index) for index in range(work.depth)]
+    if placement == "resident":
+        needed = 0
+    elif work.readout is not None:
+        needed = sum(latents)
+    else:
+        needed = max(sum(latents[index : index + 2]) for index in range(work.depth))
+    # While a commit replaces cells, both generations exist; then the model joins the last one.
+    cells = 2 * STATE_BYTES_PER_PARAMETER * params
+    return input_bytes(work) + needed + cells
+
+
+def written_bytes(work: Workload, params: int, placement: str) -> int:
+    """What the run writes in all when the host tier has room for its cells and it commits twice."""
+    emissions = work.epochs if work.emits_in_training else 1
+    latents = 0 if placement == "resident" else sum(latent_bytes(work, index) for index in range(work.depth))
+    return input_bytes(work) + emissions * latents + 2 * STATE_BYTES_PER_PARAMETER * params + 4 * params

@@ -1,0 +1,80 @@
+"""What the planner must know of a run; the trainer carries out the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from edgetrain.objectives.base import Node, Objective
+from edgetrain.store.rows import RowFormat
+from edgetrain.stream.cell import OptimizerRecipe
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A run without its data.
+
+    Attributes:
+        nodes: the cells.
+        objective: the local rule.
+        optimizer: of each cell.
+        readout: optimizer of the trained classifier, or ``None`` if the method has none.
+        schedule: name of the order of visits.
+        classes: number of classes.
+        rows: training samples.
+        test_rows: test samples.
+        batch_size: samples of a step.
+        epochs: of each cell.
+        readout_epochs: of the classifier; 0 if there is none.
+        inputs: how a prepared input lies on disk.
+        latent_dtype: how latents lie on disk.
+        device: where steps run.
+        seed: the run's.
+        prefetch: batches gathered ahead.
+    """
+
+    nodes: tuple[Node, ...]
+    objective: Objective
+    optimizer: OptimizerRecipe
+    readout: OptimizerRecipe | None
+    schedule: str
+    classes: int
+    rows: int
+    test_rows: int
+    batch_size: int
+    epochs: int
+    readout_epochs: int
+    inputs: RowFormat
+    latent_dtype: str
+    device: torch.device
+    seed: int
+    prefetch: int
+
+    @property
+    def steps(self) -> int:
+        """Optimisation steps of an epoch; the short last batch is kept."""
+        return -(-self.rows // self.batch_size)
+
+    @property
+    def depth(self) -> int:
+        """Number of cells; also the classifier's number as a node."""
+        return len(self.nodes)
+
+    @property
+    def emits_in_training(self) -> bool:
+        """Whether cells hand latents on while they train."""
+        return self.schedule == "sequence"
+
+    def format_into(self, index: int) -> RowFormat:
+        """How the latents that node ``index`` reads lie on disk."""
+        return self.inputs if index == 0 else RowFormat(self.nodes[index - 1].shape, self.latent_dtype)
+
+    def hands_on(self, index: int) -> bool:
+        """Whether anybody reads the latents of node ``index``."""
+        return self.readout is not None or index < self.depth - 1
+
+    def couples_batch(self, index: int) -> bool:
+        """Whether node ``index`` cannot be split into micro-batches."""
+        recipe = self.nodes[index].recipe
+        return self.objective.couples_batch or (recipe is not None and recipe.couples_batch)

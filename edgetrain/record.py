@@ -1,0 +1,66 @@
+"""What a run measured: the one source of every table, page and JSON that is made from it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class CellRecord:
+    """Of one cell. Memory in MiB, times in seconds; ``None`` is unknown or does not apply."""
+
+    name: str
+    params: int
+    epochs: int = 0
+    train_loss: float | None = None
+    train_accuracy: float | None = None
+    test_accuracy: float | None = None
+    peak_gpu_mb: float | None = None
+    predicted_peak_mb: float | None = None
+    seconds: float = 0.0
+    waited_seconds: float = 0.0
+    tiles: int = 1
+    micro_batch: int = 0
+
+
+@dataclass
+class RunRecord:
+    """Of a whole run; see ``CellRecord`` for units.
+
+    Attributes:
+        test_accuracy: fraction of the test rows right by the method's own vote.
+        votes: the same for every vote the method has: ``sum``, ``last``, ``trained``, and ``cells``.
+        peak_gpu_mb: reserved memory on CUDA, live device-side bytes elsewhere.
+        disk_mb: the most that the run folder held; of that, ``latents_mb`` the caches between cells.
+        written_mb: bytes written in all (flash wears out).
+        waited_seconds: time in which the device waited for data.
+        readout: the trained classifier, if the method has one.
+    """
+
+    run: str
+    method: str
+    schedule: str | None
+    device: str
+    seed: int
+    test_accuracy: float | None = None
+    votes: dict[str, Any] = field(default_factory=dict)
+    budget_mb: float | None = None
+    peak_gpu_mb: float | None = None
+    predicted_peak_mb: float | None = None
+    context_mb: float | None = None
+    peak_host_mb: float | None = None
+    disk_mb: float | None = None
+    latents_mb: float | None = None
+    written_mb: float | None = None
+    seconds: float = 0.0
+    waited_seconds: float = 0.0
+    energy_j: float | None = None
+    placement: str = "stream"
+    cells: list[CellRecord] = field(default_factory=list)
+    readout: CellRecord | None = None
+    citations: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)

@@ -1,0 +1,1 @@
+"""Files that are whole or absent: cells, latents, the journal, the run folder."""

@@ -1,0 +1,86 @@
+"""A file is written whole or not at all: temporary file, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import xxhash
+
+from edgetrain.errors import StorageError
+
+CHUNK = 1 << 20
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal into a line that names the file.
+
+    Raises:
+        StorageError: whenever the body raises ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(f"{path}: {reason[:1].lower()}{reason[1:]}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; when the body succeeds it becomes ``path``, durably.
+
+    Raises:
+        StorageError: the disk refused; ``path`` is then as it was before.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with storage_errors(path):
+        try:
+            yield temporary
+            sync_file(temporary)
+            temporary.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``, atomically and durably."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace ``path`` by ``content`` in UTF-8, atomically and durably."""
+    write_bytes(path, content.encode())
+
+
+def sync_file(path: Path) -> None:
+    """Force what was written to ``path`` onto the medium."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Force renames inside the folder onto the medium."""
+    sync_file(path)
+
+
+def checksum(path: Path) -> str:
+    """The XXH3-128 digest of a file in hex, read in chunks of 1 MiB.
+
+    Raises:
+        StorageError: the file is missing or unreadable.
+    """
+    digest = xxhash.xxh3_128()
+    with storage_errors(path), path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

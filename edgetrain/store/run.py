@@ -1,0 +1,242 @@
+"""A run's folder: who may work in it, what is committed, and what it costs on disk.
+
+``config.toml``, ``journal.jsonl``, ``cells/``, ``latents/``, ``record.json``, ``model.safetensors``.
+A commit writes cells under the number of the commit (``cells/003@7.safetensors``), then its journal
+line, and only then removes the generation before; a finished run's cells carry plain names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from edgetrain.errors import BusyError, CorruptError, InputError
+from edgetrain.store.atomic import storage_errors, write_text
+from edgetrain.store.journal import Entry, Journal
+from edgetrain.store.tensors import FileEntry, join, read_tensors, write_tensors
+
+_MEMBERS = ("config.toml", "journal.jsonl", "record.json", "model.safetensors", "lock", "report.html")
+_FOLDERS = ("cells", "latents", "scratch", "figures")
+Files = dict[str, dict[str, FileEntry]]  # by unit ("000", "readout"), then kind ("weights", "optim")
+
+
+class RunFolder:
+    """A folder that holds one run. Implements ``stream.cells.Ledger``."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.journal = Journal(path / "journal.jsonl")
+        self.written = 0
+        self.peak_space = self._space = 0
+        self._lock: FileLock | None = None
+
+    @property
+    def latents(self) -> Path:
+        """Where latents are cached."""
+        return self.path / "latents"
+
+    @property
+    def scratch(self) -> Path:
+        """Where cells wait that the host tier has no room for."""
+        return self.path / "scratch"
+
+    def space(self, size: int) -> None:
+        """Count bytes allocated on disk (negative: freed)."""
+        self._space += size
+        self.peak_space = max(self.peak_space, self._space)
+
+    def wrote(self, size: int) -> None:
+        """Count bytes written to disk."""
+        self.written += size
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Work in the folder alone; the lock of a dead process is void.
+
+        Raises:
+            BusyError: another process works in it.
+        """
+        lock = FileLock(self.path / "lock", timeout=0)
+        try:
+            with storage_errors(self.path / "lock"):
+                lock.acquire()
+        except Timeout:
+            raise BusyError(f"{self.path}: another edgetrain works in this run folder; wait for it") from None
+        try:
+            yield
+        finally:
+            lock.release()
+            (self.path / "lock").unlink(missing_ok=True)
+
+    def create(self, config: str) -> None:
+        """Make the folder and write ``config.toml``.
+
+        Raises:
+            StorageError: the disk refused; nothing is left behind.
+        """
+        made = not self.path.exists()
+        try:
+            with storage_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                for name in ("cells", "latents"):
+                    (self.path / name).mkdir(exist_ok=True)
+            write_text(self.path / "config.toml", config)
+        except BaseException:
+            if made:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
+    def is_run(self) -> bool:
+        """Whether the folder holds a run of ours."""
+        return (self.path / "config.toml").is_file() or (self.path / "journal.jsonl").is_file()
+
+    def is_free(self) -> bool:
+        """Whether a new run may go here: nothing is there, or an empty folder."""
+        if self.path.is_file():
+            return False
+        return not self.path.exists() or not any(self.path.iterdir())
+
+    def clear(self) -> None:
+        """Remove a run of ours, and nothing else.
+
+        Raises:
+            InputError: the folder holds something that is no run.
+        """
+        if not self.is_run():
+            raise InputError(f"{self.path}: holds no edgetrain run, so --force does not remove it")
+        with storage_errors(self.path):
+            for name in _FOLDERS:
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            for name in _MEMBERS:
+                (self.path / name).unlink(missing_ok=True)
+
+    def clear_working_files(self) -> None:
+        """Remove latents and scratch cells, which the journal does not know."""
+        for folder in (self.latents, self.scratch):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.latents.mkdir(parents=True, exist_ok=True)
+
+    def commit(
+        self, number: int, units: Iterable[tuple[str, Mapping[str, torch.Tensor]]], entry: Entry
+    ) -> Files:
+        """Make units durable together with everything committed before; returns all files.
+
+        Args:
+            number: of this commit.
+            units: each changed unit's name and named tensors, taken one at a time; tensors named
+                ``optim.*`` go to a file of their own.
+            entry: more to remember in the journal line.
+
+        Raises:
+            StorageError: the disk refused; the commit before still holds.
+        """
+        before = self.files()
+        files = {unit: dict(kinds) for unit, kinds in before.items()}
+        changed = []
+        for unit, tensors in units:
+            files[unit] = self._write_unit(unit, number, tensors)
+            changed.append(unit)
+        self._append(number, files, entry)
+        for unit in changed:
+            self._remove(before.get(unit, {}))
+        return files
+
+    def finish(self, number: int, entry: Entry) -> Files:
+        """Give the committed files their plain names and close the journal."""
+        files: Files = {}
+        for unit, kinds in self.files().items():
+            files[unit] = {}
+            for kind, file in kinds.items():
+                plain = _name(unit, kind)
+                with storage_errors(self.path / "cells" / plain):
+                    self.cell_path(file).rename(self.path / "cells" / plain)
+                files[unit][kind] = FileEntry(plain, file.checksum, file.size)
+        self._append(number, files, {**entry, "finished": True})
+        return files
+
+    def last(self) -> Entry | None:
+        """The newest commit's entry, or ``None``."""
+        entries = [entry for entry in self.journal.entries() if "files" in entry]
+        return entries[-1] if entries else None
+
+    def files(self) -> Files:
+        """The files of the newest commit.
+
+        Raises:
+            CorruptError: the journal's entry does not name files.
+        """
+        last = self.last()
+        try:
+            return {
+                unit: {kind: FileEntry(**file) for kind, file in kinds.items()}
+                for unit, kinds in (last["files"] if last else {}).items()
+            }
+        except (TypeError, AttributeError) as error:
+            raise CorruptError(f"{self.journal.path}: the newest commit names no files ({error})") from error
+
+    def cell_path(self, file: FileEntry) -> Path:
+        """Where a committed file is: under its own name, or its plain one if finishing was cut short."""
+        path = self.path / "cells" / file.name
+        if not path.exists():
+            stem, _, rest = file.name.partition("@")
+            plain = self.path / "cells" / f"{stem}.{rest.partition('.')[2]}"
+            if rest and plain.exists():
+                return plain
+        return path
+
+    def read_unit(self, files: Mapping[str, FileEntry], optimizer: bool = True) -> dict[str, torch.Tensor]:
+        """The tensors of a unit, verified.
+
+        Raises:
+            CorruptError: a file does not hold what was written.
+        """
+        tensors = {}
+        for kind, file in files.items():
+            if kind == "weights" or optimizer:
+                tensors |= read_tensors(self.cell_path(file), file.checksum)
+        return tensors
+
+    def write_model(self, files: Files, metadata: Mapping[str, Any]) -> None:
+        """Write ``model.safetensors`` from the cells' files without gathering it in memory."""
+        parts = [(f"{unit}.", self.cell_path(kinds["weights"])) for unit, kinds in sorted(files.items())]
+        entry = join(self.path / "model.safetensors", parts, metadata)
+        self.space(entry.size)
+        self.wrote(entry.size)
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Write ``record.json``."""
+        write_text(self.path / "record.json", json.dumps(record, indent=2) + "\n")
+
+    def _write_unit(self, unit: str, number: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, FileEntry]:
+        optimizer = {name: value for name, value in tensors.items() if name.startswith("optim.")}
+        weights = {name: value for name, value in tensors.items() if name not in optimizer}
+        kinds = {"weights": weights, "optim": optimizer}
+        entries = {}
+        for kind, group in kinds.items():
+            if group:
+                path = self.path / "cells" / _name(f"{unit}@{number}", kind)
+                entries[kind] = write_tensors(path, group, {"unit": unit, "format": 1})
+                self.space(entries[kind].size)
+                self.wrote(entries[kind].size)
+        return entries
+
+    def _append(self, number: int, files: Files, entry: Entry) -> None:
+        plain = {unit: {kind: asdict(file) for kind, file in kinds.items()} for unit, kinds in files.items()}
+        self.journal.append({**entry, "commit": number, "files": plain})
+
+    def _remove(self, kinds: Mapping[str, FileEntry]) -> None:
+        for file in kinds.values():
+            (self.path / "cells" / file.name).unlink(missing_ok=True)
+            self.space(-file.size)
+
+
+def _name(unit: str, kind: str) -> str:
+    return f"{unit}.safetensors" if kind == "weights" else f"{unit}.{kind}.safetensors"

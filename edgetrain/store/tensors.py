@@ -1,0 +1,148 @@
+"""A named set of tensors in one safetensors file: atomic, durable, checksummed.
+
+The library's writer does not fsync and its reader accepts flipped bytes, so both guarantees are
+added here. Metadata is one JSON value under one key: with several keys the bytes of a file would
+differ between processes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from edgetrain.errors import CorruptError, StorageError
+from edgetrain.store.atomic import CHUNK, checksum, replacing, storage_errors
+
+_METADATA = "edgetrain"
+_HEADER_LIMIT = 100 << 20
+# Mapping a file doubles its memory on unified RAM, and dies of SIGBUS if the file shrinks.
+_PREAD = {"backend": "pread"} if "backend" in str(inspect.signature(safe_open)) else {}
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file as the journal remembers it."""
+
+    name: str
+    checksum: str
+    size: int
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> FileEntry:
+    """Write host tensors to ``path``; returns its entry for the journal.
+
+    Raises:
+        StorageError: the disk refused; ``path`` is then as it was.
+    """
+    with replacing(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, {_METADATA: json.dumps(metadata, sort_keys=True)})
+        except SafetensorError as error:  # the library wraps the operating system's refusal
+            raise StorageError(f"{path}: {error}") from error
+        digest = checksum(temporary)
+        size = temporary.stat().st_size
+    return FileEntry(path.name, digest, size)
+
+
+def read_tensors(path: Path, expected: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a file, on the host; its checksum is verified first if one is given.
+
+    Raises:
+        CorruptError: the checksum differs, or the file is not a whole safetensors file.
+        StorageError: it is missing or unreadable.
+    """
+    if expected is not None and (found := checksum(path)) != expected:
+        raise CorruptError(f"{path}: checksum {found}, expected {expected}: the file is damaged")
+    try:
+        with storage_errors(path), safe_open(path, framework="pt", **_PREAD) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise CorruptError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file, bounded before it is read.
+
+    Raises:
+        CorruptError: there is no such header.
+    """
+    with storage_errors(path), path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _HEADER_LIMIT + 1
+        if length > _HEADER_LIMIT:
+            raise CorruptError(f"{path}: no safetensors header")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise CorruptError(f"{path}: no safetensors header ({error})") from error
+    if not isinstance(header, dict):
+        raise CorruptError(f"{path}: no safetensors header")
+    return header
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The JSON value that ``write_tensors`` or ``join`` put beside the tensors.
+
+    Raises:
+        CorruptError: the file is not one of ours.
+    """
+    try:
+        metadata = json.loads(read_header(path)["__metadata__"][_METADATA])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError(f"{path}: holds no edgetrain metadata") from error
+    if not isinstance(metadata, dict):
+        raise CorruptError(f"{path}: holds no edgetrain metadata")
+    return metadata
+
+
+def join(target: Path, parts: Iterable[tuple[str, Path]], metadata: Mapping[str, Any]) -> FileEntry:
+    """Write one safetensors file by copying the bytes of others behind one header.
+
+    Nothing is gathered in memory: a model of any size is joined in chunks of 1 MiB.
+
+    Args:
+        target: the file to write.
+        parts: (prefix for the tensors' names, file), in order.
+        metadata: kept as the new file's metadata.
+
+    Raises:
+        CorruptError: a part is not a safetensors file.
+        StorageError: the disk refused.
+    """
+    header: dict[str, Any] = {"__metadata__": {_METADATA: json.dumps(metadata, sort_keys=True)}}
+    sources, offset = [], 0
+    for prefix, path in parts:
+        tensors = {name: info for name, info in read_header(path).items() if name != "__metadata__"}
+        for name, info in tensors.items():
+            start, stop = info["data_offsets"]
+            header[prefix + name] = {**info, "data_offsets": [offset + start, offset + stop]}
+        size = max((info["data_offsets"][1] for info in tensors.values()), default=0)
+        sources.append((path, size))
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(target) as temporary:
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for path, size in sources:
+                _copy_tail(path, size, file)
+        digest = checksum(temporary)
+    return FileEntry(target.name, digest, target.stat().st_size)
+
+
+def _copy_tail(path: Path, size: int, file: Any) -> None:
+    """Copy the last ``size`` bytes of ``path``: its tensors without its header."""
+    with path.open("rb") as source:
+        source.seek(-size, 2)
+        while chunk := source.read(CHUNK):
+            file.write(chunk)

@@ -1,0 +1,199 @@
+"""Runs steps of one cell: forward, loss, backward and update, in one piece or in micro-batches.
+
+The same code runs on a GPU, on the CPU, and over fake tensors in the planner's dry run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from edgetrain.errors import DivergedError
+from edgetrain.memory.meter import Meter
+from edgetrain.objectives.base import Batch, Objective, Streams
+from edgetrain.stream.cell import LiveCell
+from edgetrain.stream.draws import StepDraws
+from edgetrain.stream.feed import Feed, Part, Slice
+from edgetrain.stream.latents import Sink
+
+_KEPT_STEPS = 1024  # losses that stay on the device before they are read, so that no step waits
+
+
+class Tally:
+    """Loss and training accuracy of a visit, summed on the device and read now and then.
+
+    Args:
+        device: where losses are made.
+        where: names the cell and epoch if a loss is not finite.
+    """
+
+    def __init__(self, device: torch.device, where: str = ""):
+        self.samples = self.scored = self._correct_read = 0
+        self._where = where
+        self._losses = torch.zeros(_KEPT_STEPS, device=device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._loss_read = 0.0
+        self._steps: list[int] = []
+
+    def add(self, part: Part, loss: Tensor, scores: Tensor | None) -> None:
+        """Count one part: its summed loss and, if there are scores [B, C], its correct answers."""
+        if part.first == 0:
+            if len(self._steps) == _KEPT_STEPS:
+                self.read()
+            self._steps.append(part.step)
+        slot = len(self._steps) - 1
+        self._losses[slot : slot + 1] += loss.detach()
+        self.samples += part.last - part.first
+        if scores is not None:
+            self._correct += (scores.argmax(1) == part.y).sum()
+            self.scored += part.last - part.first
+
+    def read(self) -> tuple[float, float | None]:
+        """Mean loss and accuracy so far; this waits for the device.
+
+        Raises:
+            DivergedError: a loss is not finite; the message names the first such step.
+        """
+        losses = self._losses[: len(self._steps)].tolist()
+        for step, loss in zip(self._steps, losses, strict=True):
+            if not math.isfinite(loss):
+                raise DivergedError(
+                    f"{self._where} step {step}: the loss is {loss}; try a smaller --lr, and look for extreme"
+                    " values in the inputs"
+                )
+        self._loss_read += math.fsum(losses)
+        self._losses.zero_()
+        # A step whose parts are not all in goes on in the same slot.
+        self._steps.clear()
+        accuracy = int(self._correct.item()) / self.scored if self.scored else None
+        return self._loss_read / max(self.samples, 1), accuracy
+
+
+class Executor:
+    """Carries out visits on cells that are on the device.
+
+    Args:
+        objective: the local rule.
+        device: where cells are.
+        meter: watches the device side.
+        seed: the run's.
+    """
+
+    def __init__(self, objective: Objective, device: torch.device, meter: Meter, seed: int):
+        self._objective, self._device, self._meter, self._seed = objective, device, meter, seed
+
+    def train(
+        self,
+        cell: LiveCell,
+        feed: Feed,
+        work: Slice,
+        epoch: int,
+        tally: Tally,
+        sink: Sink | None = None,
+        after_step: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """Train the cell on a range of steps, emitting its latents from before each update to ``sink``."""
+        cell.train()
+        parts = feed.parts(work)
+        try:
+            for step, start, stop in work.steps():
+                with self._meter.watch(("train", stop - start)):
+                    draws = StepDraws(self._seed, cell.node.index, epoch, step, stop - start)
+                    self._seed_if_drawing(cell, draws)
+                    for _ in work.parts(stop - start):
+                        self._train_part(cell, next(parts), draws, tally, sink)
+                after_step(step)
+        finally:
+            _close(parts)
+
+    def emit(
+        self,
+        cell: LiveCell,
+        feed: Feed,
+        work: Slice,
+        sink: Sink | None,
+        on_scores: Callable[[Part, Tensor | None, Streams], None] | None = None,
+    ) -> None:
+        """Run the finished cell over the samples: latents to ``sink``, scores [B, C] to ``on_scores``."""
+        cell.eval()
+        parts = feed.parts(work)
+        try:
+            for _, start, stop in work.steps():
+                with self._meter.watch(("emit", stop - start)), torch.no_grad():
+                    for _ in work.parts(stop - start):
+                        self._emit_part(cell, next(parts), sink, on_scores)
+        finally:
+            _close(parts)
+
+    def _seed_if_drawing(self, cell: LiveCell, draws: StepDraws) -> None:
+        if cell.node.recipe is not None and cell.node.recipe.draws:
+            draws.seed_global(self._device)
+
+    def _train_part(
+        self, cell: LiveCell, part: Part, draws: StepDraws, tally: Tally, sink: Sink | None
+    ) -> None:
+        phase, learned, optimizer = cell.phases[part.phase]
+        draws.first = part.first
+        emitting = sink if part.phase == 0 else None
+        self._backward(cell, part, draws, tally, emitting, phase.name, learned)
+        part.streams = {}
+        if part.closes:
+            optimizer.step()
+            for parameter in learned:
+                parameter.grad = None
+
+    def _backward(
+        self,
+        cell: LiveCell,
+        part: Part,
+        draws: StepDraws,
+        tally: Tally,
+        sink: Sink | None,
+        phase: str,
+        learned: list[torch.nn.Parameter],
+    ) -> None:
+        streams = self._inputs(cell, part, draws)
+        step = self._objective.loss(phase, cell.module, cell.head, Batch(streams, part.y, draws))
+        if sink is not None and step.emitted is not None:
+            sink.put(part.start + part.first, step.emitted)
+        elif sink is not None:
+            sink.put(part.start + part.first, self._clean(cell, streams))
+        if part.phase == 0:
+            tally.add(part, step.loss, step.scores)
+        if learned:
+            (step.loss / part.size).backward(inputs=learned)
+
+    def _clean(self, cell: LiveCell, streams: Streams) -> Streams:
+        """Latents of clean inputs from the weights before the update."""
+        with torch.no_grad():
+            return self._objective.latent(cell.module, streams)
+
+    def _inputs(self, cell: LiveCell, part: Part, draws: StepDraws) -> Streams:
+        if cell.node.index > 0:
+            return part.streams
+        return self._objective.streams(part.streams["x"], part.y, draws)
+
+    def _emit_part(
+        self,
+        cell: LiveCell,
+        part: Part,
+        sink: Sink | None,
+        on_scores: Callable[[Part, Tensor | None, Streams], None] | None,
+    ) -> None:
+        streams = self._inputs(cell, part, StepDraws(self._seed, cell.node.index, 0, part.step, part.size))
+        latents = self._objective.latent(cell.module, streams)
+        if sink is not None:
+            sink.put(part.start + part.first, latents)
+        if on_scores is not None:
+            on_scores(part, self._objective.score(cell.head, latents), latents)
+        part.streams = {}
+
+
+def _close(parts: Iterator[Part]) -> None:
+    """End the feed's thread now, not when the generator is collected."""
+    close = getattr(parts, "close", None)
+    if close is not None:
+        close()

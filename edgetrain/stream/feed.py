@@ -1,0 +1,282 @@
+"""Brings a visit's batches to the device, one micro-batch at a time.
+
+A visit is flattened into a sequence of *parts*: for each step, for each phase of the objective, for
+each micro-batch. From files, a thread gathers the next batches into host buffers and, on CUDA, a
+copy stream moves the next part while the device computes. On the device, rows are picked where they lie.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgetrain.store.latents import LatentFile, Rows
+from edgetrain.store.rows import RowFormat
+from edgetrain.stream.latents import DeviceLatents, FileLatents, Host
+from edgetrain.stream.prefetch import Prefetcher
+
+LABELS = RowFormat((), "int64")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A contiguous range of steps of one epoch, and how each step is cut.
+
+    Attributes:
+        rows: samples in the data set.
+        batch_size: samples of a step; the last step of an epoch may be shorter.
+        micro_batch: samples that are on the device at once.
+        first: first step of the range.
+        last: one behind the last step.
+        order: the epoch's order of samples [rows], int64; ``None``: as they lie.
+        phases: passes over each batch.
+    """
+
+    rows: int
+    batch_size: int
+    micro_batch: int
+    first: int
+    last: int
+    order: NDArray[np.int64] | None = None
+    phases: int = 1
+
+    def steps(self) -> Iterator[tuple[int, int, int]]:
+        """(step, first row, one behind the last row) of each step, rows counted in the epoch's order."""
+        for step in range(self.first, self.last):
+            start = step * self.batch_size
+            yield step, start, min(start + self.batch_size, self.rows)
+
+    def parts(self, size: int) -> Iterator[tuple[int, int, int, bool]]:
+        """(phase, first, last, closes) of each part of a step with ``size`` rows."""
+        for phase in range(self.phases):
+            for first in range(0, size, self.micro_batch):
+                last = min(first + self.micro_batch, size)
+                yield phase, first, last, last == size
+
+
+@dataclass
+class Part:
+    """One micro-batch on the device.
+
+    Attributes:
+        step: number of the step in its epoch.
+        phase: number of the objective's phase.
+        start: row of the batch's first sample, in the epoch's order.
+        size: samples in the batch.
+        first: first row of this part within the batch.
+        last: one behind its last row.
+        closes: whether the phase's gradients are complete with this part.
+        streams: decoded latents [last - first, ...].
+        y: labels [last - first], int64.
+    """
+
+    step: int
+    phase: int
+    start: int
+    size: int
+    first: int
+    last: int
+    closes: bool
+    streams: Mapping[str, Tensor]
+    y: Tensor
+
+
+class Feed(Protocol):
+    """Gives a visit's parts."""
+
+    waited_s: float
+
+    def parts(self, work: Slice) -> Iterator[Part]:
+        """The parts of ``work``, in order; each is valid until the next is asked for."""
+        ...
+
+
+@dataclass
+class HostBatch:
+    """One batch in host buffers by stream (labels: ``y``), bytes as on disk: [size, row_bytes], uint8."""
+
+    step: int
+    start: int
+    size: int
+    buffers: dict[str, Tensor]
+
+
+class FileFeed:
+    """Parts of latents that lie in files.
+
+    Args:
+        source: the parent's latents; their streams are what parts show.
+        labels: file of int64 labels in sample order; ``None``: all labels are 0 (rows to predict on).
+        device: where parts go.
+        host: the meter's scope for host tensors.
+        depth: batches gathered ahead; 0 gathers each when it is needed.
+    """
+
+    def __init__(
+        self, source: FileLatents, labels: LatentFile | None, device: torch.device, host: Host, depth: int = 2
+    ):
+        self.waited_s = 0.0
+        self._source, self._labels, self._device, self._host, self._depth = source, labels, device, host, depth
+
+    def parts(self, work: Slice) -> Iterator[Part]:
+        """See ``Feed``."""
+        free: queue.Queue[HostBatch | None] = queue.Queue()
+        for _ in range(self._depth + 2):  # one being filled, one in use
+            free.put(self._buffers(work.batch_size))
+        formats = {**self._source.formats, "y": LABELS}
+        with Prefetcher(lambda: self._gather(work, free), self._depth) as batches:
+            try:
+                yield from Transfer(formats, self._device, work.micro_batch).parts(work, batches, free.put)
+            finally:
+                free.put(None)  # the thread may be waiting for a buffer
+                self.waited_s += batches.waited_s
+
+    def _buffers(self, rows: int) -> HostBatch:
+        pinned = self._device.type == "cuda"
+        with self._host():
+            buffers = {
+                stream: torch.zeros(rows, layout.row_bytes, dtype=torch.uint8, pin_memory=pinned)
+                for stream, layout in {**self._source.formats, "y": LABELS}.items()
+            }
+        return HostBatch(0, 0, 0, buffers)
+
+    def _gather(self, work: Slice, free: queue.Queue[HostBatch | None]) -> Iterator[HostBatch]:
+        for step, start, stop in work.steps():
+            batch = free.get()
+            if batch is None:
+                return
+            batch.step, batch.start, batch.size = step, start, stop - start
+            run = slice(start, stop)
+            samples: Rows = run if work.order is None else work.order[run]
+            for stream, file in self._source.files.items():
+                rows = run if self._source.step_order else samples
+                file.read(rows, batch.buffers[stream][: batch.size])
+            if self._labels is not None:
+                self._labels.read(samples, batch.buffers["y"][: batch.size])
+            yield batch
+
+
+class Transfer:
+    """Moves parts of host batches into slots on the device and decodes them there.
+
+    One slot; on CUDA two, filled by a copy stream one part ahead of the computation.
+
+    Args:
+        formats: of the streams, and of the labels as ``y``.
+        device: where the slots are.
+        rows: of a slot.
+    """
+
+    def __init__(self, formats: Mapping[str, RowFormat], device: torch.device, rows: int):
+        self._formats = formats
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._slots = [_Slot(formats, device, rows) for _ in range(1 if self._copies is None else 2)]
+
+    def parts(
+        self, work: Slice, batches: Iterable[HostBatch], release: Callable[[HostBatch], None]
+    ) -> Iterator[Part]:
+        """The parts of each batch; ``release`` is called when a batch's buffers may be reused."""
+        staged: deque[tuple[_Slot, HostBatch, _Cut]] = deque()
+        for batch in batches:
+            for cut in work.parts(batch.size):
+                slot = self._slots[0]
+                self._slots.append(self._slots.pop(0))
+                self._fill(slot, batch, cut)
+                staged.append((slot, batch, cut))
+                if len(staged) == len(self._slots):
+                    yield from self._use(work, *staged.popleft(), release)
+        while staged:
+            yield from self._use(work, *staged.popleft(), release)
+
+    def _fill(self, slot: _Slot, batch: HostBatch, cut: _Cut) -> None:
+        _, first, last, _ = cut
+        if self._copies is None:
+            slot.fill(batch, first, last)
+            return
+        with torch.cuda.stream(self._copies):
+            if slot.used is not None:  # the last computation that read this slot
+                self._copies.wait_event(slot.used)
+            slot.fill(batch, first, last)
+            slot.filled = self._copies.record_event()
+
+    def _use(
+        self, work: Slice, slot: _Slot, batch: HostBatch, cut: _Cut, release: Callable[[HostBatch], None]
+    ) -> Iterator[Part]:
+        phase, first, last, closes = cut
+        if slot.filled is not None:
+            torch.cuda.current_stream().wait_event(slot.filled)
+        values = {stream: layout.decode(slot.rows(stream, last - first)) for stream, layout in self._formats.items()}
+        y = values.pop("y")
+        yield Part(batch.step, phase, batch.start, batch.size, first, last, closes, values, y)
+        if slot.filled is not None:
+            slot.used = torch.cuda.current_stream().record_event()
+            slot.filled.synchronize()
+        if closes and phase == work.phases - 1:
+            release(batch)
+
+
+_Cut = tuple[int, int, int, bool]
+
+
+class _Slot:
+    """Device buffers for one part, bytes as they lie on disk."""
+
+    def __init__(self, formats: Mapping[str, RowFormat], device: torch.device, rows: int):
+        self.filled: torch.cuda.Event | None = None
+        self.used: torch.cuda.Event | None = None
+        self._buffers = {
+            stream: torch.empty(rows, layout.row_bytes, dtype=torch.uint8, device=device)
+            for stream, layout in formats.items()
+        }
+
+    def fill(self, batch: HostBatch, first: int, last: int) -> None:
+        """Copy rows first..last-1 of the batch to the start of the slot."""
+        for stream, buffer in self._buffers.items():
+            buffer[: last - first].copy_(batch.buffers[stream][first:last], non_blocking=True)
+
+    def rows(self, stream: str, count: int) -> Tensor:
+        """The first rows of the slot, [count, row_bytes]."""
+        return self._buffers[stream][:count]
+
+
+class DeviceFeed:
+    """Parts of latents that lie on the device.
+
+    Args:
+        source: the parent's latents.
+        labels: [rows], int64, on the device, in sample order.
+    """
+
+    def __init__(self, source: DeviceLatents, labels: Tensor):
+        self.waited_s = 0.0
+        self._source, self._labels = source, labels
+
+    def parts(self, work: Slice) -> Iterator[Part]:
+        """See ``Feed``."""
+        for step, start, stop in work.steps():
+            for phase, first, last, closes in work.parts(stop - start):
+                run = slice(start + first, start + last)
+                picked = None if work.order is None else self._index(work.order[run])
+                streams = {
+                    stream: layout.decode(self._rows(stream, run, picked))
+                    for stream, layout in self._source.formats.items()
+                }
+                y = self._labels[run] if picked is None else self._labels[picked]
+                yield Part(step, phase, start, stop - start, first, last, closes, streams, y)
+
+    def _index(self, samples: NDArray[np.int64]) -> Tensor:
+        return torch.empty(len(samples), dtype=torch.int64, device=self._labels.device).copy_(
+            torch.from_numpy(samples)
+        )
+
+    def _rows(self, stream: str, run: slice, picked: Tensor | None) -> Tensor:
+        matrix = self._source.tensors[stream]
+        return matrix[run] if picked is None or self._source.step_order else matrix.index_select(0, picked)

@@ -1,0 +1,1 @@
+"""Carrying a run out: schedules, the trainer, the predictor."""

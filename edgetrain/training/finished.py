@@ -1,0 +1,226 @@
+"""A finished run: evaluate it, predict with it, load its modules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from edgetrain.config import Settings, read_profile
+from edgetrain.data.arrays import from_rows
+from edgetrain.data.base import DataSet, Part
+from edgetrain.data.prepare import prepare
+from edgetrain.data.specs import open_data, open_rows
+from edgetrain.errors import CorruptError, InputError
+from edgetrain.memory import device as devices
+from edgetrain.memory.meter import Meter, meter_of
+from edgetrain.objectives.base import Node, Objective, nodes
+from edgetrain.record import CellRecord, RunRecord
+from edgetrain.store.run import RunFolder
+from edgetrain.stream.cell import OptimizerRecipe, LiveCell
+from edgetrain.stream.latents import FileLatents
+from edgetrain.training.inputs import Shape, unpack
+from edgetrain.training.job import method_of, net_of, with_defaults
+from edgetrain.training.predictor import Predictions, Predictor
+from edgetrain.training.trainer import INPUTS, READOUT
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: its folder.
+        record: what it measured.
+        settings: how it was made.
+        shape: of its data.
+        nodes: its cells.
+        objective: its rule.
+    """
+
+    path: Path
+    record: RunRecord
+    settings: Settings
+    shape: Shape
+    nodes: tuple[Node, ...]
+    objective: Objective
+
+    @classmethod
+    def open(cls, path: Path, net: Any = None) -> Run:
+        """The run in a folder.
+
+        Args:
+            path: the folder.
+            net: the user's own modules or ``file.py:function``, for runs of such nets: code is run only
+                when it is named by the caller, never because a folder names it.
+
+        Raises:
+            InputError: the folder holds no finished run, or its net must be given.
+            CorruptError: its record is damaged.
+        """
+        if not (path / "record.json").is_file():
+            unfinished = "an unfinished run; finish it with fit --resume" if (path / "config.toml").is_file() else "no run"
+            raise InputError(f"{path}: holds {unfinished}")
+        settings = Settings().with_values(read_profile(path / "config.toml"))
+        record, shape = _read_record(path / "record.json")
+        method = method_of(settings)
+        settings = with_defaults(settings, method)
+        opened = net_of(settings, method, shape, _net(settings, net))
+        objective = method(shape.classes, opened.options)
+        cells = nodes(objective.join(list(opened.cells)), shape.shape, settings.seed)
+        return cls(path, record, settings, shape, tuple(cells), objective)
+
+    def evaluate(self, data: Any = None, device: str | None = None) -> Predictions:
+        """Accuracy by every vote and of every cell.
+
+        Args:
+            data: a spec, arrays ``(X, y)``, or ``None`` for the run's own test rows.
+            device: where to run; by default as the run was trained.
+
+        Raises:
+            InputError: the data are not like those the run was trained on, or have no labels.
+        """
+        opened = self._open(open_data(self.settings.data) if data is None else data)
+        if opened.test is None:
+            raise InputError(f"data {opened.name!r}: holds no test rows")
+        found, labelled = self._predict(opened, opened.test, device)
+        if not labelled:
+            raise InputError(f"data {opened.name!r}: holds no labels to compare with; use predict")
+        return found
+
+    def predict(self, data: Any, device: str | None = None) -> NDArray[np.int64]:
+        """Labels [rows], int64, by the method's own vote, of a spec or of an array [rows, ...]."""
+        return self.scores(data, device).argmax(1)
+
+    def probabilities(self, data: Any, device: str | None = None) -> NDArray[np.float64]:
+        """Softmax of the scores of the method's own vote, [rows, classes]."""
+        scores = self.scores(data, device).astype(np.float64)
+        shifted = np.exp(scores - scores.max(1, keepdims=True))
+        return np.asarray(shifted / shifted.sum(1, keepdims=True))
+
+    def scores(self, data: Any, device: str | None = None) -> NDArray[np.float32]:
+        """Scores of the method's own vote, [rows, classes]."""
+        opened = self._open(data)
+        assert opened.test is not None
+        return self._predict(opened, opened.test, device)[0].scores[self.objective.vote]
+
+    def latents(self, data: Any, target: Path, device: str | None = None) -> tuple[int, ...]:
+        """Write the last cell's latents as a ``.npy`` file, streamed; returns its shape."""
+        opened = self._open(data)
+        assert opened.test is not None
+        shape = (opened.test.rows, *self.nodes[-1].shape)
+        out = np.lib.format.open_memmap(target, mode="w+", dtype=np.float32, shape=shape)
+
+        def keep(first: int, rows: NDArray[np.float32]) -> None:
+            out[first : first + len(rows)] = rows
+
+        self._predict(opened, opened.test, device, keep)
+        out.flush()
+        return shape
+
+    def model(self) -> nn.Sequential:
+        """The trained cells as plain modules on the CPU, in evaluation mode; heads are left out."""
+        folder, cells = RunFolder(self.path), []
+        files = folder.files()
+        for node in self.nodes:
+            state = folder.read_unit(files[_unit(node)], optimizer=False)
+            cells.append(LiveCell(node, self.objective, OptimizerRecipe("sgd", 1.0), torch.device("cpu"), state))
+        return nn.Sequential(*(cell.module for cell in cells)).eval()
+
+    def _open(self, data: Any) -> DataSet:
+        opened = _rows(data)
+        self.shape.check(opened)
+        return opened
+
+    def _predict(
+        self,
+        data: DataSet,
+        part: Part,
+        device: str | None,
+        on_latents: Callable[[int, NDArray[np.float32]], None] | None = None,
+    ) -> tuple[Predictions, bool]:
+        place = devices.resolve(device or self.settings.device)
+        meter, folder = meter_of(place), RunFolder(self.path)
+        files = folder.files()
+        scaling = unpack(folder.read_unit(files[INPUTS])) if INPUTS in files else None
+        with TemporaryDirectory(prefix="edgetrain-") as scratch:
+            rows = prepare(data, part, Path(scratch), "rows", scaling)
+            micro = _as_list(self.settings.micro_batch, len(self.nodes), self.settings.batch_size)
+            predictor = predictor_of(folder, self.nodes, self.objective, place, meter, micro, Path(scratch))
+            return predictor.run(FileLatents.of_files({"x": rows.x}, meter.host), rows.y, on_latents), rows.y is not None
+
+
+def predictor_of(
+    folder: RunFolder,
+    cells: tuple[Node, ...],
+    objective: Objective,
+    device: torch.device,
+    meter: Meter,
+    micro_batches: list[int],
+    scratch: Path | None = None,
+) -> Predictor:
+    """A predictor that reads a run's committed cells."""
+    files = folder.files()
+    return Predictor(
+        nodes=cells,
+        objective=objective,
+        device=device,
+        meter=meter,
+        seed=cells[0].seed,
+        micro_batches=micro_batches,
+        read_cell=lambda index: folder.read_unit(files[_unit(cells[index])], optimizer=False),
+        readout=folder.read_unit(files[READOUT], optimizer=False) if READOUT in files else None,
+        folder=scratch or folder.latents,
+    )
+
+
+def _unit(node: Node) -> str:
+    return f"{node.index:03}"
+
+
+def _rows(data: Any) -> DataSet:
+    """What to predict on: a data set, a spec, arrays ``(X, y)``, or rows X."""
+    if isinstance(data, DataSet):
+        return data
+    if isinstance(data, str):
+        return open_rows(data)
+    if isinstance(data, tuple):
+        return from_rows(*data)
+    return from_rows(data)
+
+
+def _net(settings: Settings, net: Any) -> Any:
+    if net is not None:
+        return net
+    if ".py:" in settings.net or settings.net == "modules":
+        raise InputError(
+            f"net {settings.net!r}: this run's net is your own code; name it again (--net path/to/net.py:function,"
+            " or net=... in Python)"
+        )
+    return settings.net
+
+
+def _as_list(micro_batch: int | list[int] | None, cells: int, batch_size: int) -> list[int]:
+    if isinstance(micro_batch, list):
+        return micro_batch
+    return [micro_batch or batch_size] * cells
+
+
+def _read_record(path: Path) -> tuple[RunRecord, Shape]:
+    try:
+        values = json.loads(path.read_text())
+        shape = Shape.from_dict(values.pop("data"))
+        cells = [CellRecord(**cell) for cell in values.pop("cells")]
+        readout = values.pop("readout")
+        record = RunRecord(**values, cells=cells, readout=CellRecord(**readout) if readout else None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptError(f"{path}: is not a record of edgetrain ({type(error).__name__}: {error})") from error
+    return replace(record, run=str(path.parent)), shape

@@ -1,0 +1,272 @@
+"""One run from beginning to end: plan, prepare, train, evaluate, finish."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgetrain.config import Settings, read_profile
+from edgetrain.data.base import DataSet
+from edgetrain.data.prepare import Prepared, prepare
+from edgetrain.errors import EdgetrainError, InputError, StorageError
+from edgetrain.memory import device as devices
+from edgetrain.memory.host import PeakRss
+from edgetrain.memory.meter import Meter, meter_of
+from edgetrain.planning.plan import Plan
+from edgetrain.planning.planner import require_fit
+from edgetrain.record import RunRecord
+from edgetrain.store.run import RunFolder
+from edgetrain.stream.latents import FileLatents
+from edgetrain.training.finished import Run, predictor_of
+from edgetrain.training.inputs import pack, scaling_of
+from edgetrain.training.job import Job, global_threads, host_tier, open_job, plan_job
+from edgetrain.training.trainer import Choices, Trainer
+from edgetrain.training.watcher import Silent, Watcher
+from edgetrain.units import show_mb, to_mb
+
+# What may differ when a run is resumed, because it changes no bit of the result.
+_FREE_ON_RESUME = {"max_host_mb", "max_disk_gb", "keep_latents", "meter", "checkpoint_every", "prefetch"}
+
+
+def fit(
+    settings: Settings,
+    path: Path,
+    net: Any = None,
+    data: DataSet | None = None,
+    resume: bool = False,
+    force: bool = False,
+    watcher: Watcher | None = None,
+) -> Run:
+    """Train as ``settings`` say, in the run folder ``path``.
+
+    Args:
+        settings: see ``config.Settings``.
+        path: the run folder.
+        net: modules or a function instead of ``settings.net``.
+        data: a data set instead of ``settings.data``.
+        resume: go on from the folder's newest commit; a finished run is returned as it is.
+        force: remove the folder's run first.
+        watcher: is told of progress.
+
+    Raises:
+        InputError: settings, data or folder are not as they must be.
+        BudgetError: the budget cannot hold the run.
+        StorageError: the disk refused.
+        DivergedError: a loss is not finite.
+    """
+    folder, watcher = RunFolder(path), watcher or Silent()
+    resuming = _check_folder(folder, resume, force)
+    if resuming and (last := folder.last()) is not None and last.get("finished"):
+        watcher.note(f"{path}: this run is finished")
+        return Run.open(path, net)
+    with _process_state(settings):
+        job = open_job(settings, net, data)
+        plan = plan_job(job)
+        require_fit(plan)
+        _check_disk(path, plan)
+        if not resuming and not folder.is_free():
+            with folder.locked():
+                folder.clear()
+        return _run(job, plan, folder, resuming, watcher, net)
+
+
+def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> Settings:
+    """The settings of the run in ``path``, if there is one to resume, else ``settings``.
+
+    Args:
+        path: the run folder.
+        given: what was stated on the command line or in Python.
+        settings: resolved without the run.
+
+    Raises:
+        InputError: something was stated that would change the run.
+    """
+    if not (path / "config.toml").is_file():
+        return settings
+    kept = Settings().with_values(read_profile(path / "config.toml"))
+    for name, value in given.items():
+        if name not in _FREE_ON_RESUME and getattr(settings, name) != getattr(kept, name):
+            raise InputError(
+                f"{path}: was begun with {name} = {getattr(kept, name)!r}, not {value!r}; resume it without"
+                f" --{name.replace('_', '-')}, or start another run"
+            )
+    return replace(kept, **{name: getattr(settings, name) for name in given if name in _FREE_ON_RESUME})
+
+
+def free_path(data: str, method: str) -> Path:
+    """The first folder under ``runs/`` that is not taken: ``runs/mnist-mf``, ``runs/mnist-mf-2``, ..."""
+    base = f"{Path(data).stem}-{method}"
+    path, number = Path("runs") / base, 1
+    while path.exists():
+        number += 1
+        path = Path("runs") / f"{base}-{number}"
+    return path
+
+
+def _check_folder(folder: RunFolder, resume: bool, force: bool) -> bool:
+    """Whether a run is resumed.
+
+    Raises:
+        InputError: the folder is taken.
+    """
+    if resume and force:
+        raise InputError("--resume and --force exclude each other: one keeps the run, the other removes it")
+    if folder.path.is_file():
+        raise InputError(f"{folder.path}: is a file; expected a folder for the run")
+    if folder.is_free():
+        return False
+    if resume:
+        if not folder.is_run():
+            raise InputError(f"{folder.path}: holds no edgetrain run to resume")
+        return folder.last() is not None
+    if not force:
+        kind = "a run" if folder.is_run() else "files that are no run of edgetrain"
+        hint = "use --resume to go on with it, --force to replace it, or" if folder.is_run() else ""
+        raise InputError(f"{folder.path}: exists and holds {kind}; {hint} choose another --run-dir".replace("  ", " "))
+    if not folder.is_run():
+        raise InputError(f"{folder.path}: holds no edgetrain run, so --force does not remove it")
+    return False
+
+
+def _check_disk(path: Path, plan: Plan) -> None:
+    """Refuse a run that the disk has no room for, before it begins."""
+    existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if plan.disk_bytes > free:
+        raise StorageError(
+            f"{existing}: has {show_mb(free)} free, the run needs {show_mb(plan.disk_bytes)}; make room, choose"
+            " another --run-dir, or use --latent-dtype uint8"
+        )
+
+
+@contextmanager
+def _process_state(settings: Settings) -> Iterator[None]:
+    """Threads and torch's global generators are as before when a run is over."""
+    devices.configure_cuda()
+    threads, random = torch.get_num_threads(), torch.random.get_rng_state()
+    try:
+        global_threads(settings.threads)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.random.set_rng_state(random)
+
+
+def _run(job: Job, plan: Plan, folder: RunFolder, resuming: bool, watcher: Watcher, net: Any) -> Run:
+    device, began = job.work.device, time.monotonic()
+    settings = replace(job.settings, micro_batch=_compact(plan.micro_batches), placement=_placement(job, plan))
+    if not resuming:
+        folder.create(settings.to_toml())
+    with folder.locked(), PeakRss() as host:
+        try:
+            folder.clear_working_files()
+            devices.cap(device, plan.budget)
+            meter = meter_of(device, job.settings.meter == "full")
+            record = _record(job, plan, folder)
+            watcher.planned(plan, record)
+            trainer, test = _train(job, plan, folder, meter, watcher)
+            _evaluate(job, folder, plan, test, meter, record, trainer)
+            _complete(folder, record, trainer, host, began, job)
+        except EdgetrainError:
+            if folder.last() is None:
+                folder.clear()
+                _remove_if_empty(folder.path)
+            raise
+        finally:
+            devices.cap(device, None)
+    watcher.finished(record)
+    return Run.open(folder.path, net)
+
+
+def _train(
+    job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher
+) -> tuple[Trainer, Prepared | None]:
+    assert job.data.train is not None
+    scaling = scaling_of(job.data, job.data.train, job.work.objective.nonnegative_input)
+    train = prepare(job.data, job.data.train, folder.latents, "000", scaling)
+    test = None if job.data.test is None else prepare(job.data, job.data.test, folder.latents, "test", scaling)
+    for part in filter(None, (train, test)):
+        folder.space(part.written)
+        folder.wrote(part.written)
+    assert train.y is not None
+    choices = Choices(
+        host_tier(job, plan), job.settings.prefetch, job.settings.keep_latents, job.settings.checkpoint_every
+    )
+    inputs = FileLatents.of_files({"x": train.x}, meter.host)
+    trainer = Trainer(job.work, plan, folder, inputs, train.y, pack(scaling), meter, watcher, choices)
+    trainer.run()
+    return trainer, test
+
+
+def _evaluate(
+    job: Job, folder: RunFolder, plan: Plan, test: Prepared | None, meter: Meter, record: RunRecord, trainer: Trainer
+) -> None:
+    cells = trainer.records[: job.work.depth]
+    if test is not None:
+        predictor = predictor_of(folder, job.work.nodes, job.work.objective, job.work.device, meter, plan.micro_batches)
+        found = predictor.run(FileLatents.of_files({"x": test.x}, meter.host), test.y)
+        record.votes = {**found.accuracy, "cells": found.cells}
+        record.test_accuracy = found.accuracy[job.work.objective.vote]
+        for cell, accuracy, peak in zip(cells, found.cells, found.peaks, strict=True):
+            cell.test_accuracy = accuracy
+            cell.peak_gpu_mb = max(cell.peak_gpu_mb or 0.0, to_mb(peak) or 0.0)
+    record.cells = cells
+    record.readout = trainer.records[-1] if job.work.readout else None
+    if record.readout is not None:
+        record.readout.test_accuracy = record.test_accuracy
+
+
+def _complete(
+    folder: RunFolder, record: RunRecord, trainer: Trainer, host: PeakRss, began: float, job: Job
+) -> None:
+    number = (folder.last() or {"commit": 0})["commit"] + 1
+    files = folder.finish(number, {**{k: v for k, v in (folder.last() or {}).items() if k in ("visits", "cells")}})
+    record.seconds = round(time.monotonic() - began, 3)
+    record.waited_seconds = round(sum(cell.waited_seconds for cell in trainer.records), 3)
+    folder.write_model(files, {"format": 1, "settings": asdict(job.settings), "data": asdict(job.shape)})
+    peaks = [cell.peak_gpu_mb for cell in trainer.records if cell.peak_gpu_mb is not None]
+    record.peak_gpu_mb = max(peaks) if peaks else None
+    record.context_mb = to_mb(devices.context_bytes(job.work.device))
+    record.peak_host_mb = to_mb(host.peak_bytes)
+    record.disk_mb = to_mb(folder.peak_space)
+    record.latents_mb = to_mb(trainer.latents_peak)
+    record.written_mb = to_mb(folder.written)
+    if not job.settings.keep_latents:
+        folder.clear_working_files()
+    folder.write_record({**record.as_dict(), "data": asdict(job.shape)})
+
+
+def _record(job: Job, plan: Plan, folder: RunFolder) -> RunRecord:
+    return RunRecord(
+        run=str(folder.path),
+        method=job.settings.method,
+        schedule=job.settings.schedule,
+        device=devices.name(job.work.device),
+        seed=job.settings.seed,
+        budget_mb=to_mb(plan.budget),
+        predicted_peak_mb=to_mb(plan.predicted_peak),
+        placement=plan.placement,
+        citations=[job.work.objective.citation],
+    )
+
+
+def _compact(sizes: list[int]) -> int | list[int]:
+    """One number where all are the same."""
+    return sizes[0] if len(set(sizes)) == 1 else sizes
+
+
+def _placement(job: Job, plan: Plan) -> Any:
+    """What ``auto`` came out as on a GPU is kept, so that a resumed run is placed the same."""
+    return plan.placement if plan.placement == "resident" else job.settings.placement
+
+
+def _remove_if_empty(path: Path) -> None:
+    if path.exists() and not any(path.iterdir()):
+        path.rmdir()

@@ -1,0 +1,207 @@
+"""From settings to a run that can be planned: data opened, net read, every default filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+
+from edgetrain.baselines import BASELINES
+from edgetrain.config import Settings, did_you_mean
+from edgetrain.data.base import DataSet
+from edgetrain.data.specs import open_data
+from edgetrain.errors import InputError
+from edgetrain.memory import device as devices
+from edgetrain.memory.host import cores
+from edgetrain.nets.base import Net
+from edgetrain.nets.spec import open_net
+from edgetrain.objectives import OBJECTIVES
+from edgetrain.objectives.base import Objective, nodes
+from edgetrain.planning.plan import Plan
+from edgetrain.planning.planner import make_plan
+from edgetrain.planning.workload import Workload
+from edgetrain.stream.cell import OptimizerRecipe
+from edgetrain.training.inputs import Shape
+from edgetrain.units import from_mb
+
+METHODS: Mapping[str, type[Objective]] = {**OBJECTIVES, **BASELINES}
+_HOST_SHARE = 0.5  # of available host memory, for cells between visits, when nothing is said
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, resolved.
+
+    Attributes:
+        settings: with nothing left open but limits.
+        data: the data set.
+        shape: what of it the run remembers.
+        net: the recipes, before a baseline joins them.
+        work: what the planner and the trainer need.
+    """
+
+    settings: Settings
+    data: DataSet
+    shape: Shape
+    net: Net
+    work: Workload
+
+
+def method_of(settings: Settings) -> type[Objective]:
+    """The rule or baseline that settings name.
+
+    Raises:
+        InputError: unknown method.
+    """
+    for flag, name in (("method", settings.method), ("like", settings.like)):
+        if name is not None and name not in METHODS:
+            known = f"; known: {', '.join(METHODS)}"
+            raise InputError(f"unknown {flag} {name!r}{did_you_mean(name, METHODS) or known}")
+    if settings.like is not None and settings.method not in BASELINES:
+        raise InputError(f"--like is for baselines ({', '.join(BASELINES)}); {settings.method} has its own options")
+    return METHODS[settings.method]
+
+
+def open_job(settings: Settings, net: Any = None, data: DataSet | None = None) -> Job:
+    """Resolve settings.
+
+    Args:
+        settings: as given.
+        net: modules or a function given in Python instead of ``settings.net``.
+        data: a data set given in Python instead of ``settings.data``.
+
+    Raises:
+        InputError: something is unknown or does not fit together.
+    """
+    method = method_of(settings)
+    device = devices.resolve(settings.device)
+    settings = with_defaults(settings, method)
+    opened = open_data(settings.data) if data is None else data
+    if opened.train is None:
+        raise InputError(f"data {opened.name!r}: holds no training rows")
+    shape = Shape.of(opened)
+    recipes = net_of(settings, method, shape, settings.net if net is None else net)
+    objective = method(shape.classes, recipes.options)
+    trained = objective.join(list(recipes.cells))
+    work = Workload(
+        nodes=tuple(nodes(trained, shape.shape, settings.seed)),
+        objective=objective,
+        optimizer=OptimizerRecipe(settings.optimizer or "", settings.lr or 0.0, settings.weight_decay or 0.0),
+        readout=_readout(settings, method),
+        schedule=settings.schedule or "separate",
+        classes=shape.classes,
+        rows=opened.train.rows,
+        test_rows=opened.test.rows if opened.test else 0,
+        batch_size=settings.batch_size,
+        epochs=settings.epochs,
+        readout_epochs=settings.classifier_epochs or 0,
+        inputs=shape.format,
+        latent_dtype=settings.latent_dtype,
+        device=device,
+        seed=settings.seed,
+        prefetch=settings.prefetch,
+    )
+    return Job(settings, opened, shape, recipes, work)
+
+
+def net_of(settings: Settings, method: type[Objective], shape: Shape, net: Any) -> Net:
+    """The net of settings for a method, with its options."""
+    preferred = METHODS[settings.like or "mf"] if settings.method in BASELINES else method
+    return open_net(net, shape.shape, preferred.net_defaults)
+
+
+def with_defaults(settings: Settings, method: type[Objective]) -> Settings:
+    """Settings with the method's defaults where nothing was said.
+
+    Raises:
+        InputError: a setting has no meaning for the method.
+    """
+    prefers = method.defaults
+    trains_readout = method.vote == "trained"
+    if prefers.schedule is None and settings.schedule is not None:
+        raise InputError(f"--schedule is for local methods; {method.name} trains the whole net at once")
+    if not trains_readout:
+        for name in ("classifier_lr", "classifier_weight_decay", "classifier_epochs"):
+            if getattr(settings, name) is not None:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} is for methods that train a classifier on all latents; {method.name} does not")
+    schedule = settings.schedule or prefers.schedule
+    values: dict[str, Any] = {
+        "schedule": schedule,
+        "optimizer": settings.optimizer or prefers.optimizer,
+        "lr": _or(settings.lr, prefers.lr),
+        "weight_decay": _or(settings.weight_decay, prefers.weight_decay),
+        "threads": settings.threads or cores(),
+    }
+    if settings.method in BASELINES:
+        values["like"] = settings.like or "mf"
+    if trains_readout:
+        values["classifier_lr"] = _or(settings.classifier_lr, prefers.classifier_lr)
+        values["classifier_weight_decay"] = _or(settings.classifier_weight_decay, prefers.classifier_weight_decay)
+        values["classifier_epochs"] = _classifier_epochs(settings, schedule)
+    return replace(settings, **values)
+
+
+def plan_job(job: Job) -> Plan:
+    """The plan of a job on this machine.
+
+    Raises:
+        InputError: a limit is larger than what there is.
+    """
+    settings, device = job.settings, job.work.device
+    budget = devices.default_budget(device)
+    if settings.max_gpu_mb is not None:
+        budget = from_mb(settings.max_gpu_mb)
+        total = devices.total_bytes(device) if device.type == "cuda" else None
+        if total is not None and budget > total:
+            raise InputError(
+                f"--max-gpu-mb {settings.max_gpu_mb:g}: the device has {total >> 20} MiB; state a smaller budget"
+            )
+    return make_plan(
+        job.work,
+        budget,
+        settings.placement,
+        settings.micro_batch,
+        None if settings.max_host_mb is None else from_mb(settings.max_host_mb),
+        None if settings.max_disk_gb is None else from_mb(settings.max_disk_gb * 1024),
+    )
+
+
+def host_tier(job: Job, plan: Plan) -> int:
+    """Bytes of host memory for cells between visits."""
+    if plan.host_budget is not None:
+        return max(0, plan.host_budget - plan.host_bytes)
+    if job.settings.placement == "stream":
+        return 0  # the leanest form: only the next cell waits on the host
+    return int(psutil.virtual_memory().available * _HOST_SHARE)
+
+
+def _or(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
+
+
+def _classifier_epochs(settings: Settings, schedule: str | None) -> int:
+    epochs = settings.classifier_epochs or settings.epochs
+    if schedule == "sequence" and epochs != settings.epochs:
+        raise InputError(
+            f"--classifier-epochs {epochs}: under --schedule sequence the classifier trains in every one of the"
+            f" {settings.epochs} epochs; leave it out or use --schedule separate"
+        )
+    return epochs
+
+
+def _readout(settings: Settings, method: type[Objective]) -> OptimizerRecipe | None:
+    if method.vote != "trained":
+        return None
+    return OptimizerRecipe(
+        settings.optimizer or "", settings.classifier_lr or 0.0, settings.classifier_weight_decay or 0.0
+    )
+
+
+def global_threads(threads: int | None) -> None:
+    """Use this many CPU threads from now on."""
+    if threads is not None:
+        torch.set_num_threads(threads)

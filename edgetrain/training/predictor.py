@@ -1,0 +1,208 @@
+"""Reads classes off a finished net, one cell on the device at a time, over all rows at once.
+
+The votes: ``sum`` of all cells' scores, the ``last`` cell's alone, the ``trained`` classifier on all
+cells' latents (a sum over cells as well, so nothing is concatenated), and each cell on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgetrain.memory.meter import Meter
+from edgetrain.objectives.base import Node, Objective, Streams
+from edgetrain.store.latents import LatentFile
+from edgetrain.stream.cell import LiveCell, OptimizerRecipe, State, copied
+from edgetrain.stream.executor import Executor
+from edgetrain.stream.feed import FileFeed, Part, Slice
+from edgetrain.stream.latents import FileLatents
+
+_UNUSED = OptimizerRecipe("sgd", 1.0)
+
+
+@dataclass
+class Predictions:
+    """Scores [rows, C], float32, by vote, and accuracies where there are labels.
+
+    Attributes:
+        scores: by vote.
+        accuracy: fraction right, by vote.
+        cells: fraction right of each cell on its own; ``None`` for cells that have no vote.
+        peaks: device bytes of each cell's visit.
+    """
+
+    scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    accuracy: dict[str, float] = field(default_factory=dict)
+    cells: list[float | None] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A finished net that streams.
+
+    Attributes:
+        nodes: its cells.
+        objective: the rule it was trained with.
+        device: where cells run.
+        meter: watches the device side.
+        seed: the run's.
+        micro_batches: of each cell.
+        read_cell: gives a cell's tensors.
+        readout: the trained classifier's tensors, if there is one.
+        folder: for latents on their way; they are removed.
+        prefetch: batches gathered ahead.
+    """
+
+    nodes: tuple[Node, ...]
+    objective: Objective
+    device: torch.device
+    meter: Meter
+    seed: int
+    micro_batches: list[int]
+    read_cell: Callable[[int], State]
+    readout: State | None
+    folder: Path
+    prefetch: int = 2
+
+    def run(
+        self,
+        inputs: FileLatents,
+        labels: LatentFile | None,
+        on_latents: Callable[[int, NDArray[np.float32]], None] | None = None,
+    ) -> Predictions:
+        """Scores of all rows of ``inputs``.
+
+        Args:
+            inputs: prepared rows.
+            labels: of the rows, or ``None``.
+            on_latents: given the last cell's latents [B, ...] with the number of their first row.
+        """
+        truth = None if labels is None else _all_labels(labels)
+        found = Predictions()
+        source = inputs
+        for node in self.nodes:
+            is_last = node.index == len(self.nodes) - 1
+            scorer = _Scorer(self, node, found, truth, on_latents if is_last else None)
+            out = None if is_last else self._latents(node.index, inputs.rows)
+            self._visit(node, source, labels, out, scorer)
+            if source is not inputs:
+                source.free()
+            source = inputs if out is None else out
+            scorer.conclude()
+        if truth is not None:
+            for vote, scores in found.scores.items():
+                found.accuracy[vote] = _accuracy(scores, truth)
+        return found
+
+    def _visit(
+        self,
+        node: Node,
+        source: FileLatents,
+        labels: LatentFile | None,
+        out: FileLatents | None,
+        scorer: _Scorer,
+    ) -> None:
+        micro = self.micro_batches[node.index]
+        work = Slice(source.rows, micro, micro, 0, -(-source.rows // micro))
+        state = {name: value for name, value in self.read_cell(node.index).items() if "optim." not in name}
+        self.meter.start_cell()
+        with self.meter.watch():
+            cell = LiveCell(node, self.objective, _UNUSED, self.device, state)
+        scorer.load()
+        feed = FileFeed(source, labels, self.device, self.meter.host, self.prefetch)
+        sink = None if out is None else out.sink()
+        try:
+            Executor(self.objective, self.device, self.meter, self.seed).emit(cell, feed, work, sink, scorer.take)
+        finally:
+            if sink is not None:
+                sink.close()
+        scorer.peak = self.meter.cell_peak
+
+    def _latents(self, index: int, rows: int) -> FileLatents:
+        def ignore(size: int) -> None: ...
+
+        return FileLatents(
+            self.folder, f"rows-{index + 1:03}", rows, "float32", False, self.meter.host, ignore, ignore,
+            background=self.prefetch > 0,
+        )
+
+
+class _Scorer:
+    """Collects one cell's part of the votes."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        node: Node,
+        found: Predictions,
+        truth: NDArray[np.int64] | None,
+        on_latents: Callable[[int, NDArray[np.float32]], None] | None,
+    ):
+        self._predictor, self._node, self._found, self._truth = predictor, node, found, truth
+        self._on_latents = on_latents
+        self._block: Tensor | None = None
+        self._bias: Tensor | None = None
+        self._own: list[NDArray[np.float32]] = []
+        self._trained: list[NDArray[np.float32]] = []
+        self.peak = 0
+
+    def load(self) -> None:
+        """Bring the classifier's block for this cell to the device."""
+        readout, device = self._predictor.readout, self._predictor.device
+        if readout is None:
+            return
+        with self._predictor.meter.watch():
+            self._block = copied(readout[f"{self._node.index}.weight"], device)
+            if self._node.index == 0:
+                self._bias = copied(readout["bias"], device)
+
+    def take(self, part: Part, scores: Tensor | None, latents: Streams) -> None:
+        """Scores of one micro-batch."""
+        if scores is not None:
+            self._own.append(_to_numpy(scores))
+        if self._block is not None:
+            logits = latents["x"].flatten(1) @ self._block.T
+            self._trained.append(_to_numpy(logits if self._bias is None else logits + self._bias))
+        if self._on_latents is not None:
+            self._on_latents(part.start + part.first, _to_numpy(latents["x"]))
+
+    def conclude(self) -> None:
+        """Add this cell's scores to the votes."""
+        found = self._found
+        found.peaks.append(self.peak)
+        own = np.concatenate(self._own) if self._own else None
+        if own is None or self._truth is None:
+            found.cells.append(None)
+        else:
+            found.cells.append(_accuracy(own, self._truth))
+        if own is not None:
+            found.scores["sum"] = found.scores["sum"] + own if "sum" in found.scores else own
+            if self._node.index == len(self._predictor.nodes) - 1:
+                found.scores["last"] = own
+        if self._trained:
+            trained = np.concatenate(self._trained)
+            found.scores["trained"] = (
+                found.scores["trained"] + trained if "trained" in found.scores else trained
+            )
+
+
+def _to_numpy(values: Tensor) -> NDArray[Any]:
+    return values.detach().cpu().numpy().copy()
+
+
+def _all_labels(labels: LatentFile) -> NDArray[np.int64]:
+    rows = torch.empty(labels.rows, labels.format.row_bytes, dtype=torch.uint8)
+    labels.read(slice(0, labels.rows), rows)
+    return labels.format.decode(rows).numpy()
+
+
+def _accuracy(scores: NDArray[np.float32], truth: NDArray[np.int64]) -> float:
+    return float((scores.argmax(1) == truth).mean())

@@ -1,0 +1,83 @@
+"""Who looks on while a run goes: the trainer tells, a report shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from edgetrain.planning.plan import Plan
+from edgetrain.record import RunRecord
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        visit: number of the visit, from 0; ``visits``: how many there are.
+        name: of the cell; ``node`` its number, ``nodes`` how many there are.
+        epoch: from 0, of ``epochs``.
+        step: steps done in the epoch, of ``steps``.
+        loss: mean of the epoch so far; ``accuracy`` likewise on training data, where the rule has one.
+        peak: device bytes of this cell so far; ``budget``: bytes allowed or ``None``.
+        elapsed_s: since training began in this process; ``left_s``: estimate, or ``None``.
+    """
+
+    visit: int
+    visits: int
+    name: str
+    node: int
+    nodes: int
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    accuracy: float | None
+    peak: int
+    budget: int | None
+    elapsed_s: float
+    left_s: float | None
+
+
+class Watcher(Protocol):
+    """Is told what happens; it changes nothing."""
+
+    def planned(self, plan: Plan, record: RunRecord) -> None:
+        """The plan fits and the run begins."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something to know, in a sentence."""
+        ...
+
+    def stepped(self, progress: Progress) -> None:
+        """Some steps were done; called a few times a second at most."""
+        ...
+
+    def visited(self, progress: Progress) -> None:
+        """A visit ended."""
+        ...
+
+    def finished(self, record: RunRecord) -> None:
+        """The run is complete."""
+        ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def planned(self, plan: Plan, record: RunRecord) -> None:
+        """See ``Watcher``."""
+
+    def note(self, text: str) -> None:
+        """See ``Watcher``."""
+
+    def stepped(self, progress: Progress) -> None:
+        """See ``Watcher``."""
+
+    def visited(self, progress: Progress) -> None:
+        """See ``Watcher``."""
+
+    def finished(self, record: RunRecord) -> None:
+        """See ``Watcher``."""

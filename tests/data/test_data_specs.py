@@ -1,0 +1,108 @@
+"""What is typed after --data becomes a data set, or one line that helps."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from made_files import cycle, pixels, rows_of
+
+from edgetrain.data.specs import NAMES, open_data, open_rows
+from edgetrain.data.split import stratified
+from edgetrain.errors import InputError
+
+
+def test_digits_are_shipped():
+    data = open_data("digits")
+    x, y = rows_of(data.train)
+    assert (data.name, data.shape, data.pixel_max, data.table, data.classes) == (
+        "digits",
+        (1, 8, 8),
+        16.0,
+        False,
+        10,
+    )
+    assert (data.train.rows, data.test.rows) == (1437, 360)
+    assert (x.dtype, x.min(), x.max()) == (np.uint8, 0, 16)
+    assert y.dtype == np.int64
+    assert np.bincount(rows_of(data.test)[1]).min() >= 35
+
+
+def test_digits_are_those_of_scikit_learn_in_the_documented_split():
+    found = pytest.importorskip("sklearn.datasets").load_digits()
+    is_test = stratified(found.target.astype(np.int64), 360, "digits")
+    data = open_data("digits")
+    for part, keep in ((data.train, ~is_test), (data.test, is_test)):
+        x, y = rows_of(part)
+        assert np.array_equal(x[:, 0], found.images[keep])
+        assert np.array_equal(y, found.target[keep])
+
+
+def test_breast_cancer_is_a_table():
+    pytest.importorskip("sklearn")
+    data = open_data("breast-cancer")
+    x, y = rows_of(data.train)
+    assert (data.name, data.shape, data.pixel_max, data.table, data.classes) == (
+        "breast-cancer",
+        (30,),
+        None,
+        True,
+        2,
+    )
+    assert (data.train.rows, data.test.rows) == (455, 114)
+    assert x.dtype == np.float32
+    assert abs(y.mean() - rows_of(data.test)[1].mean()) < 0.01
+    assert data.names == ("malignant", "benign")
+
+
+def test_absent_scikit_learn_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'edgetrain\[sklearn\]'"):
+        open_data("breast-cancer")
+
+
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        ("mnits", "did you mean mnist?"),
+        ("CIFAR10", "did you mean cifar10?"),
+        ("zzz", "known: digits"),
+        ("", "known"),
+    ],
+)
+def test_unknown_name_lists_the_known_ones(spec, hint):
+    with pytest.raises(InputError) as caught:
+        open_data(spec)
+    line = str(caught.value)
+    assert hint in line
+    assert all(name in line for name in NAMES)
+    assert ".npz" in line
+    assert "\n" not in line
+
+
+def test_paths_end_in_npz_and_known_names_win(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("some.npz", x=pixels(10, 3), y=cycle(10, 2))
+    np.savez("digits", x=pixels(10, 3), y=cycle(10, 2))
+    assert open_data("some.npz").shape == (3,)
+    assert open_data("digits").shape == (1, 8, 8)
+    assert open_data("./digits.npz").shape == (3,)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_data("~/some.npz").shape == (3,)
+
+
+def test_rows_to_predict_on(tmp_path):
+    np.savez(tmp_path / "new.npz", x=pixels(10, 3))
+    data = open_rows(str(tmp_path / "new.npz"))
+    assert (data.train, data.test.rows) == (None, 10)
+    data = open_rows("digits")
+    assert (data.train, data.test.rows) == (None, 360)
+
+
+def test_readers_do_not_import_torch():
+    code = (
+        "import sys; from edgetrain.data.specs import open_data; open_data('digits'); "
+        "print({'torch', 'sklearn', 'rich'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
