@@ -12,7 +12,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -26,62 +26,59 @@ else:
 _PROFILE_LIMIT = 1 << 20  # bytes; a profile is a page, not a book
 
 
+def _setting(default: Any, help: str, flag: bool = True) -> Any:
+    """A field with what ``--help`` says of it; ``flag``: whether the command line offers it."""
+    return field(default=default, metadata={"help": help, "flag": flag})
+
+
 @dataclass(frozen=True)
 class Settings:
     """All settings of a run. ``None`` means: what the method or the machine prefers."""
 
-    data: str = "digits"
-    """A known data set, or a path to an ``.npz``."""
-    net: str = "mlp:1000x2"
-    """The net, literally: ``mlp:1000x2``, ``cnn:64,128``, ``path/to/net.py:function``."""
-    method: str = "mf"
-    """The local rule, or a baseline."""
-    like: str | None = None
-    """For baselines: the method whose net options (biases, pooling, normalisation) to take."""
-    schedule: Literal["separate", "sequence"] | None = None
-    """``separate`` finishes each cell before the next; ``sequence`` goes through all cells each epoch."""
-    epochs: int = 10
-    """Passes over the data, of each cell."""
-    batch_size: int = 128
-    """Samples of one optimisation step."""
-    micro_batch: int | list[int] | None = None
-    """Samples on the device at once; a list gives one for each cell and for the classifier."""
-    optimizer: Literal["adam", "adamw", "adamax", "sgd"] | None = None
-    """Optimizer of the cells."""
-    lr: float | None = None
-    """Learning rate of the cells."""
-    weight_decay: float | None = None
-    """Weight decay of the cells."""
-    classifier_lr: float | None = None
-    """Learning rate of the classifier on all cells' latents, where the method trains one."""
-    classifier_weight_decay: float | None = None
-    """Weight decay of that classifier."""
-    classifier_epochs: int | None = None
-    """Epochs of that classifier."""
-    seed: int = 0
-    """Key of every random number."""
-    threads: int | None = None
-    """CPU threads."""
-    device: str = "auto"
-    """``auto``, ``cuda``, ``cuda:1``, ``mps`` or ``cpu``."""
-    max_gpu_mb: float | None = None
-    """Device memory that the run may take, in MiB."""
-    max_host_mb: float | None = None
-    """Host memory for buffers and waiting cells, in MiB."""
-    max_disk_gb: float | None = None
-    """Disk that the run folder may take, in GiB."""
-    latent_dtype: Literal["float32", "float16", "bfloat16", "uint8"] = "float32"
-    """How latents lie on disk."""
-    placement: Literal["auto", "stream", "resident"] = "auto"
-    """``stream``: the leanest form; ``resident``: all on the device; ``auto``: resident where it fits a GPU."""
-    prefetch: int = 2
-    """Batches gathered ahead by a thread; 0 turns background reading and writing off."""
-    keep_latents: bool = False
-    """Leave the latent caches in the run folder."""
-    meter: Literal["auto", "full"] = "auto"
-    """``full``: measure every step, not only the first two of each kind."""
-    checkpoint_every: float | None = None
-    """Seconds between commits; by default a minute or 5% of the run, whichever is longer."""
+    data: str = _setting("digits", "A known data set, or a path to an ``.npz``")
+    net: str = _setting("mlp:1000x2", "The net, literally: ``mlp:1000x2``, ``cnn:64,128``, ``path/to/net.py:function``")
+    method: str = _setting("mf", "The local rule, or a baseline")
+    like: str | None = _setting(
+        None, "For baselines: the method whose net options (biases, pooling, normalisation) to take"
+    )
+    schedule: Literal["separate", "sequence"] | None = _setting(
+        None,
+        "``separate`` finishes each cell before the next; ``sequence`` goes through all cells each epoch",
+    )
+    epochs: int = _setting(10, "Passes over the data, of each cell")
+    batch_size: int = _setting(128, "Samples of one optimisation step")
+    micro_batch: int | list[int] | None = _setting(
+        None, "Samples on the device at once; a list gives one for each cell and for the classifier"
+    )
+    optimizer: Literal["adam", "adamw", "adamax", "sgd"] | None = _setting(None, "Optimizer of the cells")
+    lr: float | None = _setting(None, "Learning rate of the cells")
+    weight_decay: float | None = _setting(None, "Weight decay of the cells")
+    classifier_lr: float | None = _setting(
+        None, "Learning rate of the classifier on all cells' latents, where the method trains one"
+    )
+    classifier_weight_decay: float | None = _setting(None, "Weight decay of that classifier")
+    classifier_epochs: int | None = _setting(None, "Epochs of that classifier")
+    seed: int = _setting(0, "Key of every random number")
+    threads: int | None = _setting(None, "CPU threads")
+    device: str = _setting("auto", "``auto``, ``cuda``, ``cuda:1``, ``mps`` or ``cpu``")
+    max_gpu_mb: float | None = _setting(None, "Device memory that the run may take, in MiB")
+    max_host_mb: float | None = _setting(None, "Host memory for buffers and waiting cells, in MiB")
+    max_disk_gb: float | None = _setting(None, "Disk that the run folder may take, in GiB")
+    latent_dtype: Literal["float32", "float16", "bfloat16", "uint8"] = _setting("float32", "How latents lie on disk")
+    placement: Literal["auto", "stream", "resident"] = _setting(
+        "auto",
+        "``stream``: the leanest form; ``resident``: all on the device; ``auto``: resident where it fits a GPU",
+    )
+    prefetch: int = _setting(
+        2, "Batches gathered ahead by a thread; 0 turns background reading and writing off", flag=False
+    )
+    keep_latents: bool = _setting(False, "Leave the latent caches in the run folder")
+    meter: Literal["auto", "full"] = _setting(
+        "auto", "``full``: measure every step, not only the first two of each kind"
+    )
+    checkpoint_every: float | None = _setting(
+        None, "Seconds between commits; by default a minute or 5% of the run, whichever is longer"
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
-
     from torch import Generator
 
 
@@ -40,7 +39,7 @@ def seeded(seed: int, *words: int | str) -> Iterator[None]:
     import torch
 
     state = torch.random.get_rng_state()
-    torch.random.default_generator.manual_seed(derive(seed, *words))
+    torch.default_generator.manual_seed(derive(seed, *words))
     try:
         yield
     finally:

@@ -56,8 +56,7 @@ def byte_rows(stream: ByteStream, rows: int, row_bytes: int, where: str) -> Iter
         yield block
     if stream.read(1):
         raise CorruptError(
-            f"{where}: has trailing bytes, expected {rows} rows of {row_bytes} bytes and no more; "
-            "replace the file"
+            f"{where}: has trailing bytes, expected {rows} rows of {row_bytes} bytes and no more; replace the file"
         )
 
 

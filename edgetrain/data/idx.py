@@ -32,9 +32,7 @@ class IdxPair:
     labels: Path
 
 
-def open_idx(
-    name: str, train: IdxPair, test: IdxPair, classes: int, class_names: tuple[str, ...] = ()
-) -> DataSet:
+def open_idx(name: str, train: IdxPair, test: IdxPair, classes: int, class_names: tuple[str, ...] = ()) -> DataSet:
     """The data set of two pairs of IDX files; reads the headers and the labels, no pixels.
 
     Raises:
@@ -44,9 +42,7 @@ def open_idx(
     """
     (train_part, shape), (test_part, test_shape) = _open_pair(train, classes), _open_pair(test, classes)
     if test_shape != shape:
-        raise InputError(
-            f"{test.images}: images are {test_shape[1:]}, those of {train.images} are {shape[1:]}"
-        )
+        raise InputError(f"{test.images}: images are {test_shape[1:]}, those of {train.images} are {shape[1:]}")
     return DataSet(name, shape, 255.0, False, classes, train_part, test_part, class_names)
 
 
@@ -56,9 +52,7 @@ def _open_pair(pair: IdxPair, classes: int) -> tuple[Part, tuple[int, int, int]]
     if labels_count != count:
         raise InputError(f"{pair.labels}: {labels_count} labels, but {pair.images} has {count} images")
     if count * height * width == 0:
-        raise InputError(
-            f"{pair.images}: holds {count} images of {height}x{width}, expected at least one pixel"
-        )
+        raise InputError(f"{pair.images}: holds {count} images of {height}x{width}, expected at least one pixel")
     rows_per_chunk(height * width, str(pair.images))  # refuses a size that only a damaged header has
     check_plain_size(pair.images, 16 + count * height * width)
     labels = _read_labels(pair.labels, count)
@@ -80,9 +74,7 @@ def _take_header(stream: ByteStream, path: Path, magic: int, dims: int) -> tuple
     found, *sizes = struct.unpack(f">{1 + dims}I", header)
     if found != magic:
         kind = "images" if magic == _IMAGES else "labels"
-        raise CorruptError(
-            f"{path}: begins with 0x{found:08x}, expected 0x{magic:08x} (IDX {kind}); replace the file"
-        )
+        raise CorruptError(f"{path}: begins with 0x{found:08x}, expected 0x{magic:08x} (IDX {kind}); replace the file")
     return tuple(sizes)
 
 

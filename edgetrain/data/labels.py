@@ -19,9 +19,7 @@ def class_labels(labels: NDArray[Any], rows: int, where: str) -> NDArray[np.int6
     check_label_dims(labels.shape, rows, where)
     flat = labels.reshape(-1)
     if flat.dtype.kind not in "biuf":
-        raise InputError(
-            f"{where}: labels are {flat.dtype}, expected whole numbers 0..C-1; number the classes"
-        )
+        raise InputError(f"{where}: labels are {flat.dtype}, expected whole numbers 0..C-1; number the classes")
     _check_whole(flat, where)
     if flat.min() < 0:
         raise InputError(f"{where}: labels must be 0..C-1 without gaps; found {_span(flat)}")

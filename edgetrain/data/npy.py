@@ -52,9 +52,7 @@ def read_npy_header(stream: ByteStream, where: str) -> NpyHeader:
     """
     start = _exactly(stream, 8, where)
     if start[:6] != _MAGIC or start[6] not in (1, 2, 3):
-        raise CorruptError(
-            f"{where}: begins with {start[:8].hex()}, expected an array of numpy's .npy format"
-        )
+        raise CorruptError(f"{where}: begins with {start[:8].hex()}, expected an array of numpy's .npy format")
     width = 2 if start[6] == 1 else 4
     length = int.from_bytes(_exactly(stream, width, where), "little")
     if length > _MAX_HEADER:
@@ -102,7 +100,5 @@ def _dims(fields: dict[str, Any], where: str) -> tuple[int, ...]:
     if len(dims) > 32:
         raise CorruptError(f"{where}: {len(dims)} dimensions in its header, expected at most 4")
     if fields["fortran_order"] is not False and len(dims) > 1:
-        raise InputError(
-            f"{where}: is in Fortran order, expected rows one by one; save np.ascontiguousarray of it"
-        )
+        raise InputError(f"{where}: is in Fortran order, expected rows one by one; save np.ascontiguousarray of it")
     return dims

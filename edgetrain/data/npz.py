@@ -143,9 +143,7 @@ def _check_entry(entry: zipfile.ZipInfo, path: Path) -> None:
         raise InputError(f"{path}: {entry.filename} is neither stored nor deflated; write it with np.savez")
     most = entry.compress_size * (_DEFLATE_MOST if entry.compress_type else 1) + 64
     if entry.compress_size > path.stat().st_size or entry.file_size > most:
-        raise CorruptError(
-            f"{path}: its directory gives {entry.filename} an impossible size; write the file again"
-        )
+        raise CorruptError(f"{path}: its directory gives {entry.filename} an impossible size; write the file again")
 
 
 def _listed(names: set[str]) -> str:
@@ -163,13 +161,9 @@ def _zip_errors(path: Path) -> Iterator[None]:
         with storage_errors(path):
             yield
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise CorruptError(
-            f"{path}: damaged .npz archive ({_reason(error)}); write the file again"
-        ) from error
+        raise CorruptError(f"{path}: damaged .npz archive ({_reason(error)}); write the file again") from error
     except (RuntimeError, ValueError, OverflowError, KeyError) as error:
-        raise CorruptError(
-            f"{path}: not a readable .npz archive ({_reason(error)}); write it with np.savez"
-        ) from error
+        raise CorruptError(f"{path}: not a readable .npz archive ({_reason(error)}); write it with np.savez") from error
 
 
 def _reason(error: Exception) -> str:

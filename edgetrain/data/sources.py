@@ -111,9 +111,7 @@ def _checked(given: Labelled) -> tuple[Layout, NDArray[np.int64]]:
 
 def _check_alike(train: Layout, test: Layout, where: str) -> None:
     if (test.shape, test.pixel_max) != (train.shape, train.pixel_max):
-        raise InputError(
-            f"{where}: {_describe(test)}, but the training rows are {_describe(train)}; make them alike"
-        )
+        raise InputError(f"{where}: {_describe(test)}, but the training rows are {_describe(train)}; make them alike")
 
 
 def _describe(layout: Layout) -> str:

@@ -63,9 +63,7 @@ def open_known(known: KnownSet, folder: Path) -> DataSet:
     train = [_found(folder, file) for file in known.train]
     test = [_found(folder, file) for file in known.test]
     if known.layout == "idx":
-        return open_idx(
-            known.name, IdxPair(*train), IdxPair(*test), len(known.class_names), known.class_names
-        )
+        return open_idx(known.name, IdxPair(*train), IdxPair(*test), len(known.class_names), known.class_names)
     files = (CifarFiles(train, known.file_rows[0]), CifarFiles(test, known.file_rows[1]))
     return open_cifar(known.name, *files, known.rows, known.class_names)
 
@@ -82,6 +80,4 @@ def _npz_path(spec: str) -> Path:
         return Path(spec).expanduser()
     close = difflib.get_close_matches(spec.lower(), NAMES, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    raise InputError(
-        f"unknown data set {spec!r}{hint}; known: {', '.join(NAMES)}; a path to an .npz file works too"
-    )
+    raise InputError(f"unknown data set {spec!r}{hint}; known: {', '.join(NAMES)}; a path to an .npz file works too")

@@ -396,8 +396,7 @@ def _cuda_facts(device: torch.device) -> dict[str, object]:
         "compute_capability": f"{major}.{minor}",
         "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         "cublaslt_workspace_kib": os.environ.get("CUBLASLT_WORKSPACE_SIZE"),
-        "allocator_settings": os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
-        or os.environ.get("PYTORCH_ALLOC_CONF"),
+        "allocator_settings": os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF"),
     }
 
 

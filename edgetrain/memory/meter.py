@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, ContextManager, Protocol
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,12 +28,16 @@ WATCHED_REPEATS = 2  # of each kind of step: the first makes the optimizer's sta
 class Listener(Protocol):
     """Is told of every storage that the device side takes and gives back, in order."""
 
-    def alloc(self, key: int, size: int) -> None: ...
+    def alloc(self, key: int, size: int) -> None:
+        """Storage ``key`` came, with ``size`` bytes."""
+        ...
 
-    def free(self, key: int) -> None: ...
+    def free(self, key: int) -> None:
+        """Storage ``key`` went."""
+        ...
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Live bytes of the device side, ``live``, and their highest value, ``peak``.
 
     Args:
@@ -41,7 +45,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, listener: Listener | None = None):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self.peak_operation = ""
         self._listener = listener
@@ -104,11 +108,11 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 class Meter(Protocol):
     """The device side's memory, as the trainer asks for it."""
 
-    def watch(self, kind: Hashable = None) -> ContextManager[Any]:
+    def watch(self, kind: Hashable = None) -> AbstractContextManager[Any]:
         """A scope whose allocations are measured; ``kind`` names repeated work that need not be each time."""
         ...
 
-    def host(self) -> ContextManager[Any]:
+    def host(self) -> AbstractContextManager[Any]:
         """A scope whose tensors are the host's."""
         ...
 
@@ -149,7 +153,7 @@ class LiveMeter:
         finally:
             self._inside -= 1
 
-    def host(self) -> ContextManager[Any]:
+    def host(self) -> AbstractContextManager[Any]:
         """See ``Meter.host``."""
         return self.tracker.host()
 
@@ -176,11 +180,11 @@ class CudaMeter:
     def __init__(self, device: torch.device):
         self._device = device
 
-    def watch(self, kind: Hashable = None) -> ContextManager[Any]:
+    def watch(self, kind: Hashable = None) -> AbstractContextManager[Any]:
         """See ``Meter.watch``; the allocator always watches."""
         return nullcontext()
 
-    def host(self) -> ContextManager[Any]:
+    def host(self) -> AbstractContextManager[Any]:
         """See ``Meter.host``; host tensors are not in the allocator's count."""
         return nullcontext()
 
@@ -198,6 +202,3 @@ class CudaMeter:
 def meter_of(device: torch.device, full: bool = False) -> Meter:
     """The meter that fits the device."""
     return CudaMeter(device) if device.type == "cuda" else LiveMeter(full)
-
-
-Watch = Callable[[Hashable], ContextManager[Any]]

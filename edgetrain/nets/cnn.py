@@ -22,7 +22,8 @@ def cells(text: str, in_shape: tuple[int, ...], options: Options) -> list[CellRe
         raise InputError(f"net 'cnn:{text}': expected {EXAMPLE}") from None
     if len(in_shape) != 3:
         raise InputError(f"net 'cnn:{text}' needs images; the data have rows of shape {in_shape}: use mlp:")
-    recipes, shape = [], in_shape
+    recipes: list[CellRecipe] = []
+    shape: tuple[int, ...] = in_shape
     for count in channels:
         if min(shape[1:]) < 2:
             raise InputError(

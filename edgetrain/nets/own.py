@@ -46,7 +46,8 @@ def load_function(spec: str) -> Build:
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"net {spec!r}: {path} has no function {name!r}")
-    return function
+    build: Build = function
+    return build
 
 
 def cells(spec: str, build: Build, in_shape: tuple[int, ...]) -> list[CellRecipe]:
@@ -94,9 +95,7 @@ def _take(spec: str, build: Build, index: int) -> nn.Module:
     return next(islice(_modules(spec, build), index, None))
 
 
-def _cell(
-    spec: str, build: Build, index: int, skeleton: nn.Module, in_shape: tuple[int, ...]
-) -> CellRecipe:
+def _cell(spec: str, build: Build, index: int, skeleton: nn.Module, in_shape: tuple[int, ...]) -> CellRecipe:
     out_shape = _run(spec, index, skeleton, in_shape)
     kinds = [type(part) for part in skeleton.modules()]
     shapes = tuple((name, tuple(value.shape)) for name, value in skeleton.state_dict().items())

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -132,7 +133,7 @@ class Objective(ABC):
     name: ClassVar[str]
     citation: ClassVar[str]
     needs: ClassVar[str]
-    net_defaults: ClassVar[Mapping[str, str]] = {}
+    net_defaults: ClassVar[Mapping[str, str]] = MappingProxyType({})
     defaults: ClassVar[Defaults]
     vote: ClassVar[Vote]
     couples_batch: ClassVar[bool] = False

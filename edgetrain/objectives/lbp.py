@@ -17,6 +17,7 @@ the sequence schedule the DAE hands on the clean input's latents, from the weigh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import Any, ClassVar
 
@@ -33,7 +34,7 @@ class AutoencoderCells(Objective):
     name = "lbp-ae"
     citation = _CITATION
     needs = "labels for the classifier only; inputs that are not negative"
-    net_defaults = {"bias": "1", "prenorm": "layer", "pool": "max"}
+    net_defaults: ClassVar[Mapping[str, str]] = {"bias": "1", "prenorm": "layer", "pool": "max"}
     defaults = Defaults(
         schedule="separate", optimizer="adamw", lr=1e-3, weight_decay=1e-4, classifier_weight_decay=1e-4
     )

@@ -16,8 +16,9 @@ prediction") or from the last cell's alone ("BP prediction").
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -34,7 +35,7 @@ class MonoForward(Objective):
         " Network Training Harnessing Local Errors. arXiv:2501.09238, 2025."
     )
     needs = "labels; any net"
-    net_defaults = {"bias": "0", "pool": "avg"}
+    net_defaults: ClassVar[Mapping[str, str]] = {"bias": "0", "pool": "avg"}
     defaults = Defaults(schedule="separate", optimizer="adam", lr=1e-3)
     vote = "sum"
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -120,11 +122,22 @@ def _run(
         executor.emit(cell, feed, _slice(work, micro_batch, 1), emitting)
 
 
+@dataclass(frozen=True)
+class _Excerpt(Slice):
+    """Steps whose many equal micro-batches are not all run: the second already sums up gradients."""
+
+    def parts(self, size: int) -> Iterator[tuple[int, int, int, bool]]:
+        """The first two and the last part of each phase."""
+        for _, parts in groupby(super().parts(size), key=itemgetter(0)):
+            listed = list(parts)
+            yield from listed if len(listed) <= 3 else [*listed[:2], listed[-1]]
+
+
 def _slice(work: Workload, micro_batch: int, phases: int) -> Slice:
     """Two steps of full batches (or of all rows, if these are fewer)."""
     size = min(work.batch_size, work.rows)
     order = np.zeros(_STEPS * size, np.int64)
-    return Slice(_STEPS * size, size, min(micro_batch, size), 0, _STEPS, order, phases)
+    return _Excerpt(_STEPS * size, size, min(micro_batch, size), 0, _STEPS, order, phases)
 
 
 def readout_peak(work: Workload, micro_batch: int, resident: bool) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from math import prod
 
@@ -19,7 +20,7 @@ from edgetrain.planning import storage
 from edgetrain.planning.dryrun import cell_peak, readout_peak, resident_peak
 from edgetrain.planning.plan import CellPlan, Plan
 from edgetrain.planning.workload import Workload
-from edgetrain.units import ceil_mb, show_mb
+from edgetrain.units import MIB, ceil_mb, show_mb
 
 _REPEATS = (3, 4)  # copies of equal cells from which backpropagation's peak is extrapolated
 _RESIDENT_CELLS = 64  # beyond that, a resident plan is not worth the time to check
@@ -52,7 +53,9 @@ def make_plan(
     visits = cells if readout is None else (*cells, readout)
     peak = max(cell.peak for cell in visits)
     chosen = "stream"
-    if placement == "resident" or (placement == "auto" and work.device.type == "cuda" and work.depth <= _RESIDENT_CELLS):
+    if placement == "resident" or (
+        placement == "auto" and work.device.type == "cuda" and work.depth <= _RESIDENT_CELLS
+    ):
         whole, peaks = resident_peak(work, [cell.micro_batch for cell in visits])
         if placement == "resident" or budget is None or whole <= budget:
             chosen, peak, readout_resident = "resident", whole, True
@@ -83,19 +86,14 @@ def require_fit(plan: Plan) -> None:
     """
     if not plan.fits and plan.budget is not None:
         worst = max(plan.visits, key=lambda cell: cell.peak)
-        smallest = (
-            f"the smallest budget for this net and method is {ceil_mb(plan.min_budget):.2f} MiB"
-            if plan.min_budget > plan.budget
-            else f"it fits with smaller micro-batches, down to {ceil_mb(plan.min_budget):.2f} MiB"
-        )
         raise BudgetError(
-            f"--max-gpu-mb {plan.budget / (1 << 20):g} cannot hold {worst.name!r}, which needs"
-            f" {show_mb(worst.peak)} at micro-batch {worst.micro_batch}; {smallest}"
+            f"--max-gpu-mb {plan.budget / MIB:g} cannot hold {worst.name!r}, which needs {show_mb(worst.peak)} at"
+            f" micro-batch {worst.micro_batch}; the smallest budget for this run is {ceil_mb(plan.min_budget):.2f} MiB"
         )
     if not plan.host_fits:
         raise BudgetError(
-            f"--max-host-mb {show_mb(plan.host_budget)} is too little for batches and two cells in transit:"
-            f" {ceil_mb(plan.host_bytes):.2f} MiB; raise it or take a smaller --batch-size"
+            f"--max-host-mb {(plan.host_budget or 0) / MIB:g} is too little for batches and two cells in transit,"
+            f" which need {ceil_mb(plan.host_bytes):.2f} MiB; raise it or take a smaller --batch-size"
         )
     if not plan.disk_fits:
         raise BudgetError(
@@ -124,9 +122,17 @@ def backprop_peak(work: Workload, recipes: Sequence[CellRecipe], options: Option
 def _backprop(work: Workload, recipes: list[CellRecipe], options: Options) -> int:
     whole = nodes([joined(recipes)], recipes[0].in_shape, work.seed)
     baseline = replace(
-        work, nodes=tuple(whole), objective=Backpropagation(work.classes, options), readout=None, readout_epochs=0
+        work,
+        nodes=tuple(whole),
+        objective=Backpropagation(work.classes, options),
+        readout=None,
+        readout_epochs=0,
     )
     return cell_peak(baseline, 0, work.batch_size)
+
+
+def _readout_at(work: Workload, resident: bool, size: int) -> int:
+    return readout_peak(work, size, resident)
 
 
 def _asked(work: Workload, micro_batch: int | list[int] | None) -> list[int] | None:
@@ -141,7 +147,7 @@ def _asked(work: Workload, micro_batch: int | list[int] | None) -> list[int] | N
         if asked[index] < size and work.couples_batch(index):
             raise InputError(
                 f"--micro-batch {asked[index]}: the samples of a batch influence each other in cell {index}"
-                f" ({work.nodes[index].recipe.name if work.nodes[index].recipe else ''}), so it takes batches whole"
+                "; it takes batches whole"
             )
     return [min(each, size) for each in asked]
 
@@ -157,7 +163,8 @@ class _Chooser:
     def cell(self, index: int) -> CellPlan:
         """The plan of a cell."""
         work, node = self._work, self._work.nodes[index]
-        assert node.recipe is not None and node.parent is not None
+        assert node.recipe is not None
+        assert node.parent is not None
         kind = (
             node.recipe.signature,
             node.parent.shape,
@@ -185,7 +192,7 @@ class _Chooser:
         widths = [prod(node.shape) for node in work.nodes]
         params = work.classes * (sum(widths) + 1)
         for resident in [False] if lean else [True, False]:
-            micro, peak, least = self._largest(sizes, lambda size, resident=resident: readout_peak(work, size, resident))
+            micro, peak, least = self._largest(sizes, partial(_readout_at, work, resident))
             if self._holds(peak) or not resident:
                 break
         self.least = max(self.least, least)
@@ -204,13 +211,18 @@ class _Chooser:
         return halves
 
     def _largest(self, sizes: list[int], peak_at: Callable[[int], int]) -> tuple[int, int, int]:
-        """The first size that fits (or the last), its peak, and the peak of the smallest size."""
-        least = peak_at(sizes[-1])
-        for size in sizes[:-1]:
-            peak = peak_at(size)
+        """The first size that fits (or the leanest), its peak, and the least peak of all sizes.
+
+        Splitting a batch first costs memory, because gradients are summed up beside the new ones; from
+        there on smaller is leaner. So the least peak is that of the whole batch or of the smallest part.
+        """
+        peaks = {size: peak_at(size) for size in {sizes[0], sizes[-1]}}
+        leanest = min(peaks, key=lambda size: (peaks[size], -size))
+        for size in sizes:
+            peak = peaks[size] if size in peaks else peak_at(size)
             if self._holds(peak):
-                return size, peak, least
-        return sizes[-1], least, least
+                return size, peak, peaks[leanest]
+        return leanest, peaks[leanest], peaks[leanest]
 
     def _holds(self, peak: int) -> bool:
         return self._budget is None or peak <= self._budget

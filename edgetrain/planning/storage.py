@@ -17,8 +17,10 @@ def latent_bytes(work: Workload, index: int) -> int:
 def host_bytes(work: Workload, params: list[int]) -> int:
     """Host memory for batches on their way, for mapped pages, and for two cells in transit."""
     size = min(work.batch_size, work.rows)
-    readers = (work.prefetch + 2) * size * max(
-        work.format_into(index).row_bytes + _LABEL_BYTES for index in range(work.depth)
+    readers = (
+        (work.prefetch + 2)
+        * size
+        * max(work.format_into(index).row_bytes + _LABEL_BYTES for index in range(work.depth))
     )
     writers = 3 * size * max(4 * work.format_into(index + 1).elements for index in range(work.depth))
     labels = work.rows * _LABEL_BYTES  # the order of an epoch

@@ -11,7 +11,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,15 @@ from filelock import FileLock, Timeout
 from edgetrain.errors import BusyError, CorruptError, InputError
 from edgetrain.store.atomic import storage_errors, write_text
 from edgetrain.store.journal import Entry, Journal
-from edgetrain.store.tensors import FileEntry, join, read_tensors, write_tensors
+from edgetrain.store.tensors import FileEntry, join, move_durably, read_tensors, write_plain, write_tensors
+
+
+@dataclass(frozen=True)
+class Spilled:
+    """A unit that waits on disk between visits, not durable and not in the journal: a file for each kind."""
+
+    paths: dict[str, Path]
+
 
 _MEMBERS = ("config.toml", "journal.jsonl", "record.json", "model.safetensors", "lock", "report.html")
 _FOLDERS = ("cells", "latents", "scratch", "figures")
@@ -29,7 +37,7 @@ Files = dict[str, dict[str, FileEntry]]  # by unit ("000", "readout"), then kind
 
 
 class RunFolder:
-    """A folder that holds one run. Implements ``stream.cells.Ledger``."""
+    """A folder that holds one run. Implements ``stream.cells.Shelf``."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -125,14 +133,14 @@ class RunFolder:
         self.latents.mkdir(parents=True, exist_ok=True)
 
     def commit(
-        self, number: int, units: Iterable[tuple[str, Mapping[str, torch.Tensor]]], entry: Entry
+        self, number: int, units: Iterable[tuple[str, Mapping[str, torch.Tensor] | Spilled]], entry: Entry
     ) -> Files:
         """Make units durable together with everything committed before; returns all files.
 
         Args:
             number: of this commit.
             units: each changed unit's name and named tensors, taken one at a time; tensors named
-                ``optim.*`` go to a file of their own.
+                ``optim.*`` go to a file of their own. What is spilled already is moved, not written again.
             entry: more to remember in the journal line.
 
         Raises:
@@ -141,8 +149,11 @@ class RunFolder:
         before = self.files()
         files = {unit: dict(kinds) for unit, kinds in before.items()}
         changed = []
-        for unit, tensors in units:
-            files[unit] = self._write_unit(unit, number, tensors)
+        for unit, content in units:
+            if isinstance(content, Spilled):
+                files[unit] = self._adopt_unit(unit, number, content)
+            else:
+                files[unit] = self._write_unit(unit, number, content)
             changed.append(unit)
         self._append(number, files, entry)
         for unit in changed:
@@ -198,7 +209,7 @@ class RunFolder:
         Raises:
             CorruptError: a file does not hold what was written.
         """
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for kind, file in files.items():
             if kind == "weights" or optimizer:
                 tensors |= read_tensors(self.cell_path(file), file.checksum)
@@ -208,25 +219,60 @@ class RunFolder:
         """Write ``model.safetensors`` from the cells' files without gathering it in memory."""
         parts = [(f"{unit}.", self.cell_path(kinds["weights"])) for unit, kinds in sorted(files.items())]
         entry = join(self.path / "model.safetensors", parts, metadata)
-        self.space(entry.size)
-        self.wrote(entry.size)
+        self._took(entry.size)
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Write ``record.json``."""
         write_text(self.path / "record.json", json.dumps(record, indent=2) + "\n")
 
+    def spill(self, unit: str, tensors: Mapping[str, torch.Tensor]) -> Spilled:
+        """Put a unit on disk for a while, as it would be committed but without waiting for the medium.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        paths = {}
+        with storage_errors(self.scratch):
+            self.scratch.mkdir(exist_ok=True)
+        for kind, group in _by_kind(tensors):
+            paths[kind] = self.scratch / _name(unit, kind)
+            self._replaced(paths[kind])
+            self._took(write_plain(paths[kind], group, _unit_metadata(unit)))
+        return Spilled(paths)
+
+    def unspill(self, spilled: Spilled) -> dict[str, torch.Tensor]:
+        """The tensors of a spilled unit; its files stay."""
+        return {name: value for path in spilled.paths.values() for name, value in read_tensors(path).items()}
+
+    def discard(self, spilled: Spilled) -> None:
+        """Remove a spilled unit that was not committed."""
+        for path in spilled.paths.values():
+            with storage_errors(path):
+                self._replaced(path)
+                path.unlink(missing_ok=True)
+
     def _write_unit(self, unit: str, number: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, FileEntry]:
-        optimizer = {name: value for name, value in tensors.items() if name.startswith("optim.")}
-        weights = {name: value for name, value in tensors.items() if name not in optimizer}
-        kinds = {"weights": weights, "optim": optimizer}
         entries = {}
-        for kind, group in kinds.items():
-            if group:
-                path = self.path / "cells" / _name(f"{unit}@{number}", kind)
-                entries[kind] = write_tensors(path, group, {"unit": unit, "format": 1})
-                self.space(entries[kind].size)
-                self.wrote(entries[kind].size)
+        for kind, group in _by_kind(tensors):
+            path = self.path / "cells" / _name(f"{unit}@{number}", kind)
+            entries[kind] = write_tensors(path, group, _unit_metadata(unit))
+            self._took(entries[kind].size)
         return entries
+
+    def _adopt_unit(self, unit: str, number: int, spilled: Spilled) -> dict[str, FileEntry]:
+        """Make a spilled unit durable under the commit's number."""
+        return {
+            kind: move_durably(path, self.path / "cells" / _name(f"{unit}@{number}", kind))
+            for kind, path in spilled.paths.items()
+        }
+
+    def _took(self, size: int) -> None:
+        self.space(size)
+        self.wrote(size)
+
+    def _replaced(self, path: Path) -> None:
+        if path.exists():
+            self.space(-path.stat().st_size)
 
     def _append(self, number: int, files: Files, entry: Entry) -> None:
         plain = {unit: {kind: asdict(file) for kind, file in kinds.items()} for unit, kinds in files.items()}
@@ -236,6 +282,19 @@ class RunFolder:
         for file in kinds.values():
             (self.path / "cells" / file.name).unlink(missing_ok=True)
             self.space(-file.size)
+
+
+def _by_kind(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """A unit's tensors file by file; kinds without tensors are left out."""
+    optimizer = {name: value for name, value in tensors.items() if name.startswith("optim.")}
+    weights = {name: value for name, value in tensors.items() if name not in optimizer}
+    for kind, group in (("weights", weights), ("optim", optimizer)):
+        if group:
+            yield kind, group
+
+
+def _unit_metadata(unit: str) -> dict[str, Any]:
+    return {"unit": unit, "format": 1}
 
 
 def _name(unit: str, kind: str) -> str:

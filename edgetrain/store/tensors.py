@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from edgetrain.errors import CorruptError, StorageError
-from edgetrain.store.atomic import CHUNK, checksum, replacing, storage_errors
+from edgetrain.store.atomic import CHUNK, checksum, replacing, storage_errors, sync_file, sync_folder
 
 _METADATA = "edgetrain"
 _HEADER_LIMIT = 100 << 20
@@ -44,13 +44,38 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         StorageError: the disk refused; ``path`` is then as it was.
     """
     with replacing(path) as temporary:
-        try:
-            save_file(dict(tensors), temporary, {_METADATA: json.dumps(metadata, sort_keys=True)})
-        except SafetensorError as error:  # the library wraps the operating system's refusal
-            raise StorageError(f"{path}: {error}") from error
+        size = write_plain(temporary, tensors, metadata)
         digest = checksum(temporary)
-        size = temporary.stat().st_size
     return FileEntry(path.name, digest, size)
+
+
+def write_plain(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> int:
+    """Write host tensors to ``path`` without any promise; returns the file's size in bytes.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    try:
+        with storage_errors(path):
+            save_file(dict(tensors), path, {_METADATA: json.dumps(metadata, sort_keys=True)})
+            return path.stat().st_size
+    except SafetensorError as error:  # the library wraps the operating system's refusal
+        raise StorageError(f"{path}: {error}") from error
+
+
+def move_durably(source: Path, target: Path) -> FileEntry:
+    """Rename a plainly written file to ``target`` once it is on the medium; returns its entry.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    digest = checksum(source)
+    with storage_errors(target):
+        sync_file(source)
+        size = source.stat().st_size
+        source.replace(target)
+        sync_folder(target.parent)
+    return FileEntry(target.name, digest, size)
 
 
 def read_tensors(path: Path, expected: str | None = None) -> dict[str, torch.Tensor]:

@@ -102,7 +102,7 @@ class LiveCell:
         state = {f"cell.{name}": value for name, value in self.module.state_dict().items()}
         if self.head is not None:
             state |= {f"head.{name}": value for name, value in self.head.state_dict().items()}
-        names = {value: name for name, value in self.parameters()}
+        names: dict[Tensor, str] = {value: name for name, value in self.parameters()}
         for phase, _, optimizer in self.phases:
             for parameter, values in optimizer.state.items():
                 prefix = f"optim.{phase.name}.{names[parameter]}"
@@ -139,9 +139,7 @@ def copied(source: Tensor, device: torch.device) -> Tensor:
     return target if source.is_meta else target.copy_(source, non_blocking=True)
 
 
-def _modules(
-    node: Node, objective: Objective, known: bool, bare: bool
-) -> tuple[nn.Module, nn.Module | None]:
+def _modules(node: Node, objective: Objective, known: bool, bare: bool) -> tuple[nn.Module, nn.Module | None]:
     """Cell and head: shapes alone where values come from elsewhere, first values otherwise."""
     assert node.recipe is not None
     if bare or known:

@@ -9,39 +9,42 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
 
+from edgetrain.memory.host import give_back_free_memory
 from edgetrain.memory.meter import Meter
-from edgetrain.store.atomic import storage_errors
-from edgetrain.store.tensors import read_tensors
+from edgetrain.store.run import Spilled
 from edgetrain.stream.cell import LiveCell, State, copied
 
 _HOST = torch.device("cpu")
 
 
-class Ledger(Protocol):
-    """Counts what a run takes on disk."""
+class Shelf(Protocol):
+    """Where cells go that the host tier has no room for (a ``RunFolder``)."""
 
-    def space(self, size: int) -> None:
-        """Bytes allocated; negative: freed."""
+    def spill(self, unit: str, tensors: Mapping[str, torch.Tensor]) -> Spilled:
+        """Put a cell on disk for a while."""
         ...
 
-    def wrote(self, size: int) -> None:
-        """Bytes written."""
+    def unspill(self, spilled: Spilled) -> State:
+        """Read it."""
+        ...
+
+    def discard(self, spilled: Spilled) -> None:
+        """Remove it, if it is still there."""
         ...
 
 
 @dataclass
 class _Held:
-    """Where a cell is while it is away: host tensors, or how to read them; ``dirty``: not committed."""
+    """Where a cell is while it is away: in the host tier, spilled, or committed."""
 
     host: State | None = None
-    read: Callable[[], State] | None = None
-    dirty: bool = True
+    spilled: Spilled | None = None
+    committed: Callable[[], State] | None = None
+    dirty: bool = True  # changed since it was committed
 
 
 class CellStream:
@@ -51,10 +54,9 @@ class CellStream:
         place: makes a cell on the device from its state (``None``: its first weights).
         device: where that is.
         meter: watches the device side.
-        scratch: folder for cells that the host tier has no room for.
+        shelf: takes cells that the host tier has no room for.
         host_bytes: size of the host tier.
         keep: leave cells on the device when the next one comes.
-        ledger: counts space and writes.
     """
 
     def __init__(
@@ -62,13 +64,12 @@ class CellStream:
         place: Callable[[int, Mapping[str, torch.Tensor] | None], LiveCell],
         device: torch.device,
         meter: Meter,
-        scratch: Path,
+        shelf: Shelf,
         host_bytes: int,
         keep: bool,
-        ledger: Ledger,
     ):
         self._place, self._device, self._meter = place, device, meter
-        self._scratch, self._host_bytes, self._keep, self._ledger = scratch, host_bytes, keep, ledger
+        self._shelf, self._host_bytes, self._keep = shelf, host_bytes, keep
         self._held: dict[int, _Held] = {}
         self._live: dict[int, LiveCell] = {}
         self._current: int | None = None
@@ -93,36 +94,33 @@ class CellStream:
         index, self._current = self._current, None
         if index is None or self._keep:
             return
-        state = self._to_host(self._live.pop(index))
-        self._shelve(index, state)
+        self._shelve(index, self._to_host(self._live.pop(index)))
+        give_back_free_memory()
 
     def expect(self, index: int) -> None:
         """Start to read a cell that will be visited next, if it is on disk."""
         held = self._held.get(index)
-        if held is None or held.host is not None or held.read is None or index in self._live:
-            return
-        if self._coming is None or self._coming[0] != index:
-            self._coming = (index, self._reader.submit(self._read, held.read))
+        on_disk = held is not None and held.host is None and index not in self._live
+        if on_disk and held is not None and (self._coming is None or self._coming[0] != index):
+            self._coming = (index, self._reader.submit(self._read, held))
 
     def dirty(self) -> list[int]:
         """Cells that changed since they were committed."""
         return sorted(index for index, held in self._held.items() if held.dirty)
 
-    def state(self, index: int) -> State:
-        """A cell's state as host tensors, wherever it is; on the device it stays there."""
+    def content(self, index: int) -> State | Spilled:
+        """What to commit of a cell: host tensors, or its files if it was spilled; it stays where it is."""
         if index in self._live:
             return self._to_host(self._live[index])
         held = self._held[index]
-        if held.host is not None:
-            return held.host
-        assert held.read is not None
-        return held.read()
+        found = held.host if held.host is not None else held.spilled
+        assert found is not None, "a dirty cell is on the device, in the host tier, or spilled"
+        return found
 
     def committed(self, index: int, read: Callable[[], State], needed: bool) -> None:
         """A cell is safe on disk, where ``read`` finds it; one no longer needed leaves the host tier."""
         held = self._held.setdefault(index, _Held())
-        self._drop_scratch(index)
-        held.read, held.dirty = read, False
+        held.spilled, held.committed, held.dirty = None, read, False
         if not needed and held.host is not None:
             self._host_used -= _size(held.host)
             held.host = None
@@ -130,8 +128,9 @@ class CellStream:
     def close(self) -> None:
         """Drop everything."""
         self._reader.shutdown(cancel_futures=True)
-        for index in self._held:
-            self._drop_scratch(index)
+        for held in self._held.values():
+            if held.spilled is not None:
+                self._shelf.discard(held.spilled)
         self._live.clear()
         self._held.clear()
 
@@ -146,10 +145,14 @@ class CellStream:
         if self._coming is not None and self._coming[0] == index:
             future, self._coming = self._coming[1], None
             return future.result()
-        return None if held.read is None else self._read(held.read)
+        return self._read(held)
 
-    def _read(self, read: Callable[[], State]) -> State:
-        state = read()
+    def _read(self, held: _Held) -> State:
+        if held.spilled is not None:
+            state = self._shelf.unspill(held.spilled)
+        else:
+            assert held.committed is not None
+            state = held.committed()
         if self._device.type == "cuda":
             return {name: value.pin_memory() for name, value in state.items()}
         return state
@@ -160,23 +163,7 @@ class CellStream:
             held.host = state
             self._host_used += size
             return
-        path = self._path(index)
-        with storage_errors(path):
-            path.parent.mkdir(exist_ok=True)
-            self._drop_scratch(index)
-            save_file(state, path)
-        self._ledger.space(size)
-        self._ledger.wrote(size)
-        held.read = lambda: read_tensors(path)
-
-    def _drop_scratch(self, index: int) -> None:
-        path = self._path(index)
-        if path.exists():
-            self._ledger.space(-path.stat().st_size)
-            path.unlink()
-
-    def _path(self, index: int) -> Path:
-        return self._scratch / f"{index:03}.safetensors"
+        held.spilled = self._shelf.spill(f"{index:03}", state)
 
     def _to_host(self, cell: LiveCell) -> State:
         with self._meter.host():

@@ -31,6 +31,6 @@ class StepDraws:
     def seed_global(self, device: torch.device) -> None:
         """Point torch's global generator at this step, for modules that draw from it (dropout)."""
         key = derive(*self._address, "global")
-        torch.random.default_generator.manual_seed(key)
+        torch.default_generator.manual_seed(key)
         if device.type == "cuda":
             torch.cuda.default_generators[device.index or 0].manual_seed(key)

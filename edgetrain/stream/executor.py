@@ -132,9 +132,7 @@ class Executor:
         if cell.node.recipe is not None and cell.node.recipe.draws:
             draws.seed_global(self._device)
 
-    def _train_part(
-        self, cell: LiveCell, part: Part, draws: StepDraws, tally: Tally, sink: Sink | None
-    ) -> None:
+    def _train_part(self, cell: LiveCell, part: Part, draws: StepDraws, tally: Tally, sink: Sink | None) -> None:
         phase, learned, optimizer = cell.phases[part.phase]
         draws.first = part.first
         emitting = sink if part.phase == 0 else None
@@ -164,7 +162,7 @@ class Executor:
         if part.phase == 0:
             tally.add(part, step.loss, step.scores)
         if learned:
-            (step.loss / part.size).backward(inputs=learned)
+            (step.loss / part.size).backward(inputs=learned)  # type: ignore[no-untyped-call]
 
     def _clean(self, cell: LiveCell, streams: Streams) -> Streams:
         """Latents of clean inputs from the weights before the update."""

@@ -124,7 +124,13 @@ class FileFeed:
         self, source: FileLatents, labels: LatentFile | None, device: torch.device, host: Host, depth: int = 2
     ):
         self.waited_s = 0.0
-        self._source, self._labels, self._device, self._host, self._depth = source, labels, device, host, depth
+        self._source, self._labels, self._device, self._host, self._depth = (
+            source,
+            labels,
+            device,
+            host,
+            depth,
+        )
 
     def parts(self, work: Slice) -> Iterator[Part]:
         """See ``Feed``."""
@@ -177,12 +183,10 @@ class Transfer:
 
     def __init__(self, formats: Mapping[str, RowFormat], device: torch.device, rows: int):
         self._formats = formats
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._slots = [_Slot(formats, device, rows) for _ in range(1 if self._copies is None else 2)]
 
-    def parts(
-        self, work: Slice, batches: Iterable[HostBatch], release: Callable[[HostBatch], None]
-    ) -> Iterator[Part]:
+    def parts(self, work: Slice, batches: Iterable[HostBatch], release: Callable[[HostBatch], None]) -> Iterator[Part]:
         """The parts of each batch; ``release`` is called when a batch's buffers may be reused."""
         staged: deque[tuple[_Slot, HostBatch, _Cut]] = deque()
         for batch in batches:
@@ -273,9 +277,7 @@ class DeviceFeed:
                 yield Part(step, phase, start, stop - start, first, last, closes, streams, y)
 
     def _index(self, samples: NDArray[np.int64]) -> Tensor:
-        return torch.empty(len(samples), dtype=torch.int64, device=self._labels.device).copy_(
-            torch.from_numpy(samples)
-        )
+        return torch.empty(len(samples), dtype=torch.int64, device=self._labels.device).copy_(torch.from_numpy(samples))
 
     def _rows(self, stream: str, run: slice, picked: Tensor | None) -> Tensor:
         matrix = self._source.tensors[stream]

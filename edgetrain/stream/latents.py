@@ -29,12 +29,15 @@ class Latents(Protocol):
     Attributes:
         rows: number of samples.
         step_order: whether rows stand in the order of the epoch's steps.
-        formats: layout of each stream's rows; empty until the first rows came.
     """
 
     rows: int
     step_order: bool
-    formats: dict[str, RowFormat]
+
+    @property
+    def formats(self) -> Mapping[str, RowFormat]:
+        """Layout of each stream's rows; empty until the first rows came."""
+        ...
 
     def sink(self) -> Sink:
         """What to give freshly emitted rows to; closing it makes them readable."""
@@ -96,9 +99,7 @@ class FileLatents:
     def of_files(cls, files: dict[str, LatentFile], host: Host) -> FileLatents:
         """Latents that lie in files already, in sample order (the prepared data set)."""
         first = next(iter(files.values()))
-        latents = cls(
-            first.path.parent, first.path.stem, first.rows, "float32", False, host, _ignore, _ignore
-        )
+        latents = cls(first.path.parent, first.path.stem, first.rows, "float32", False, host, _ignore, _ignore)
         latents.files = dict(files)
         return latents
 
@@ -211,9 +212,7 @@ class DeviceLatents:
             if stream not in self.tensors:
                 layout = RowFormat(tuple(values.shape[1:]), self._dtype)
                 self.formats[stream] = layout
-                self.tensors[stream] = torch.empty(
-                    self.rows, layout.row_bytes, dtype=torch.uint8, device=values.device
-                )
+                self.tensors[stream] = torch.empty(self.rows, layout.row_bytes, dtype=torch.uint8, device=values.device)
             encoded = self.formats[stream].encode(values)
             self.tensors[stream][first : first + values.shape[0]].copy_(encoded)
 

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -69,15 +70,18 @@ class Prefetcher(Generic[T]):
 
     def _take(self) -> Any:
         start = time.perf_counter()
+        while (item := self._poll()) is None:
+            if self._thread is not None and not self._thread.is_alive() and self._queue.empty():
+                raise RuntimeError("the prefetch thread died without a word")
+        self.waited_s += time.perf_counter() - start
+        return item
+
+    def _poll(self) -> Any:
+        """The next item, or ``None`` after a while without one."""
         try:
-            while True:
-                try:
-                    return self._queue.get(timeout=_POLL)
-                except queue.Empty:
-                    if self._thread is not None and not self._thread.is_alive() and self._queue.empty():
-                        raise RuntimeError("the prefetch thread died without a word") from None
-        finally:
-            self.waited_s += time.perf_counter() - start
+            return self._queue.get(timeout=_POLL)
+        except queue.Empty:
+            return None
 
     def _run(self) -> None:
         try:
@@ -89,10 +93,9 @@ class Prefetcher(Generic[T]):
             self._put(error)
 
     def _put(self, item: Any) -> bool:
+        """Whether the item was taken before the consumer left."""
         while not self._stop.is_set():
-            try:
+            with suppress(queue.Full):
                 self._queue.put(item, timeout=_POLL)
                 return True
-            except queue.Full:
-                continue
         return False

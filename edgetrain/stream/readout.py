@@ -101,9 +101,7 @@ class Readout:
     def _first(self, name: str, seed: int) -> State:
         """Values as one linear map on the concatenation would draw them: uniform within 1/sqrt(inputs)."""
         bound = sum(self._widths) ** -0.5
-        shape = (
-            (self._classes,) if name == BIAS else (self._classes, self._widths[int(name.partition(".")[0])])
-        )
+        shape = (self._classes,) if name == BIAS else (self._classes, self._widths[int(name.partition(".")[0])])
         source = generator("cpu", seed, "readout", name)
         return {"value": torch.empty(shape).uniform_(-bound, bound, generator=source)}
 
@@ -199,9 +197,7 @@ class FileCellsFeed:
                     self._read(work, start, stop, cell, buffers)
                     yield index, stop - start, buffers
 
-    def _read(
-        self, work: Slice, start: int, stop: int, cell: FileLatents, buffers: tuple[Tensor, Tensor]
-    ) -> None:
+    def _read(self, work: Slice, start: int, stop: int, cell: FileLatents, buffers: tuple[Tensor, Tensor]) -> None:
         file, run, size = cell.files["x"], slice(start, stop), stop - start
         samples: Rows = run if work.order is None else work.order[run]
         z = buffers[0][: size * file.format.row_bytes].view(size, file.format.row_bytes)

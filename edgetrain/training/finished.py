@@ -25,7 +25,7 @@ from edgetrain.memory.meter import Meter, meter_of
 from edgetrain.objectives.base import Node, Objective, nodes
 from edgetrain.record import CellRecord, RunRecord
 from edgetrain.store.run import RunFolder
-from edgetrain.stream.cell import OptimizerRecipe, LiveCell
+from edgetrain.stream.cell import LiveCell, OptimizerRecipe
 from edgetrain.stream.latents import FileLatents
 from edgetrain.training.inputs import Shape, unpack
 from edgetrain.training.job import method_of, net_of, with_defaults
@@ -67,7 +67,9 @@ class Run:
             CorruptError: its record is damaged.
         """
         if not (path / "record.json").is_file():
-            unfinished = "an unfinished run; finish it with fit --resume" if (path / "config.toml").is_file() else "no run"
+            unfinished = (
+                "an unfinished run; finish it with fit --resume" if (path / "config.toml").is_file() else "no run"
+            )
             raise InputError(f"{path}: holds {unfinished}")
         settings = Settings().with_values(read_profile(path / "config.toml"))
         record, shape = _read_record(path / "record.json")
@@ -98,7 +100,7 @@ class Run:
 
     def predict(self, data: Any, device: str | None = None) -> NDArray[np.int64]:
         """Labels [rows], int64, by the method's own vote, of a spec or of an array [rows, ...]."""
-        return self.scores(data, device).argmax(1)
+        return np.asarray(self.scores(data, device).argmax(1))
 
     def probabilities(self, data: Any, device: str | None = None) -> NDArray[np.float64]:
         """Softmax of the scores of the method's own vote, [rows, classes]."""
@@ -155,7 +157,9 @@ class Run:
             rows = prepare(data, part, Path(scratch), "rows", scaling)
             micro = _as_list(self.settings.micro_batch, len(self.nodes), self.settings.batch_size)
             predictor = predictor_of(folder, self.nodes, self.objective, place, meter, micro, Path(scratch))
-            return predictor.run(FileLatents.of_files({"x": rows.x}, meter.host), rows.y, on_latents), rows.y is not None
+            return predictor.run(
+                FileLatents.of_files({"x": rows.x}, meter.host), rows.y, on_latents
+            ), rows.y is not None
 
 
 def predictor_of(

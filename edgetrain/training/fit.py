@@ -185,9 +185,7 @@ def _run(job: Job, plan: Plan, folder: RunFolder, resuming: bool, watcher: Watch
     return Run.open(folder.path, net)
 
 
-def _train(
-    job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher
-) -> tuple[Trainer, Prepared | None]:
+def _train(job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher) -> tuple[Trainer, Prepared | None]:
     assert job.data.train is not None
     scaling = scaling_of(job.data, job.data.train, job.work.objective.nonnegative_input)
     train = prepare(job.data, job.data.train, folder.latents, "000", scaling)
@@ -206,7 +204,13 @@ def _train(
 
 
 def _evaluate(
-    job: Job, folder: RunFolder, plan: Plan, test: Prepared | None, meter: Meter, record: RunRecord, trainer: Trainer
+    job: Job,
+    folder: RunFolder,
+    plan: Plan,
+    test: Prepared | None,
+    meter: Meter,
+    record: RunRecord,
+    trainer: Trainer,
 ) -> None:
     cells = trainer.records[: job.work.depth]
     if test is not None:
@@ -223,9 +227,7 @@ def _evaluate(
         record.readout.test_accuracy = record.test_accuracy
 
 
-def _complete(
-    folder: RunFolder, record: RunRecord, trainer: Trainer, host: PeakRss, began: float, job: Job
-) -> None:
+def _complete(folder: RunFolder, record: RunRecord, trainer: Trainer, host: PeakRss, began: float, job: Job) -> None:
     number = (folder.last() or {"commit": 0})["commit"] + 1
     files = folder.finish(number, {**{k: v for k, v in (folder.last() or {}).items() if k in ("visits", "cells")}})
     record.seconds = round(time.monotonic() - began, 3)

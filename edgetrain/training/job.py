@@ -127,7 +127,9 @@ def with_defaults(settings: Settings, method: type[Objective]) -> Settings:
         for name in ("classifier_lr", "classifier_weight_decay", "classifier_epochs"):
             if getattr(settings, name) is not None:
                 flag = name.replace("_", "-")
-                raise InputError(f"--{flag} is for methods that train a classifier on all latents; {method.name} does not")
+                raise InputError(
+                    f"--{flag} is for methods that train a classifier on all latents; {method.name} does not"
+                )
     schedule = settings.schedule or prefers.schedule
     values: dict[str, Any] = {
         "schedule": schedule,

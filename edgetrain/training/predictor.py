@@ -130,7 +130,14 @@ class Predictor:
         def ignore(size: int) -> None: ...
 
         return FileLatents(
-            self.folder, f"rows-{index + 1:03}", rows, "float32", False, self.meter.host, ignore, ignore,
+            self.folder,
+            f"rows-{index + 1:03}",
+            rows,
+            "float32",
+            False,
+            self.meter.host,
+            ignore,
+            ignore,
             background=self.prefetch > 0,
         )
 
@@ -189,9 +196,7 @@ class _Scorer:
                 found.scores["last"] = own
         if self._trained:
             trained = np.concatenate(self._trained)
-            found.scores["trained"] = (
-                found.scores["trained"] + trained if "trained" in found.scores else trained
-            )
+            found.scores["trained"] = found.scores["trained"] + trained if "trained" in found.scores else trained
 
 
 def _to_numpy(values: Tensor) -> NDArray[Any]:

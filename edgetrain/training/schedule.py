@@ -49,7 +49,7 @@ def separate(depth: int, epochs: int, steps: int, readout_epochs: int = 0) -> It
         hands_on = readout_epochs > 0 or node < depth - 1
         for epoch in range(epochs):
             final = epoch == epochs - 1
-            frees = (node,) if final and not (readout_epochs and node) else ()
+            frees: tuple[int, ...] = (node,) if final and not (readout_epochs and node) else ()
             emit: Emission = "finished" if final and hands_on else "none"
             yield Visit(node, epoch, 0, steps, emit, frees, final, frontier=True)
     for epoch in range(readout_epochs):
@@ -66,9 +66,7 @@ def sequence(depth: int, epochs: int, steps: int, readout_epochs: int = 0) -> It
             hands_on = readout_epochs > 0 or node < depth - 1
             frees = (node,) if node and not readout_epochs else ()
             last_of_epoch = node == depth - 1 and not readout_epochs
-            yield Visit(
-                node, epoch, 0, steps, "training" if hands_on else "none", frees, final, last_of_epoch
-            )
+            yield Visit(node, epoch, 0, steps, "training" if hands_on else "none", frees, final, last_of_epoch)
         if readout_epochs:
             yield Visit(depth, epoch, 0, steps, "none", tuple(range(1, depth + 1)), final, frontier=True)
 

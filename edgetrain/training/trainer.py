@@ -20,8 +20,8 @@ from edgetrain.planning.plan import Plan
 from edgetrain.planning.workload import Workload
 from edgetrain.record import CellRecord
 from edgetrain.store.latents import LatentFile
-from edgetrain.store.run import RunFolder
-from edgetrain.stream.cell import LiveCell, State, copied
+from edgetrain.store.run import RunFolder, Spilled
+from edgetrain.stream.cell import LiveCell, State
 from edgetrain.stream.cells import CellStream
 from edgetrain.stream.executor import Executor, Tally
 from edgetrain.stream.feed import DeviceFeed, Feed, FileFeed, Slice
@@ -86,9 +86,7 @@ class Trainer:
         self._labels, self._input_state, self._watcher, self._choices = labels, input_state, watcher, choices
         self._resident = plan.placement == "resident"
         self._executor = Executor(work.objective, work.device, meter, work.seed)
-        self._cells = CellStream(
-            self._place, work.device, meter, folder.scratch, choices.host_tier, self._resident, folder
-        )
+        self._cells = CellStream(self._place, work.device, meter, folder, choices.host_tier, self._resident)
         self._readout: Readout | None = None
         self._readout_state: State | None = None
         self._files: FileLatents = inputs
@@ -250,9 +248,7 @@ class Trainer:
             assert self._device_labels is not None
             return DeviceCellsFeed(on_device, self._device_labels)
         in_files = [source for source in sources if isinstance(source, FileLatents)]
-        return FileCellsFeed(
-            in_files, self._labels, self._work.device, self._meter.host, self._choices.prefetch
-        )
+        return FileCellsFeed(in_files, self._labels, self._work.device, self._meter.host, self._choices.prefetch)
 
     def _make_latents(self, visit: Visit) -> Latents:
         work, step_order = self._work, visit.emit == "training"
@@ -300,7 +296,9 @@ class Trainer:
         with self._meter.watch():
             self._latents[0] = DeviceLatents.copied(self._files, self._work.device, self._meter.host)
             labels = DeviceLatents.copied(
-                FileLatents.of_files({"y": self._labels}, self._meter.host), self._work.device, self._meter.host
+                FileLatents.of_files({"y": self._labels}, self._meter.host),
+                self._work.device,
+                self._meter.host,
             )
             self._device_labels = labels.tensors["y"].view(torch.int64).view(-1)
 
@@ -311,7 +309,14 @@ class Trainer:
             return 0
         self._commits = last["commit"]
         for record, values in zip(self.records, last["cells"], strict=True):
-            for name in ("epochs", "train_loss", "train_accuracy", "seconds", "waited_seconds", "peak_gpu_mb"):
+            for name in (
+                "epochs",
+                "train_loss",
+                "train_accuracy",
+                "seconds",
+                "waited_seconds",
+                "peak_gpu_mb",
+            ):
                 setattr(record, name, values[name])
         files = self._folder.files()
         if READOUT in files:
@@ -348,12 +353,12 @@ class Trainer:
         self._adopt(visits, done)
         self._last_commit = time.monotonic()
 
-    def _changed_units(self) -> Iterator[tuple[str, State]]:
+    def _changed_units(self) -> Iterator[tuple[str, State | Spilled]]:
         """What to commit, fetched one by one, so that a commit holds one cell at a time in memory."""
         if self._commits == 1 and self._input_state:
             yield INPUTS, self._input_state
         for index in self._cells.dirty():
-            yield f"{index:03}", self._cells.state(index)
+            yield f"{index:03}", self._cells.content(index)
         if self._readout is not None:
             yield READOUT, self._readout.state()
         elif self._readout_state is not None:

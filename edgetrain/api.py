@@ -1,0 +1,81 @@
+"""The Python face: the commands as functions, for modules and arrays that are in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgetrain.config import resolve
+from edgetrain.data.arrays import from_arrays
+from edgetrain.data.base import DataSet
+from edgetrain.training.finished import Run
+from edgetrain.training.fit import fit as _fit
+from edgetrain.training.fit import free_path, resumed_settings
+from edgetrain.training.watcher import Watcher
+
+__all__ = ["Run", "fit", "open_run"]
+
+
+def fit(
+    net: Any,
+    data: Any,
+    method: str = "mf",
+    *,
+    run_dir: str | Path | None = None,
+    profile: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    watcher: Watcher | None = None,
+    **settings: Any,
+) -> Run:
+    """Train a net one cell at a time; returns the finished run.
+
+    Args:
+        net: a spec such as ``"mlp:1000x2"``, a list of modules, an ``nn.Sequential``, or a function that
+            returns or yields modules. Modules are copied, never changed.
+        data: a spec such as ``"mnist"``; arrays ``(X, y)``; or ``((X, y), (X_test, y_test))``. X is
+            [rows, ...], uint8 pixels or floating point; y is [rows], 0..classes-1.
+        method: the local rule, or a baseline.
+        run_dir: the run folder; by default a new one under ``runs/``.
+        profile: name or path of a profile to start from.
+        resume: go on with the run in ``run_dir``.
+        force: replace the run in ``run_dir``.
+        watcher: is told of progress; by default nobody is.
+        **settings: any field of ``edgetrain.config.Settings``, e.g. ``max_gpu_mb=512``.
+
+    Raises:
+        EdgetrainError: see ``edgetrain.errors``; nothing is left half-written.
+    """
+    given = {"method": method, **settings}
+    modules = None
+    if isinstance(net, str):
+        given["net"] = net
+    else:
+        given["net"], modules = "modules", net
+    opened = _data_set(data)
+    given["data"] = data if opened is None else opened.name
+    resolved = resolve(given, profile)
+    path = Path(run_dir) if run_dir is not None else free_path(resolved.data, resolved.method)
+    if resume:
+        resolved = resumed_settings(path, given, resolved)
+    return _fit(resolved, path, modules, opened, resume, force, watcher)
+
+
+def open_run(path: str | Path, net: Any = None) -> Run:
+    """The finished run in a folder; ``net`` again for runs of your own modules.
+
+    Raises:
+        InputError: the folder holds no finished run.
+    """
+    return Run.open(Path(path), net)
+
+
+def _data_set(data: Any) -> DataSet | None:
+    """In-memory data as a data set; ``None`` for a spec."""
+    if isinstance(data, str):
+        return None
+    if isinstance(data, DataSet):
+        return data
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], tuple):
+        return from_arrays(*data)
+    return from_arrays(data)

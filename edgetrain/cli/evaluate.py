@@ -1,0 +1,34 @@
+"""``edgetrain evaluate``: the accuracy of a finished run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from edgetrain.cli.options import output_options
+
+EPILOG = "Example: edgetrain evaluate runs/mnist-mf --per-cell"
+
+
+@click.command("evaluate", epilog=EPILOG)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", help="A data set or .npz with labels; by default the run's own test rows.")
+@click.option("--per-cell", is_flag=True, help="Show each cell's own accuracy as well.")
+@click.option("--net", metavar="FILE.py:FUNCTION", help="The net again, for runs of your own code.")
+@click.option("--device", help="auto, cuda, cuda:1, mps or cpu; by default as the run was trained.")
+@output_options
+def command(run: Path, data: str | None, per_cell: bool, net: str | None, device: str | None, as_json: bool) -> None:
+    """Measure the accuracy of a finished run by every vote it has."""
+    from edgetrain.report.terminal import show_votes
+    from edgetrain.training.finished import Run
+
+    opened = Run.open(run, net)
+    found = opened.evaluate(data, device)
+    if as_json:
+        votes = {**found.accuracy, "cells": found.cells}
+        accuracy = found.accuracy[opened.objective.vote]
+        click.echo(json.dumps({"run": str(run), "test_accuracy": accuracy, "votes": votes}))
+    else:
+        show_votes(opened, found, per_cell)

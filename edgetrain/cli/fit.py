@@ -1,0 +1,57 @@
+"""``edgetrain fit``: train."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgetrain.cli.options import given_settings, output_options, settings_options
+
+EPILOG = "Example: edgetrain fit --data mnist --net mlp:1000x2 --method mf --epochs 5 --max-gpu-mb 64"
+
+
+@click.command("fit", epilog=EPILOG)
+@settings_options
+@click.option("--run-dir", type=click.Path(path_type=Path), help="The run folder; by default a new one in runs/.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --run-dir.")
+@click.option("--force", is_flag=True, help="Replace the run in --run-dir.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.option("--print-config", is_flag=True, help="Print the resolved profile and train nothing.")
+@output_options
+def command(
+    profile: str | None,
+    run_dir: Path | None,
+    resume: bool,
+    force: bool,
+    quiet: bool,
+    print_config: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Train a network one cell at a time, within a memory budget.
+
+    Without any flags it trains on the shipped digits, by the quickstart profile.
+    """
+    settings, given = given_settings(flags, profile)
+    if resume and run_dir is None:
+        raise click.UsageError("--resume needs --run-dir: the folder of the run to go on with")
+    if print_config:
+        from edgetrain.training.job import method_of, with_defaults
+
+        click.echo(with_defaults(settings, method_of(settings)).to_toml(), nl=False)
+        return
+    from edgetrain.report.terminal import show_run, watcher
+    from edgetrain.training.fit import fit, free_path, resumed_settings
+
+    path = run_dir or free_path(settings.data, settings.method)
+    if resume:
+        settings = resumed_settings(path, given, settings)
+    with watcher(quiet) as looking:
+        run = fit(settings, path, resume=resume, force=force, watcher=looking)
+    if as_json:
+        click.echo(json.dumps(run.record.as_dict()))
+    else:
+        show_run(run.record)

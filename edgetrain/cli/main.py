@@ -1,0 +1,107 @@
+"""The ``edgetrain`` command: finds the subcommand, and turns every error into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+from typing import NoReturn
+
+import click
+
+from edgetrain import __version__
+from edgetrain.errors import EdgetrainError
+
+COMMANDS = {
+    "fit": "Train a network one cell at a time, within a memory budget.",
+    "plan": "Show what a run would take, without training.",
+    "evaluate": "Measure the accuracy of a finished run.",
+    "predict": "Read labels off a finished run for new data.",
+    "doctor": "Show what this machine is, and what would go wrong.",
+}
+EPILOG = """Exit codes: 0 done; 2 wrong input; 3 disk or I/O; 4 corrupt file; 5 run folder in use;
+6 the budget cannot hold it; 7 training diverged; 70 a bug of ours; 130, 143 stopped by a signal.
+
+Example: edgetrain fit --data mnist --net mlp:1000x2 --max-gpu-mb 64"""
+
+
+class Terminated(BaseException):
+    """The process was asked to end (SIGTERM)."""
+
+
+class _LazyGroup(click.Group):
+    """Imports a command's file only when the command is used, so that help answers at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"edgetrain.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="edgetrain")
+def cli() -> None:
+    """Train deep networks one cell at a time, under a memory budget that you state."""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with the code that README lists."""
+    debug = "--debug" in sys.argv or os.environ.get("EDGETRAIN_DEBUG", "") not in ("", "0")
+    if sys.platform == "win32":
+        _end(2, "native Windows is not supported; use WSL2", debug=False)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        cli.main(standalone_mode=False)
+    except BaseException as error:
+        _end(*_verdict(error), debug)
+    sys.exit(0)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """Exit code and line of an error."""
+    if isinstance(error, SystemExit):
+        return (error.code if isinstance(error.code, int) else 70), ""
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code, ""
+    if isinstance(error, click.ClickException):
+        return 2, error.format_message()
+    if isinstance(error, EdgetrainError):
+        return error.exit_code, str(error)
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return 130, "stopped; what was committed is kept: go on with --resume --run-dir"
+    if isinstance(error, Terminated):
+        return 143, "stopped; what was committed is kept: go on with --resume --run-dir"
+    return _unforeseen(error)
+
+
+def _unforeseen(error: BaseException) -> tuple[int, str]:
+    from edgetrain.memory.device import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return 6, f"out of memory, although the plan fitted: {error}; state a smaller --max-gpu-mb"
+    if isinstance(error, OSError):
+        return 3, f"{error.filename or 'I/O'}: {error.strerror or error}"
+    return 70, f"a bug of edgetrain: {type(error).__name__}: {error}; please report it with --debug's output"
+
+
+def _end(code: int, line: str, debug: bool) -> NoReturn:
+    if debug and code not in (0, 130, 143):
+        traceback.print_exc()
+    if line:
+        print(f"edgetrain: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(code)

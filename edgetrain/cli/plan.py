@@ -1,0 +1,31 @@
+"""``edgetrain plan``: what a run would take."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from edgetrain.cli.options import given_settings, output_options, settings_options
+
+EPILOG = "Example: edgetrain plan --data mnist --net mlp:10000x1000 --max-gpu-mb 512"
+
+
+@click.command("plan", epilog=EPILOG)
+@settings_options
+@output_options
+def command(profile: str | None, as_json: bool, **flags: Any) -> None:
+    """Show what a run would take, without training: memory, disk, micro-batches, by cell."""
+    settings, _ = given_settings(flags, profile)
+    from edgetrain.planning.planner import backprop_peak
+    from edgetrain.report.terminal import show_plan
+    from edgetrain.training.job import open_job, plan_job
+
+    job = open_job(settings)
+    plan = plan_job(job)
+    bp = backprop_peak(job.work, list(job.net.cells), job.net.options)
+    if as_json:
+        click.echo(json.dumps(plan.as_dict(bp)))
+    else:
+        show_plan(plan, bp)

@@ -1,0 +1,76 @@
+"""What this machine is, what it can do, and what would go wrong on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from edgetrain.data.fetch import locate
+from edgetrain.data.known import KNOWN
+from edgetrain.memory import device as devices
+from edgetrain.memory import host
+
+_MATRIX = 2048
+_LOW_DISK_MB = 2048
+_SLOW_DISK_MB_S = 50
+
+
+def examine(folder: Path) -> dict[str, Any]:
+    """Facts about machine, device, disk and data sets, and a list of warnings."""
+    devices.configure_cuda()
+    device = devices.resolve("auto")
+    facts: dict[str, Any] = {
+        "machine": host.machine_facts(),
+        "device": {**devices.describe(device), "gflops_float32": round(_gflops(device), 1)},
+        "disk": {"folder": str(folder.absolute()), **host.disk_rates(folder)},
+        "data": {name: str(locate(known) or "") or None for name, known in KNOWN.items()},
+    }
+    facts["warnings"] = list(_warnings(facts, device))
+    return facts
+
+
+def show(facts: dict[str, Any]) -> None:
+    """The facts as tables, on stdout."""
+    console = Console(highlight=False)
+    for title in ("machine", "device", "disk", "data"):
+        table = Table(title, "", box=None, header_style="bold")
+        for key, value in facts[title].items():
+            table.add_row(key.replace("_", " "), "unknown" if value is None else str(value))
+        console.print(table)
+        console.print()
+    for warning in facts["warnings"]:
+        console.print(f"- {warning}", soft_wrap=True)
+    if not facts["warnings"]:
+        console.print("Nothing here stands in the way of a run.")
+
+
+def _gflops(device: torch.device) -> float:
+    """Rate of a float32 matrix product, 10^9 operations per second."""
+    left, right = (torch.randn(_MATRIX, _MATRIX, device=device) for _ in range(2))
+    (left @ right).sum().item()  # warm up
+    start = time.perf_counter()
+    (left @ right).sum().item()
+    return 2 * _MATRIX**3 / (time.perf_counter() - start) / 1e9
+
+
+def _warnings(facts: dict[str, Any], device: torch.device) -> Iterator[str]:
+    if device.type == "cpu":
+        yield (
+            f"no CUDA device is seen by torch {torch.__version__}: runs use the CPU, and --max-gpu-mb bounds what"
+            " a GPU would hold"
+        )
+        if torch.version.cuda is None:
+            yield "this torch is a CPU build; with an NVIDIA GPU, install the build for its driver from pytorch.org"
+    free, rate = facts["disk"].get("free_mb"), facts["disk"].get("write_mb_per_s")
+    if free is not None and free < _LOW_DISK_MB:
+        yield f"only {free:.0f} MiB are free on this disk; latents of a run need room (see edgetrain plan)"
+    if rate is not None and rate < _SLOW_DISK_MB_S:
+        yield f"this disk writes {rate:.0f} MB/s; --latent-dtype uint8 moves a quarter of the bytes"
+    if facts["machine"].get("is_wsl"):
+        yield "under WSL the driver does not tell one process's memory: the CUDA context is reported as unknown"

@@ -1,0 +1,264 @@
+"""Progress and tables on a terminal; plain lines where there is none."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from edgetrain.planning.plan import CellPlan, Plan
+from edgetrain.record import CellRecord, RunRecord
+from edgetrain.training import watcher as watching
+from edgetrain.training.finished import Run
+from edgetrain.training.predictor import Predictions
+from edgetrain.units import ceil_mb, show_mb, show_seconds
+
+_PLAIN_EVERY_S = 2.0
+
+
+@contextmanager
+def watcher(quiet: bool) -> Iterator[watching.Watcher]:
+    """What shows a run's progress on stderr: a live display on a terminal, else plain lines."""
+    if quiet:
+        yield watching.Silent()
+    elif sys.stderr.isatty():
+        with LiveWatcher() as live:
+            yield live
+    else:
+        yield PlainWatcher()
+
+
+class PlainWatcher:
+    """A line for a cell's epoch, at most one every two seconds, and always for its last."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def planned(self, plan: Plan, record: RunRecord) -> None:
+        """See ``Watcher``."""
+        print(_headline(plan, record), file=sys.stderr)
+
+    def note(self, text: str) -> None:
+        """See ``Watcher``."""
+        print(text, file=sys.stderr)
+
+    def stepped(self, progress: watching.Progress) -> None:
+        """See ``Watcher``."""
+        if time.monotonic() - self._last >= 5 * _PLAIN_EVERY_S:
+            self._print(progress)
+
+    def visited(self, progress: watching.Progress) -> None:
+        """See ``Watcher``."""
+        if time.monotonic() - self._last >= _PLAIN_EVERY_S or progress.epoch == progress.epochs - 1:
+            self._print(progress)
+
+    def finished(self, record: RunRecord) -> None:
+        """See ``Watcher``."""
+
+    def _print(self, progress: watching.Progress) -> None:
+        self._last = time.monotonic()
+        parts = [f"{label}: {value}" for label, value in _figures(progress).items()]
+        print(f"{_where(progress)}  {', '.join(parts)}", file=sys.stderr)
+
+
+class LiveWatcher:
+    """A bar for the run and one for the epoch, with loss, accuracy, memory and time left."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[figures]}", style="cyan"),
+            console=self._console,
+            transient=True,
+        )
+        self._run: TaskID | None = None
+        self._epoch: TaskID | None = None
+
+    def __enter__(self) -> LiveWatcher:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def planned(self, plan: Plan, record: RunRecord) -> None:
+        """See ``Watcher``."""
+        self._console.print(_headline(plan, record), highlight=False)
+        self._run = self._bars.add_task("run", figures="", total=1.0)
+        self._epoch = self._bars.add_task("preparing the data", figures="", total=None)
+
+    def note(self, text: str) -> None:
+        """See ``Watcher``."""
+        self._console.print(text, highlight=False)
+
+    def stepped(self, progress: watching.Progress) -> None:
+        """See ``Watcher``."""
+        if self._run is None or self._epoch is None:
+            return
+        figures = _figures(progress)
+        left = figures.pop("left", "")
+        share = (progress.visit + progress.step / max(progress.steps, 1)) / progress.visits
+        self._bars.update(self._run, completed=share, figures=f"{left} left" if left else "")
+        text = "  ".join(f"{label} {value}" for label, value in figures.items())
+        self._bars.update(
+            self._epoch,
+            description=_where(progress),
+            completed=progress.step,
+            total=progress.steps,
+            figures=text,
+        )
+
+    def visited(self, progress: watching.Progress) -> None:
+        """See ``Watcher``."""
+        self.stepped(progress)
+
+    def finished(self, record: RunRecord) -> None:
+        """See ``Watcher``."""
+
+
+def show_run(record: RunRecord) -> None:
+    """The closing table of a run, on stdout."""
+    console = _stdout()
+    console.print(_cell_table(record))
+    votes = ", ".join(
+        f"{vote} {accuracy:.4f}" for vote, accuracy in record.votes.items() if isinstance(accuracy, float)
+    )
+    if record.test_accuracy is not None:
+        console.print(f"test accuracy {record.test_accuracy:.4f}  (votes: {votes})")
+    console.print(
+        f"device memory: {_mb(record.peak_gpu_mb)} measured, {_mb(record.predicted_peak_mb)} predicted,"
+        f" budget {_mb(record.budget_mb, 'none')}; process {_mb(record.peak_host_mb)};"
+        f" disk {_mb(record.disk_mb)}, {_mb(record.written_mb)} written",
+        soft_wrap=True,
+    )
+    waited = record.waited_seconds / record.seconds if record.seconds else 0.0
+    console.print(
+        f"{show_seconds(record.seconds)}, {waited:.1%} of it waiting for data; run folder {record.run}",
+        soft_wrap=True,
+    )
+
+
+def show_plan(plan: Plan, bp_peak: int) -> None:
+    """A plan, on stdout."""
+    console = _stdout()
+    table = Table("cell", "parameters", "micro-batch", "peak", "latents on disk", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, count, cell in _grouped(plan):
+        label = f"{name} (x{count})" if count > 1 else name
+        table.add_row(
+            label,
+            f"{cell.params:,}",
+            str(cell.micro_batch),
+            show_mb(cell.peak),
+            show_mb(cell.latents) if cell.latents else "-",
+        )
+    console.print(table)
+    for line in _words(plan, bp_peak):
+        console.print(line, soft_wrap=True)
+
+
+def show_votes(run: Run, found: Predictions, per_cell: bool) -> None:
+    """Accuracies, on stdout."""
+    console = _stdout()
+    table = Table("vote", "accuracy", box=None, header_style="bold")
+    for vote, accuracy in found.accuracy.items():
+        own = "  (the method's own)" if vote == run.objective.vote else ""
+        table.add_row(vote, f"{accuracy:.4f}{own}")
+    if per_cell:
+        for number, (cell, accuracy_or_none) in enumerate(zip(run.record.cells, found.cells, strict=True), start=1):
+            shown = "has no vote" if accuracy_or_none is None else f"{accuracy_or_none:.4f}"
+            table.add_row(f"cell {number}, {cell.name}", shown)
+    console.print(table)
+
+
+def _stdout() -> Console:
+    """Where tables go: as wide as the terminal, or wide enough for a row where there is none."""
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
+
+
+def _headline(plan: Plan, record: RunRecord) -> str:
+    budget = "no budget" if plan.budget is None else f"budget {show_mb(plan.budget)}"
+    schedule = f", {record.schedule}" if record.schedule else ""
+    return (
+        f"{record.method}{schedule}: {len(plan.cells)} cells on {record.device}, {plan.placement};"
+        f" predicted peak {show_mb(plan.predicted_peak)}, {budget}; {record.run}"
+    )
+
+
+def _where(progress: watching.Progress) -> str:
+    return f"cell {progress.node + 1}/{progress.nodes} {progress.name}  epoch {progress.epoch + 1}/{progress.epochs}"
+
+
+def _figures(progress: watching.Progress) -> dict[str, str]:
+    figures = {"loss": f"{progress.loss:.4f}"}
+    if progress.accuracy is not None:
+        figures["accuracy"] = f"{progress.accuracy:.4f}"
+    allowed = "" if progress.budget is None else f" of {show_mb(progress.budget)}"
+    figures["memory"] = f"{show_mb(progress.peak)}{allowed}"
+    if progress.left_s is not None:
+        figures["left"] = show_seconds(progress.left_s)
+    return figures
+
+
+def _cell_table(record: RunRecord) -> Table:
+    table = Table("cell", "parameters", "epochs", "train loss", "test accuracy", "peak", "predicted", "time", box=None)
+    table.header_style = "bold"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = [*record.cells, *([record.readout] if record.readout else [])]
+    for cell in rows:
+        table.add_row(*_cells_row(cell))
+    return table
+
+
+def _cells_row(cell: CellRecord) -> list[str]:
+    return [
+        cell.name,
+        f"{cell.params:,}",
+        str(cell.epochs),
+        "-" if cell.train_loss is None else f"{cell.train_loss:.4f}",
+        "-" if cell.test_accuracy is None else f"{cell.test_accuracy:.4f}",
+        _mb(cell.peak_gpu_mb),
+        _mb(cell.predicted_peak_mb),
+        show_seconds(cell.seconds),
+    ]
+
+
+def _grouped(plan: Plan) -> Iterator[tuple[str, int, CellPlan]]:
+    """Runs of equal cells as one row, so that a thousand cells stay readable."""
+    for cell, run in groupby(plan.visits):
+        yield cell.name, len(list(run)), cell
+
+
+def _words(plan: Plan, bp_peak: int) -> Iterator[str]:
+    if plan.placement == "resident":
+        yield "Everything stays on the device: data set, latents and all cells."
+    else:
+        yield "Cells stream one at a time; the data set and latents stream from disk in batches."
+    smallest = f"the smallest budget that works is {ceil_mb(plan.min_budget):.2f} MiB"
+    if plan.budget is None:
+        yield f"Peak {show_mb(plan.predicted_peak)}; {smallest}."
+    elif plan.fits:
+        yield f"It fits: {show_mb(plan.predicted_peak)} of {show_mb(plan.budget)}; {smallest}."
+    else:
+        yield f"It does not fit into {show_mb(plan.budget)}; {smallest}."
+    yield f"Backpropagation on the same net and batch: {show_mb(bp_peak)}."
+    yield (
+        f"Host {show_mb(plan.host_bytes)}{'' if plan.host_fits else ' (over --max-host-mb)'};"
+        f" disk {show_mb(plan.disk_bytes)}{'' if plan.disk_fits else ' (over --max-disk-gb)'};"
+        f" writes {show_mb(plan.written_bytes)} in all."
+    )
+
+
+def _mb(value: float | None, unknown: str = "unknown") -> str:
+    return unknown if value is None else show_mb(value * (1 << 20))

@@ -1,0 +1,480 @@
+"""A run's folder: commits, finishing, the lock. ``pytest tests/store/test_run.py``."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+
+import edgetrain
+from edgetrain.errors import BusyError, CorruptError, InputError, StorageError
+from edgetrain.store import run as module
+from edgetrain.store.run import RunFolder
+
+ROOT = Path(edgetrain.__file__).parents[1]
+
+
+def unit(value: float, optimizer: bool = True) -> dict[str, torch.Tensor]:
+    state = {"cell.weight": torch.full((2, 3), value), "head.weight": torch.full((4,), value)}
+    return {**state, "optim.step.cell.weight.exp_avg": torch.full((2, 3), -value)} if optimizer else state
+
+
+def made(path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    folder.create("seed = 1\n")
+    return folder
+
+
+def value_of(folder: RunFolder, name: str) -> float:
+    """What a unit was committed with; every tensor of it must agree."""
+    tensors = folder.read_unit(folder.files()[name])
+    values = {abs(float(value.flatten()[0])) for value in tensors.values()}
+    assert len(tensors) == 3
+    assert len(values) == 1
+    return values.pop()
+
+
+def cells(folder: RunFolder) -> list[str]:
+    return sorted(path.name for path in (folder.path / "cells").iterdir())
+
+
+# --- making and clearing ----------------------------------------------------------------------
+
+
+def test_a_new_folder_holds_its_settings(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "a")
+    assert folder.is_free()
+    assert not folder.is_run()
+    folder.create("seed = 1\n")
+    assert (folder.path / "config.toml").read_text() == "seed = 1\n"
+    assert folder.is_run()
+    assert not folder.is_free()
+    assert folder.last() is None
+    assert folder.files() == {}
+
+
+def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise StorageError("disk: no space left on device")
+
+    monkeypatch.setattr(module, "write_text", full)
+    with pytest.raises(StorageError):
+        RunFolder(tmp_path / "a").create("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_below_a_file_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="not a directory"):
+        RunFolder(tmp_path / "file" / "a").create("x")
+
+
+def test_clearing_refuses_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "thesis.txt").write_text("all of it")
+    with pytest.raises(InputError, match="holds no edgetrain run"):
+        RunFolder(tmp_path).clear()
+    assert (tmp_path / "cells" / "thesis.txt").read_text() == "all of it"
+
+
+def test_clearing_removes_a_run_and_nothing_else(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    folder.commit(1, [("000", unit(1))], {})
+    (folder.path / "my notes.txt").write_text("keep")
+    folder.clear()
+    assert [path.name for path in folder.path.iterdir()] == ["my notes.txt"]
+    assert not folder.is_run()
+
+
+def test_clearing_does_not_follow_a_link_out_of_the_run(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "data").write_text("precious")
+    shutil.rmtree(folder.latents)
+    folder.latents.symlink_to(elsewhere)
+    folder.clear()
+    assert (elsewhere / "data").read_text() == "precious"
+
+
+def test_working_files_are_cleared_and_commits_stay(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    folder.commit(1, [("000", unit(1))], {})
+    (folder.latents / "001.x.rows").write_bytes(b"x")
+    folder.scratch.mkdir()
+    (folder.scratch / "000.safetensors").write_bytes(b"x")
+    folder.clear_working_files()
+    assert list(folder.latents.iterdir()) == []
+    assert not folder.scratch.exists()
+    assert value_of(folder, "000") == 1
+
+
+# --- commits ----------------------------------------------------------------------------------
+
+
+def test_a_commit_holds_what_changed_and_all_that_was_committed_before(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    folder.commit(1, [("000", unit(1)), ("001", unit(2))], {"visits": 3})
+    files = folder.commit(2, [("001", unit(5))], {"visits": 4})
+    assert files == folder.files()
+    assert (value_of(folder, "000"), value_of(folder, "001")) == (1, 5)
+    assert folder.last() == {**folder.last(), "commit": 2, "visits": 4}
+    assert cells(folder) == [
+        "000@1.optim.safetensors",
+        "000@1.safetensors",
+        "001@2.optim.safetensors",
+        "001@2.safetensors",
+    ]
+
+
+def test_the_optimizer_has_a_file_of_its_own_and_can_be_left_out(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    files = folder.commit(1, [("000", unit(1)), ("001", unit(2, optimizer=False))], {})
+    assert set(files["000"]) == {"weights", "optim"}
+    assert set(files["001"]) == {"weights"}
+    assert set(folder.read_unit(files["000"], optimizer=False)) == {"cell.weight", "head.weight"}
+
+
+class PowerCut(BaseException):
+    """The machine is gone."""
+
+
+def cut_off(*arguments: Any, **named: Any) -> None:
+    raise PowerCut
+
+
+@pytest.mark.parametrize("where", ["first file", "second unit", "journal"])
+def test_the_commit_before_holds_when_the_power_fails_before_the_journal_line(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(tmp_path / "a")
+    folder.commit(1, [("000", unit(1)), ("001", unit(2))], {})
+
+    def units() -> Any:
+        if where == "first file":
+            monkeypatch.setattr(module, "write_tensors", cut_off)
+        yield "000", unit(7)
+        if where == "second unit":
+            raise PowerCut
+        yield "001", unit(8)
+
+    if where == "journal":
+        monkeypatch.setattr(module.Journal, "append", cut_off)
+    with pytest.raises(PowerCut):
+        folder.commit(2, units(), {})
+    monkeypatch.undo()
+    again = RunFolder(folder.path)
+    assert (value_of(again, "000"), value_of(again, "001")) == (1, 2)
+    again.commit(2, [("000", unit(9))], {})
+    assert (value_of(again, "000"), value_of(again, "001")) == (9, 2)
+
+
+def test_the_new_commit_holds_when_the_power_fails_after_the_journal_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(tmp_path / "a")
+    folder.commit(1, [("000", unit(1))], {})
+    monkeypatch.setattr(RunFolder, "_remove", cut_off)
+    with pytest.raises(PowerCut):
+        folder.commit(2, [("000", unit(2))], {})
+    monkeypatch.undo()
+    assert value_of(RunFolder(folder.path), "000") == 2
+
+
+def test_a_torn_journal_line_leaves_the_commit_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made(tmp_path / "a")
+    folder.commit(1, [("000", unit(1))], {})
+    monkeypatch.setattr(RunFolder, "_remove", lambda *a: None)  # the line is torn: nothing was removed yet
+    folder.commit(2, [("000", unit(2))], {})
+    journal = folder.journal.path
+    journal.write_bytes(journal.read_bytes()[:-30])
+    assert value_of(RunFolder(folder.path), "000") == 1
+
+
+def test_files_are_on_the_medium_before_the_journal_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(tmp_path / "a")
+    log = watched(monkeypatch)
+    folder.commit(1, [("000", unit(1))], {})
+    line = log.index("fsync journal.jsonl")
+    for name in ("000@1.safetensors", "000@1.optim.safetensors"):
+        renamed = log.index(f"rename {name}")
+        assert log.index(f"fsync .{name}.tmp") < renamed
+        assert "fsync cells" in log[renamed:line]
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every fsync and rename from now on, in order."""
+    log: list[str] = []
+    fsync, replace, rename = os.fsync, Path.replace, Path.rename
+
+    def note_fsync(descriptor: int) -> None:
+        log.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def note(real: Any) -> Any:
+        def renaming(self: Path, target: Path) -> Path:
+            log.append(f"rename {Path(target).name}")
+            return real(self, target)
+
+        return renaming
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "replace", note(replace))
+    monkeypatch.setattr(Path, "rename", note(rename))
+    return log
+
+
+def test_a_full_disk_leaves_the_commit_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made(tmp_path / "a")
+    folder.commit(1, [("000", unit(1))], {})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="no space left"):
+            folder.commit(2, [("000", unit(2))], {})
+    assert value_of(folder, "000") == 1
+
+
+def test_a_damaged_cell_is_found_when_it_is_read(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    files = folder.commit(1, [("000", unit(1))], {})
+    path = folder.cell_path(files["000"]["optim"])
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    folder.read_unit(files["000"], optimizer=False)
+    with pytest.raises(CorruptError, match=r"000@1\.optim\.safetensors: checksum"):
+        folder.read_unit(files["000"])
+
+
+def test_a_deleted_cell_is_a_storage_error(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    files = folder.commit(1, [("000", unit(1))], {})
+    folder.cell_path(files["000"]["weights"]).unlink()
+    with pytest.raises(StorageError, match=r"000@1\.safetensors: no such file"):
+        folder.read_unit(files["000"])
+
+
+@pytest.mark.parametrize("files", [3, [], {"000": 3}, {"000": {"weights": {"name": "x"}}}, {"000": {"weights": 1}}])
+def test_a_journal_line_that_names_no_files_is_corrupt(files: Any, tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    folder.journal.append({"commit": 1, "files": files})
+    with pytest.raises(CorruptError, match="journal.jsonl"):
+        folder.files()
+
+
+# --- finishing --------------------------------------------------------------------------------
+
+
+def committed(path: Path) -> RunFolder:
+    folder = made(path)
+    folder.commit(1, [("000", unit(1)), ("001", unit(2)), ("readout", unit(3))], {"visits": 3})
+    folder.commit(2, [("001", unit(5))], {"visits": 4})
+    return folder
+
+
+def assert_whole(folder: RunFolder) -> None:
+    assert (value_of(folder, "000"), value_of(folder, "001"), value_of(folder, "readout")) == (1, 5, 3)
+
+
+def test_finishing_gives_plain_names(tmp_path: Path) -> None:
+    folder = committed(tmp_path / "a")
+    files = folder.finish(3, {"visits": 4})
+    plain = [f"{name}{kind}.safetensors" for name in ("000", "001", "readout") for kind in (".optim", "")]
+    assert cells(folder) == plain
+    assert files == folder.files()
+    assert folder.last() == {**folder.last(), "finished": True, "visits": 4}
+    assert_whole(folder)
+
+
+@pytest.mark.parametrize("renames", range(7))
+def test_a_run_cut_off_between_two_renames_is_readable_and_can_be_finished(
+    renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real, done = committed(tmp_path / "a"), Path.rename, []
+
+    def rename(self: Path, target: Path) -> Path:
+        if len(done) == renames:
+            raise PowerCut
+        done.append(target)
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        if renames == 6:
+            patch.setattr(module.Journal, "append", cut_off)
+        with pytest.raises(PowerCut):
+            folder.finish(3, {})
+    assert len(done) == renames
+    again = RunFolder(folder.path)
+    assert "finished" not in (again.last() or {})
+    assert_whole(again)
+    again.finish(3, {})
+    assert_whole(again)
+    assert len(cells(again)) == 6
+
+
+def test_renames_are_durable_before_the_journal_says_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = committed(tmp_path / "a")
+    log = watched(monkeypatch)
+    folder.finish(3, {})
+    line = log.index("fsync journal.jsonl")
+    last = max(number for number, what in enumerate(log) if what.startswith("rename"))
+    assert "fsync cells" in log[last:line]
+
+
+def test_a_finished_run_survives_renames_that_the_medium_lost(tmp_path: Path) -> None:
+    """Should the journal line be older than the renames, the old names must still be found."""
+    folder = committed(tmp_path / "a")
+    before = RunFolder(tmp_path / "a").files()
+    folder.finish(3, {})
+    for kinds in before.values():  # what was not renamed, as far as the medium knows
+        for file in kinds.values():
+            stem, _, rest = file.name.partition("@")
+            plain = folder.path / "cells" / f"{stem}.{rest.partition('.')[2]}"
+            plain.rename(folder.path / "cells" / file.name)
+    again = RunFolder(folder.path)
+    assert_whole(again)
+
+
+def test_the_model_is_one_file_of_all_weights_that_loads_alone(tmp_path: Path) -> None:
+    folder = committed(tmp_path / "a")
+    folder.write_model(folder.finish(3, {}), {"format": 1})
+    found = load_file(folder.path / "model.safetensors")
+    units = ("000", "001", "readout")
+    assert set(found) == {f"{name}.{kind}.weight" for name in units for kind in ("cell", "head")}
+    assert torch.equal(found["001.cell.weight"], torch.full((2, 3), 5.0))
+
+
+def test_a_record_is_json(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    folder.write_record({"test_accuracy": 0.5, "energy_j": None})
+    assert json.loads((folder.path / "record.json").read_text()) == {"test_accuracy": 0.5, "energy_j": None}
+
+
+# --- accounts ---------------------------------------------------------------------------------
+
+
+def test_space_and_writes_are_those_of_the_files(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+
+    def on_disk() -> int:
+        return sum(path.stat().st_size for path in (folder.path / "cells").iterdir())
+
+    folder.commit(1, [("000", unit(1)), ("001", unit(2))], {})
+    first = on_disk()
+    assert folder.written == folder.peak_space == first
+    folder.commit(2, [("000", unit(3))], {})
+    assert folder.peak_space == folder.written == first + first // 2  # both generations, for a moment
+    folder.commit(3, [("001", unit(3))], {})
+    assert folder.peak_space == first + first // 2
+
+
+# --- the lock ---------------------------------------------------------------------------------
+
+
+def test_a_second_holder_is_refused(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    with folder.locked(), pytest.raises(BusyError, match="another edgetrain works"), RunFolder(folder.path).locked():
+        pass
+    with RunFolder(folder.path).locked():
+        pass
+
+
+def test_a_holder_in_another_thread_is_refused(tmp_path: Path) -> None:
+    folder, refused = made(tmp_path / "a"), []
+
+    def other() -> None:
+        try:
+            with RunFolder(folder.path).locked():
+                pass
+        except BusyError as error:
+            refused.append(error)
+
+    with folder.locked():
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(10)
+    assert len(refused) == 1
+
+
+HOLD = (
+    "import sys; from pathlib import Path; from edgetrain.store.run import RunFolder\n"
+    "with RunFolder(Path(sys.argv[1])).locked():\n"
+    "    print('held', flush=True); sys.stdin.read()\n"
+)
+
+
+def test_another_process_is_refused_until_this_one_dies(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BusyError), folder.locked():
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdin.close()
+        holder.stdout.close()
+    with folder.locked():  # the lock of a dead process is void
+        assert (folder.path / "lock").exists()
+
+
+def test_the_lock_is_released_when_the_body_fails(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    with pytest.raises(KeyError), folder.locked():
+        raise KeyError
+    with folder.locked():
+        pass
+    assert not (folder.path / "lock").exists()
+
+
+def test_a_lock_taken_while_another_is_given_back_keeps_third_parties_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between giving back and removing the file a second holder may come; a third must still be refused."""
+    folder, second = made(tmp_path / "a"), FileLock(tmp_path / "a" / "lock", timeout=0)
+    real = FileLock.release
+
+    def release(self: Any, force: bool = False) -> None:
+        real(self, force)
+        if self is not second and not second.is_locked:
+            second.acquire()
+
+    monkeypatch.setattr(type(second), "release", release)
+    with folder.locked():
+        pass
+    monkeypatch.undo()
+    try:
+        assert second.is_locked
+        with pytest.raises(BusyError), RunFolder(folder.path).locked():
+            pass
+    finally:
+        second.release()

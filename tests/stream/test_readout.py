@@ -1,0 +1,219 @@
+"""The classifier on all cells' latents against a linear map on their concatenation.
+
+``pytest tests/stream/test_readout.py``
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from edgetrain.memory.meter import LiveMeter
+from edgetrain.store.latents import LatentFile
+from edgetrain.stream.cell import OptimizerRecipe
+from edgetrain.stream.executor import Tally
+from edgetrain.stream.feed import LABELS, Slice
+from edgetrain.stream.latents import DeviceLatents, FileLatents
+from edgetrain.stream.readout import DeviceCellsFeed, FileCellsFeed, Readout, train_readout
+
+CPU = torch.device("cpu")
+ROWS, CLASSES = 22, 4
+SHAPES = [(5,), (2, 3), (1,)]
+WIDTHS = [5, 6, 1]
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adamax": torch.optim.Adamax,
+}
+
+
+def readout(optimizer: str, resident: bool, state: dict | None = None, meter: LiveMeter | None = None) -> Readout:
+    recipe = OptimizerRecipe(optimizer, 0.05, 0.01)
+    return Readout(WIDTHS, CLASSES, recipe, CPU, 3, meter or LiveMeter(), resident, state)
+
+
+def twin(state: dict[str, torch.Tensor], optimizer: str) -> tuple[nn.Linear, torch.optim.Optimizer]:
+    """A linear map on the concatenation that starts from the same values."""
+    linear = nn.Linear(sum(WIDTHS), CLASSES)
+    with torch.no_grad():
+        linear.weight.copy_(torch.cat([state[f"{index}.weight"] for index in range(len(WIDTHS))], 1))
+        linear.bias.copy_(state["bias"])
+    return linear, OPTIMIZERS[optimizer](linear.parameters(), lr=0.05, weight_decay=0.01)
+
+
+def latents(seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    z = [torch.rand(ROWS, *shape, generator=source) for shape in SHAPES]
+    return z, torch.randint(0, CLASSES, (ROWS,), generator=source)
+
+
+def feeds(folder: Path, z: list[torch.Tensor], y: torch.Tensor, kind: str, step_order: bool) -> object:
+    """Latents where ``kind`` says; with ``step_order``, rows already stand in the epoch's order."""
+    if kind == "device":
+        cells = []
+        for values in z:
+            cells.append(DeviceLatents(ROWS, "float32", step_order))
+            cells[-1].put(0, {"x": values})
+        return DeviceCellsFeed(cells, y)
+    files = []
+    for index, values in enumerate(z):
+        made = FileLatents(
+            folder, f"{index}", ROWS, "float32", step_order, nullcontext, lambda size: None, lambda size: None, False
+        )
+        made.sink().put(0, {"x": values})
+        files.append(made)
+    labels = LatentFile(folder / "y.rows", ROWS, LABELS).allocate()
+    labels.write(0, LABELS.encode(y))
+    return FileCellsFeed(files, labels, CPU, nullcontext, 2)
+
+
+def assert_close(found: dict[str, torch.Tensor], linear: nn.Linear) -> None:
+    expected = linear.weight.detach().split(WIDTHS, 1)
+    for index, block in enumerate(expected):
+        torch.testing.assert_close(found[f"{index}.weight"], block, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found["bias"], linear.bias.detach(), rtol=0, atol=1e-6)
+
+
+@settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    optimizer=st.sampled_from(["sgd", "adam", "adamw", "adamax"]),
+    resident=st.booleans(),
+    kind=st.sampled_from(["device", "files"]),
+    batch=st.integers(1, 25),
+    micro=st.integers(1, 25),
+    step_order=st.booleans(),
+    ordered=st.booleans(),
+)
+def test_steps_equal_those_of_one_linear_map_on_the_concatenation(
+    optimizer: str,
+    resident: bool,
+    kind: str,
+    batch: int,
+    micro: int,
+    step_order: bool,
+    ordered: bool,
+    tmp_path: Path,
+) -> None:
+    z, y = latents()
+    order = np.random.default_rng(0).permutation(ROWS) if ordered else None
+    picked = torch.arange(ROWS) if order is None else torch.from_numpy(order)
+    stored = [values[picked] for values in z] if step_order else z
+    steps = min(3, -(-ROWS // batch))
+    work = Slice(ROWS, batch, min(micro, batch), 0, steps, order)
+    if optimizer != "sgd":  # Adam divides by the gradient's size: a difference of rounding would grow
+        work = Slice(ROWS, batch, min(micro, batch), 0, 1, order)
+    found, tally = readout(optimizer, resident), Tally(CPU)
+    linear, updates = twin(found.state(), optimizer)
+    feed = feeds(tmp_path, stored, y, kind, step_order)
+    train_readout(found, feed, work, len(z), CLASSES, LiveMeter(), tally)  # type: ignore[arg-type]
+    losses, right = [], 0
+    for _, start, stop in work.steps():
+        samples = picked[start:stop]
+        logits = linear(torch.cat([values[samples].flatten(1) for values in z], 1))
+        right += int((logits.argmax(1) == y[samples]).sum())
+        losses.append(float(cross_entropy(logits, y[samples], reduction="sum").detach()))
+        updates.zero_grad()
+        cross_entropy(logits, y[samples]).backward()
+        tiny = min(float(value.grad.abs().max()) for value in linear.parameters() if value.grad is not None)
+        assert tiny > 0
+        updates.step()
+    if optimizer == "sgd":
+        assert_close(found.state(), linear)
+    else:
+        assert_close_where_gradients_are_clear(found.state(), linear)
+    seen = min(work.last * batch, ROWS)
+    loss, accuracy = tally.read()
+    assert loss == pytest.approx(sum(losses) / seen, rel=1e-5)
+    assert accuracy == right / seen
+
+
+def assert_close_where_gradients_are_clear(found: dict[str, torch.Tensor], linear: nn.Linear) -> None:
+    """Adam's first step is the gradient's sign: where that is rounding, so is the step."""
+    assert linear.weight.grad is not None
+    clear = (linear.weight.grad.abs() > 1e-5).split(WIDTHS, 1)
+    for index, block in enumerate(linear.weight.detach().split(WIDTHS, 1)):
+        torch.testing.assert_close(
+            found[f"{index}.weight"][clear[index]], block[clear[index]], rtol=0, atol=5e-6
+        )
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adamax"])
+def test_resident_and_streamed_blocks_are_the_same_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
+    z, y = latents()
+    states = []
+    for resident in (True, False):
+        found = readout(optimizer, resident)
+        feed = feeds(tmp_path, z, y, "device", False)
+        work = Slice(ROWS, 8, 3, 0, 3)
+        train_readout(found, feed, work, len(z), CLASSES, LiveMeter(), Tally(CPU))  # type: ignore[arg-type]
+        states.append(found.state())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adamax"])
+@pytest.mark.parametrize("residents", [(True, False), (False, True), (False, False)])
+def test_a_state_taken_in_the_middle_goes_on_bit_for_bit(
+    optimizer: str, residents: tuple[bool, bool], tmp_path: Path
+) -> None:
+    z, y = latents()
+    feed = feeds(tmp_path, z, y, "device", False)
+    whole = readout(optimizer, True)
+    work = Slice(ROWS, 5, 5, 0, 5)
+    train_readout(whole, feed, work, len(z), CLASSES, LiveMeter(), Tally(CPU))  # type: ignore[arg-type]
+    first, second = residents
+    half = readout(optimizer, first)
+    train_readout(half, feed, Slice(ROWS, 5, 5, 0, 2), 3, CLASSES, LiveMeter(), Tally(CPU))  # type: ignore[arg-type]
+    rest = readout(optimizer, second, half.state())
+    train_readout(rest, feed, Slice(ROWS, 5, 5, 2, 5), 3, CLASSES, LiveMeter(), Tally(CPU))  # type: ignore[arg-type]
+    found, expected = rest.state(), whole.state()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_first_values_are_keyed_and_bounded_as_a_linear_maps() -> None:
+    first, again = readout("sgd", True).state(), readout("sgd", False).state()
+    assert set(first) == {"bias", "0.weight", "1.weight", "2.weight"}
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    bound = sum(WIDTHS) ** -0.5
+    assert all(float(value.abs().max()) <= bound for value in first.values())
+    assert float(first["0.weight"].abs().max()) > bound / 2
+    other = Readout(WIDTHS, CLASSES, OptimizerRecipe("sgd", 0.1), CPU, 4, LiveMeter(), True).state()
+    assert not torch.equal(other["0.weight"], first["0.weight"])
+
+
+def test_a_state_is_a_copy() -> None:
+    found = readout("sgd", True)
+    found.state()["bias"].fill_(99)
+    assert float(found.state()["bias"].abs().max()) < 1
+
+
+def peak(widths: list[int], resident: bool) -> int:
+    """Device bytes of two steps over cells of these widths."""
+    meter, y = LiveMeter(full=True), torch.zeros(8, dtype=torch.int64)
+    cells = []
+    for width in widths:
+        cells.append(DeviceLatents(8, "float32", False))
+        cells[-1].put(0, {"x": torch.zeros(8, width)})
+    recipe = OptimizerRecipe("adam", 0.1)
+    with meter.watch():
+        found = Readout(widths, CLASSES, recipe, CPU, 0, meter, resident)
+    feed, work = DeviceCellsFeed(cells, y), Slice(8, 4, 4, 0, 2)
+    train_readout(found, feed, work, len(widths), CLASSES, meter, Tally(CPU))
+    return meter.cell_peak
+
+
+def test_streamed_blocks_need_the_same_memory_at_any_depth() -> None:
+    assert peak([50] * 2, False) == peak([50] * 9, False)
+    assert peak([50] * 9, True) > peak([50] * 9, False)

@@ -1,0 +1,184 @@
+"""The order of visits, without a tensor. ``pytest tests/training/test_schedule.py``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import edgetrain
+from edgetrain.training.schedule import SCHEDULES, Visit
+
+ROOT = Path(edgetrain.__file__).parents[1]
+INPUTS = 0
+
+Run = tuple[str, int, int, int, int]  # schedule, depth, epochs, steps, readout epochs
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> Run:
+    name = draw(st.sampled_from(sorted(SCHEDULES)))
+    epochs = draw(st.integers(1, 4))
+    readout = draw(st.sampled_from([0, epochs]) if name == "sequence" else st.integers(0, 4))
+    return name, draw(st.integers(1, 7)), epochs, draw(st.integers(1, 9)), readout
+
+
+def visits(run: Run) -> list[Visit]:
+    name, depth, epochs, steps, readout = run
+    return list(SCHEDULES[name](depth, epochs, steps, readout))
+
+
+def reads(visit: Visit, depth: int) -> list[int]:
+    """Numbers of the latents that a visit reads."""
+    return list(range(1, depth + 1)) if visit.node == depth else [visit.node]
+
+
+checked = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+def test_importing_the_schedules_does_not_import_torch() -> None:
+    code = "import edgetrain.training.schedule, sys; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.split()[0] == "False"
+
+
+@checked
+@given(run=runs())
+def test_every_step_of_every_node_is_done_once_and_in_order(run: Run) -> None:
+    _, depth, epochs, steps, readout = run
+    done: dict[int, list[tuple[int, int]]] = {}
+    for visit in visits(run):
+        done.setdefault(visit.node, []).extend((visit.epoch, step) for step in range(visit.first, visit.last))
+    for node in range(depth):
+        assert done.pop(node) == [(epoch, step) for epoch in range(epochs) for step in range(steps)]
+    expected = [(epoch, step) for epoch in range(readout) for step in range(steps)]
+    assert done.pop(depth, []) == expected
+    assert done == {}
+
+
+@checked
+@given(run=runs())
+def test_latents_are_emitted_before_they_are_read_and_not_freed_in_between(run: Run) -> None:
+    name, depth, _, _, _ = run
+    there: dict[int, Visit | None] = {INPUTS: None}
+    for visit in visits(run):
+        for index in reads(visit, depth):
+            assert index in there
+            source = there[index]
+            if name == "sequence" and source is not None:
+                assert source.emit == "training"
+                assert source.epoch == visit.epoch  # in the order of this very epoch
+            if name == "separate" and source is not None:
+                assert source.emit == "finished"
+                assert source.final
+        if visit.emit != "none":
+            assert visit.node < depth
+            there[visit.node + 1] = visit
+        for index in visit.frees:
+            assert index in there  # nothing is freed twice
+            del there[index]
+
+
+@checked
+@given(run=runs())
+def test_latents_that_nobody_will_read_are_never_emitted(run: Run) -> None:
+    _, depth, _, _, _ = run
+    order = visits(run)
+    for number, visit in enumerate(order):
+        if visit.emit == "none":
+            continue
+        later = order[number + 1 :]
+        again = next((at for at, other in enumerate(later) if other.node == visit.node), len(later))
+        assert any(visit.node + 1 in reads(other, depth) for other in later[:again])
+
+
+@checked
+@given(run=runs())
+def test_latents_are_freed_as_soon_as_their_last_reader_is_done(run: Run) -> None:
+    _, depth, _, _, _ = run
+    order = visits(run)
+    for number, visit in enumerate(order):
+        for index in set(reads(visit, depth)) - {INPUTS}:
+            later = order[number + 1 :]
+            emitted = next((at for at, o in enumerate(later) if o.emit != "none" and o.node + 1 == index), len(later))
+            needed = any(index in reads(other, depth) for other in later[:emitted])
+            assert (index in visit.frees) == (not needed)
+
+
+@checked
+@given(run=runs())
+def test_no_cache_is_left_at_the_end(run: Run) -> None:
+    held: set[int] = set()
+    for visit in visits(run):
+        if visit.emit != "none":
+            held.add(visit.node + 1)
+        held -= set(visit.frees)
+    assert held == set()
+
+
+@checked
+@given(run=runs())
+def test_each_node_is_finished_once_and_by_its_last_visit(run: Run) -> None:
+    _, depth, _, _, readout = run
+    order = visits(run)
+    for node in range(depth + (readout > 0)):
+        own = [visit.final for visit in order if visit.node == node]
+        assert own == [False] * (len(own) - 1) + [True]
+
+
+@checked
+@given(run=runs())
+def test_at_a_frontier_nothing_is_needed_that_only_an_unfinished_cell_could_have_emitted(run: Run) -> None:
+    _, depth, _, _, _ = run
+    order = visits(run)
+    assert order[-1].frontier
+    for number, visit in enumerate(order):
+        finished = {other.node for other in order[: number + 1] if other.final}
+        again, lost = {INPUTS}, False
+        for later in order[number + 1 :]:
+            for index in reads(later, depth):
+                remade = index in again or (index - 1) in finished
+                lost = lost or not remade
+            if later.emit != "none":
+                again.add(later.node + 1)
+        assert visit.frontier == (not lost) or (not visit.frontier and is_last_epoch(visit, order))
+
+
+def is_last_epoch(visit: Visit, order: list[Visit]) -> bool:
+    """In the last epoch of a sequence all cells before are finished; a commit there is not asked for."""
+    return visit.final and order[-1].epoch == visit.epoch
+
+
+@checked
+@given(run=runs())
+def test_a_cell_that_emits_for_good_is_finished(run: Run) -> None:
+    for visit in visits(run):
+        if visit.emit == "finished":
+            assert visit.final
+
+
+def test_a_separate_run_reads_as_in_the_paper() -> None:
+    order = [(visit.node, visit.epoch, visit.emit) for visit in SCHEDULES["separate"](2, 2, 5, 1)]
+    assert order == [
+        (0, 0, "none"),
+        (0, 1, "finished"),
+        (1, 0, "none"),
+        (1, 1, "finished"),
+        (2, 0, "none"),
+    ]
+
+
+def test_a_sequence_reads_as_in_the_paper() -> None:
+    order = [(visit.node, visit.epoch, visit.emit) for visit in SCHEDULES["sequence"](2, 2, 5, 2)]
+    epoch = [(0, "training"), (1, "training"), (2, "none")]
+    assert order == [(node, number, emit) for number in range(2) for node, emit in epoch]
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_a_schedule_of_a_million_visits_is_not_made_at_once(name: str) -> None:
+    order = SCHEDULES[name](10**9, 10**9, 10**9, 0)
+    assert next(order).node == 0
