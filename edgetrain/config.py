@@ -131,7 +131,7 @@ def read_profile(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _PROFILE_LIMIT:
             raise InputError(f"profile {path}: larger than 1 MiB; expected a short TOML file")
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"profile {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -28,7 +28,7 @@ def command(run: Path, data: str | None, per_cell: bool, net: str | None, device
     found = opened.evaluate(data, device)
     if as_json:
         votes = {**found.accuracy, "cells": found.cells}
-        accuracy = found.accuracy[opened.objective.vote]
+        accuracy = found.accuracy.get(opened.objective.vote)
         click.echo(json.dumps({"run": str(run), "test_accuracy": accuracy, "votes": votes}))
     else:
         show_votes(opened, found, per_cell)

@@ -21,8 +21,10 @@ COMMANDS = {
     "predict": "Read labels off a finished run for new data.",
     "doctor": "Show what this machine is, and what would go wrong.",
 }
-EPILOG = """Exit codes: 0 done; 2 wrong input; 3 disk or I/O; 4 corrupt file; 5 run folder in use;
-6 the budget cannot hold it; 7 training diverged; 70 a bug of ours; 130, 143 stopped by a signal.
+EPILOG = """\b
+Exit codes: 0 done; 2 wrong input; 3 disk or I/O; 4 corrupt file; 5 run folder in use;
+  6 the budget cannot hold it; 7 training diverged; 70 a bug of ours;
+  130, 143 stopped by a signal.
 
 Example: edgetrain fit --data mnist --net mlp:1000x2 --max-gpu-mb 64"""
 
@@ -49,10 +51,18 @@ class _LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=_LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_LazyGroup,
+    epilog=EPILOG,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="edgetrain")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Train deep networks one cell at a time, under a memory budget that you state."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def main() -> NoReturn:
@@ -83,9 +93,9 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, EdgetrainError):
         return error.exit_code, str(error)
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
-        return 130, "stopped; what was committed is kept: go on with --resume --run-dir"
+        return 130, "stopped"
     if isinstance(error, Terminated):
-        return 143, "stopped; what was committed is kept: go on with --resume --run-dir"
+        return 143, "stopped"
     return _unforeseen(error)
 
 

@@ -19,7 +19,7 @@ def settings_options(function: F) -> F:
     hints = get_type_hints(Settings)
     for setting in reversed(fields(Settings)):
         if setting.metadata["flag"]:
-            function = _option(setting.name, hints[setting.name], setting.metadata["help"])(function)
+            function = _option(setting.name, hints[setting.name], setting.metadata["help"].replace("``", ""))(function)
     return click.option("--profile", metavar="NAME|FILE", help="Start from a profile's settings.")(function)
 
 

@@ -139,6 +139,7 @@ class Objective(ABC):
     couples_batch: ClassVar[bool] = False
     nonnegative_input: ClassVar[bool] = False
     phases: ClassVar[tuple[Phase, ...]] = (Phase("step"),)
+    stream_names: ClassVar[tuple[str, ...]] = ("x",)
 
     def __init__(self, classes: int, options: Options):
         self.classes = classes
@@ -149,7 +150,11 @@ class Objective(ABC):
         return recipes
 
     def streams(self, x: Tensor, y: Tensor, draws: Draws) -> Streams:
-        """The streams that the first cell reads, from inputs [B, ...] and labels [B]."""
+        """The streams that the first cell learns from, by ``stream_names``, from inputs [B, ...] and labels [B]."""
+        return {"x": x}
+
+    def unlabelled_streams(self, x: Tensor) -> Streams:
+        """The streams that the first cell reads when the labels are to be found."""
         return {"x": x}
 
     def head(self, node: Node) -> nn.Module | None:

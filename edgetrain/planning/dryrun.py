@@ -74,8 +74,8 @@ class _FakeFeed:
 
     waited_s = 0.0
 
-    def __init__(self, inputs: RowFormat, meter: LiveMeter):
-        self._formats, self._meter = {"x": inputs, "y": LABELS}, meter
+    def __init__(self, inputs: dict[str, RowFormat], meter: LiveMeter):
+        self._formats, self._meter = {**inputs, "y": LABELS}, meter
 
     def parts(self, work: Slice) -> Iterator[Part]:
         """See ``stream.feed.Feed``."""
@@ -92,7 +92,7 @@ def cell_peak(work: Workload, index: int, micro_batch: int) -> int:
     """Peak bytes of a visit to cell ``index``, streamed: its steps, and emitting or scoring after them."""
     with bench(work.device) as table:
         cell = place(work, index, table)
-        feed = _FakeFeed(work.format_into(index), table.meter)
+        feed = _FakeFeed(work.formats_into(index), table.meter)
         _run(work, index, micro_batch, table, cell, feed, _NoSink())
         return table.peak
 

@@ -12,6 +12,8 @@ from functools import partial
 from itertools import groupby
 from math import prod
 
+import torch
+
 from edgetrain.baselines.backprop import Backpropagation, joined
 from edgetrain.errors import BudgetError, InputError
 from edgetrain.nets.base import CellRecipe, Options
@@ -87,17 +89,17 @@ def require_fit(plan: Plan) -> None:
     if not plan.fits and plan.budget is not None:
         worst = max(plan.visits, key=lambda cell: cell.peak)
         raise BudgetError(
-            f"--max-gpu-mb {plan.budget / MIB:g} cannot hold {worst.name!r}, which needs {show_mb(worst.peak)} at"
+            f"--max-gpu-mb {plan.budget / MIB:.4g} cannot hold {worst.name!r}, which needs {show_mb(worst.peak)} at"
             f" micro-batch {worst.micro_batch}; the smallest budget for this run is {ceil_mb(plan.min_budget):.2f} MiB"
         )
     if not plan.host_fits:
         raise BudgetError(
-            f"--max-host-mb {(plan.host_budget or 0) / MIB:g} is too little for batches and two cells in transit,"
+            f"--max-host-mb {(plan.host_budget or 0) / MIB:.4g} is too little for batches and two cells in transit,"
             f" which need {ceil_mb(plan.host_bytes):.2f} MiB; raise it or take a smaller --batch-size"
         )
     if not plan.disk_fits:
         raise BudgetError(
-            f"--max-disk-gb {(plan.disk_budget or 0) / (1 << 30):g} cannot hold the run folder:"
+            f"--max-disk-gb {(plan.disk_budget or 0) / (1 << 30):.3g} cannot hold the run folder:"
             f" {show_mb(plan.disk_bytes)}; raise it or use --latent-dtype uint8"
         )
 
@@ -173,7 +175,8 @@ class _Chooser:
             self._asked and self._asked[index],
         )
         if kind not in self._known:
-            head = work.objective.head(node)
+            with torch.device("meta"):
+                head = work.objective.head(node)
             extra = 0 if head is None else sum(value.numel() for value in head.parameters())
             fixed = self._asked[index] if self._asked else None
             sizes = self._sizes(fixed, work.couples_batch(index))
@@ -191,11 +194,11 @@ class _Chooser:
         sizes = self._sizes(self._asked[-1] if self._asked else None, couples=False)
         widths = [prod(node.shape) for node in work.nodes]
         params = work.classes * (sum(widths) + 1)
-        for resident in [False] if lean else [True, False]:
-            micro, peak, least = self._largest(sizes, partial(_readout_at, work, resident))
-            if self._holds(peak) or not resident:
-                break
-        self.least = max(self.least, least)
+        streamed = self._largest(sizes, partial(_readout_at, work, False))
+        whole = streamed if lean else self._largest(sizes, partial(_readout_at, work, True))
+        self.least = max(self.least, min(streamed[2], whole[2]))
+        resident = not lean and self._holds(whole[1])
+        micro, peak, _ = whole if resident else streamed
         return CellPlan("classifier", params, micro, peak, 0), resident
 
     def _sizes(self, fixed: int | None, couples: bool) -> list[int]:

@@ -11,21 +11,23 @@ _LABEL_BYTES = 8
 
 def latent_bytes(work: Workload, index: int) -> int:
     """Bytes on disk of the training latents that node ``index`` emits; 0 if nobody reads them."""
-    return work.rows * work.format_into(index + 1).row_bytes if work.hands_on(index) else 0
+    return work.rows * work.row_bytes_into(index + 1) if work.hands_on(index) else 0
 
 
 def host_bytes(work: Workload, params: list[int]) -> int:
     """Host memory for batches on their way, for mapped pages, and for two cells in transit."""
     size = min(work.batch_size, work.rows)
-    readers = (
-        (work.prefetch + 2)
-        * size
-        * max(work.format_into(index).row_bytes + _LABEL_BYTES for index in range(work.depth))
-    )
-    writers = 3 * size * max(4 * work.format_into(index + 1).elements for index in range(work.depth))
-    labels = work.rows * _LABEL_BYTES  # the order of an epoch
+    nodes = range(work.depth)
+    readers = (work.prefetch + 2) * size * (_LABEL_BYTES + max(work.row_bytes_into(index) for index in nodes))
+    writers = 3 * size * max(_float_bytes(work, index + 1) for index in nodes)
+    order = work.rows * _LABEL_BYTES
     transit = 2 * STATE_BYTES_PER_PARAMETER * max(params)
-    return readers + writers + labels + transit + DEFAULT_WINDOW
+    return readers + writers + order + transit + DEFAULT_WINDOW
+
+
+def _float_bytes(work: Workload, index: int) -> int:
+    """Bytes of one sample that node ``index`` reads, all streams together, as float32."""
+    return 4 * sum(layout.elements for layout in work.formats_into(index).values())
 
 
 def input_bytes(work: Workload) -> int:

@@ -67,8 +67,17 @@ class Workload:
         return self.schedule == "sequence"
 
     def format_into(self, index: int) -> RowFormat:
-        """How the latents that node ``index`` reads lie on disk."""
+        """How one stream of the latents that node ``index`` reads lies on disk."""
         return self.inputs if index == 0 else RowFormat(self.nodes[index - 1].shape, self.latent_dtype)
+
+    def formats_into(self, index: int) -> dict[str, RowFormat]:
+        """How all streams that node ``index`` reads lie on disk."""
+        names = ("x",) if index == 0 else self.objective.stream_names
+        return dict.fromkeys(names, self.format_into(index))
+
+    def row_bytes_into(self, index: int) -> int:
+        """Bytes on disk of one sample that node ``index`` reads, all streams together."""
+        return sum(layout.row_bytes for layout in self.formats_into(index).values())
 
     def hands_on(self, index: int) -> bool:
         """Whether anybody reads the latents of node ``index``."""

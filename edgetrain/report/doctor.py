@@ -29,7 +29,9 @@ def examine(folder: Path) -> dict[str, Any]:
         "machine": host.machine_facts(),
         "device": {**devices.describe(device), "gflops_float32": round(_gflops(device), 1)},
         "disk": {"folder": str(folder.absolute()), **host.disk_rates(folder)},
-        "data": {name: str(locate(known) or "") or None for name, known in KNOWN.items()},
+        "data": {
+            name: str(locate(known) or "not on this machine; fetched when asked for") for name, known in KNOWN.items()
+        },
     }
     facts["warnings"] = list(_warnings(facts, device))
     return facts
@@ -41,13 +43,19 @@ def show(facts: dict[str, Any]) -> None:
     for title in ("machine", "device", "disk", "data"):
         table = Table(title, "", box=None, header_style="bold")
         for key, value in facts[title].items():
-            table.add_row(key.replace("_", " "), "unknown" if value is None else str(value))
+            table.add_row(key.replace("_", " "), _show(value))
         console.print(table)
         console.print()
     for warning in facts["warnings"]:
         console.print(f"- {warning}", soft_wrap=True)
     if not facts["warnings"]:
         console.print("Nothing here stands in the way of a run.")
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {part}" for key, part in value.items())
+    return "unknown" if value is None else str(value)
 
 
 def _gflops(device: torch.device) -> float:

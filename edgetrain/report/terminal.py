@@ -38,7 +38,7 @@ class PlainWatcher:
     """A line for a cell's epoch, at most one every two seconds, and always for its last."""
 
     def __init__(self) -> None:
-        self._last = 0.0
+        self._last = time.monotonic()
 
     def planned(self, plan: Plan, record: RunRecord) -> None:
         """See ``Watcher``."""
@@ -190,9 +190,13 @@ def _headline(plan: Plan, record: RunRecord) -> str:
     budget = "no budget" if plan.budget is None else f"budget {show_mb(plan.budget)}"
     schedule = f", {record.schedule}" if record.schedule else ""
     return (
-        f"{record.method}{schedule}: {len(plan.cells)} cells on {record.device}, {plan.placement};"
+        f"{record.method}{schedule}: {_count(len(plan.cells))} on {record.device}, {plan.placement};"
         f" predicted peak {show_mb(plan.predicted_peak)}, {budget}; {record.run}"
     )
+
+
+def _count(cells: int) -> str:
+    return "1 cell" if cells == 1 else f"{cells} cells"
 
 
 def _where(progress: watching.Progress) -> str:

@@ -73,11 +73,11 @@ class RunFolder:
             BusyError: another process works in it.
         """
         lock = FileLock(self.path / "lock", timeout=0)
-        try:
-            with storage_errors(self.path / "lock"):
+        with storage_errors(self.path / "lock"):
+            try:
                 lock.acquire()
-        except Timeout:
-            raise BusyError(f"{self.path}: another edgetrain works in this run folder; wait for it") from None
+            except Timeout:  # which is an OSError too
+                raise BusyError(f"{self.path}: another edgetrain works in this run folder; wait for it") from None
         try:
             yield
         finally:
@@ -94,8 +94,7 @@ class RunFolder:
         try:
             with storage_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-                for name in ("cells", "latents"):
-                    (self.path / name).mkdir(exist_ok=True)
+                (self.path / "cells").mkdir(exist_ok=True)
             write_text(self.path / "config.toml", config)
         except BaseException:
             if made:
@@ -130,7 +129,6 @@ class RunFolder:
         """Remove latents and scratch cells, which the journal does not know."""
         for folder in (self.latents, self.scratch):
             shutil.rmtree(folder, ignore_errors=True)
-        self.latents.mkdir(parents=True, exist_ok=True)
 
     def commit(
         self, number: int, units: Iterable[tuple[str, Mapping[str, torch.Tensor] | Spilled]], entry: Entry

@@ -117,7 +117,10 @@ class Executor:
         sink: Sink | None,
         on_scores: Callable[[Part, Tensor | None, Streams], None] | None = None,
     ) -> None:
-        """Run the finished cell over the samples: latents to ``sink``, scores [B, C] to ``on_scores``."""
+        """Run the finished cell over the samples: latents to ``sink``, scores [B, C] to ``on_scores``.
+
+        With ``on_scores`` classes are to be found, so the first cell is not shown the labels.
+        """
         cell.eval()
         parts = feed.parts(work)
         try:
@@ -181,7 +184,11 @@ class Executor:
         sink: Sink | None,
         on_scores: Callable[[Part, Tensor | None, Streams], None] | None,
     ) -> None:
-        streams = self._inputs(cell, part, StepDraws(self._seed, cell.node.index, 0, part.step, part.size))
+        if cell.node.index == 0 and on_scores is not None:
+            streams = self._objective.unlabelled_streams(part.streams["x"])
+        else:
+            draws = StepDraws(self._seed, cell.node.index, 0, part.step, part.size)
+            streams = self._inputs(cell, part, draws)
         latents = self._objective.latent(cell.module, streams)
         if sink is not None:
             sink.put(part.start + part.first, latents)

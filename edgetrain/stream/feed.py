@@ -281,4 +281,7 @@ class DeviceFeed:
 
     def _rows(self, stream: str, run: slice, picked: Tensor | None) -> Tensor:
         matrix = self._source.tensors[stream]
-        return matrix[run] if picked is None or self._source.step_order else matrix.index_select(0, picked)
+        if picked is None or self._source.step_order:
+            # A copy, as a streamed slot is: kernels give other last bits where rows start unaligned.
+            return matrix[run].clone()
+        return matrix.index_select(0, picked)

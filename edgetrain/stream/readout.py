@@ -258,7 +258,8 @@ class DeviceCellsFeed:
     ) -> Portion:
         run = slice(start + first, start + last)
         picked = run if order is None else copied(torch.from_numpy(order[run]), self._labels.device)
-        rows = cell.tensors["x"][run if cell.step_order else picked]
+        # Copies, as a streamed slot is: kernels give other last bits where rows start unaligned.
+        rows = cell.tensors["x"][run].clone() if cell.step_order or order is None else cell.tensors["x"][picked]
         return Portion(first, last, cell.formats["x"].decode(rows).flatten(1), self._labels[picked])
 
 

@@ -15,7 +15,7 @@ import torch
 from edgetrain.config import Settings, read_profile
 from edgetrain.data.base import DataSet
 from edgetrain.data.prepare import Prepared, prepare
-from edgetrain.errors import EdgetrainError, InputError, StorageError
+from edgetrain.errors import InputError, StorageError
 from edgetrain.memory import device as devices
 from edgetrain.memory.host import PeakRss
 from edgetrain.memory.meter import Meter, meter_of
@@ -65,7 +65,7 @@ def fit(
     resuming = _check_folder(folder, resume, force)
     if resuming and (last := folder.last()) is not None and last.get("finished"):
         watcher.note(f"{path}: this run is finished")
-        return Run.open(path, net)
+        return Run.open(path, _named(settings, net))
     with _process_state(settings):
         job = open_job(settings, net, data)
         plan = plan_job(job)
@@ -91,6 +91,8 @@ def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> S
     if not (path / "config.toml").is_file():
         return settings
     kept = Settings().with_values(read_profile(path / "config.toml"))
+    if ".py:" in kept.net and "net" not in given:
+        raise InputError(f"{path}: this run's net is your own code; name it again: --net {kept.net}")
     for name, value in given.items():
         if name not in _FREE_ON_RESUME and getattr(settings, name) != getattr(kept, name):
             raise InputError(
@@ -164,7 +166,7 @@ def _run(job: Job, plan: Plan, folder: RunFolder, resuming: bool, watcher: Watch
     settings = replace(job.settings, micro_batch=_compact(plan.micro_batches), placement=_placement(job, plan))
     if not resuming:
         folder.create(settings.to_toml())
-    with folder.locked(), PeakRss() as host:
+    with _removing_if_empty(folder.path), folder.locked(), PeakRss() as host:
         try:
             folder.clear_working_files()
             devices.cap(device, plan.budget)
@@ -174,15 +176,17 @@ def _run(job: Job, plan: Plan, folder: RunFolder, resuming: bool, watcher: Watch
             trainer, test = _train(job, plan, folder, meter, watcher)
             _evaluate(job, folder, plan, test, meter, record, trainer)
             _complete(folder, record, trainer, host, began, job)
-        except EdgetrainError:
+        except BaseException:
             if folder.last() is None:
                 folder.clear()
-                _remove_if_empty(folder.path)
+                watcher.note("nothing was committed yet, so the run folder was removed")
+            else:
+                watcher.note(f"what was committed is kept; go on with: edgetrain fit --resume --run-dir {folder.path}")
             raise
         finally:
             devices.cap(device, None)
     watcher.finished(record)
-    return Run.open(folder.path, net)
+    return Run.open(folder.path, _named(job.settings, net))
 
 
 def _train(job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher) -> tuple[Trainer, Prepared | None]:
@@ -217,7 +221,7 @@ def _evaluate(
         predictor = predictor_of(folder, job.work.nodes, job.work.objective, job.work.device, meter, plan.micro_batches)
         found = predictor.run(FileLatents.of_files({"x": test.x}, meter.host), test.y)
         record.votes = {**found.accuracy, "cells": found.cells}
-        record.test_accuracy = found.accuracy[job.work.objective.vote]
+        record.test_accuracy = found.accuracy.get(job.work.objective.vote)
         for cell, accuracy, peak in zip(cells, found.cells, found.peaks, strict=True):
             cell.test_accuracy = accuracy
             cell.peak_gpu_mb = max(cell.peak_gpu_mb or 0.0, to_mb(peak) or 0.0)
@@ -259,6 +263,11 @@ def _record(job: Job, plan: Plan, folder: RunFolder) -> RunRecord:
     )
 
 
+def _named(settings: Settings, net: Any) -> Any:
+    """The net that the caller gave, so that a run of the caller's own code can be opened."""
+    return settings.net if net is None and ".py:" in settings.net else net
+
+
 def _compact(sizes: list[int]) -> int | list[int]:
     """One number where all are the same."""
     return sizes[0] if len(set(sizes)) == 1 else sizes
@@ -269,6 +278,11 @@ def _placement(job: Job, plan: Plan) -> Any:
     return plan.placement if plan.placement == "resident" else job.settings.placement
 
 
-def _remove_if_empty(path: Path) -> None:
-    if path.exists() and not any(path.iterdir()):
-        path.rmdir()
+@contextmanager
+def _removing_if_empty(path: Path) -> Iterator[None]:
+    """A run that failed before its first commit leaves no folder behind."""
+    try:
+        yield
+    finally:
+        if path.exists() and not any(path.iterdir()):
+            path.rmdir()

@@ -108,7 +108,12 @@ class Trainer:
             DivergedError: a loss is not finite.
             StorageError: the disk refused; the newest commit holds.
         """
-        visits = list(self._schedule())
+        try:
+            self._carry_out(list(self._schedule()))
+        finally:
+            self._end()
+
+    def _carry_out(self, visits: list[Visit]) -> None:
         done = self._restore(visits)
         self._begin()
         for number, (visit, following) in enumerate(pairwise([*visits, None])):
@@ -122,7 +127,6 @@ class Trainer:
         self._cells.leave()
         if done < len(visits):
             self._commit(len(visits), visits)
-        self._end()
 
     def _schedule(self) -> Iterator[Visit]:
         work = self._work

@@ -90,9 +90,7 @@ def test_torch_tensors_are_arrays():
 
 def test_test_rows_must_be_like_training_rows():
     train = (pixels(4, 3), cycle(4, 2))
-    with pytest.raises(
-        InputError, match=r"x_test: uint8 rows of shape \[5\], but the training rows are uint8"
-    ):
+    with pytest.raises(InputError, match=r"x_test: uint8 rows of shape \[5\], but the training rows are uint8"):
         from_arrays(train, (pixels(4, 5), cycle(4, 2)))
     with pytest.raises(InputError, match="x_test: float rows"):
         from_arrays(train, (floats(4, 3), cycle(4, 2)))

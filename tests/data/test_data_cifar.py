@@ -31,10 +31,7 @@ def opened(paths, rows=6, label_bytes=1):
 @pytest.mark.parametrize("suffix", PACKERS)
 @pytest.mark.parametrize("label_bytes", [1, 2])
 def test_rows_are_those_written(tmp_path, monkeypatch, suffix, label_bytes):
-    paths = [
-        put(tmp_path / f"{k}.bin", cifar_rows(IMAGES + np.uint8(k), LABELS, label_bytes), suffix)
-        for k in (0, 1)
-    ]
+    paths = [put(tmp_path / f"{k}.bin", cifar_rows(IMAGES + np.uint8(k), LABELS, label_bytes), suffix) for k in (0, 1)]
     with small_chunks(monkeypatch, 8000):  # two rows a chunk
         data = opened(paths, label_bytes=label_bytes)
         x, y = rows_of(data.test)

@@ -60,8 +60,7 @@ def tiny_mnist(monkeypatch):
         for file in KNOWN["mnist"].files
     }
     downloads = tuple(
-        Download(f"{file}.gz", f"sha256:{hashlib.sha256(packed).hexdigest()}")
-        for file, packed in content.items()
+        Download(f"{file}.gz", f"sha256:{hashlib.sha256(packed).hexdigest()}") for file, packed in content.items()
     )
     monkeypatch.setitem(known.KNOWN, "mnist", replace(KNOWN["mnist"], downloads=downloads))
     return {f"{file}.gz": packed for file, packed in content.items()}
@@ -130,9 +129,7 @@ def test_wrong_checksum_keeps_nothing(served, tiny_mnist):
 
 
 def test_absent_file_says_where_to_put_it(served, tiny_mnist):
-    with pytest.raises(
-        StorageError, match=r"could not download http://\S+: HTTP 404 .*\$EDGETRAIN_DATA/mnist/"
-    ):
+    with pytest.raises(StorageError, match=r"could not download http://\S+: HTTP 404 .*\$EDGETRAIN_DATA/mnist/"):
         open_data("mnist")
 
 

@@ -225,7 +225,5 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path, compression):
     write_table(tmp_path / "small.npz", 8 * 1024, compression)
     write_table(tmp_path / "large.npz", 50 * 1024, compression)  # 200 MiB
     names = [str(tmp_path / name) for name in ("small.npz", "large.npz", "store")]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, *names], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", MEASURED, *names], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 16  # MiB

@@ -117,9 +117,7 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def set_available(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
-    monkeypatch.setattr(
-        psutil, "virtual_memory", lambda: SimpleNamespace(available=available, total=2 * TOTAL)
-    )
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available, total=2 * TOTAL))
 
 
 # --- which device -----------------------------------------------------------------------------
@@ -144,9 +142,7 @@ def test_auto_is_the_first_gpu_with_cuda(cuda: FakeCuda) -> None:
     assert devices.resolve("cuda:1") == torch.device("cuda", 1)
 
 
-def test_cuda_is_the_current_device_where_one_was_chosen(
-    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cuda_is_the_current_device_where_one_was_chosen(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated CUDA: somebody called torch.cuda.set_device(1)."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
@@ -173,9 +169,7 @@ def test_an_unknown_word_is_refused(word: str) -> None:
 def test_missing_cuda_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated: the three ways in which CUDA can be missing."""
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(
-        InputError, match="built without CUDA; install a CUDA build of torch, or use --device cpu"
-    ):
+    with pytest.raises(InputError, match="built without CUDA; install a CUDA build of torch, or use --device cpu"):
         devices.resolve("cuda")
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     with pytest.raises(InputError, match=r"cuda:1: .*no usable GPU was found; check the driver, or use"):
@@ -413,9 +407,7 @@ def test_the_processor_has_a_name() -> None:
         ),
     ],
 )
-def test_the_processors_name_is_read_from_the_system(
-    tmp_path: Path, path: str, text: str, expected: str
-) -> None:
+def test_the_processors_name_is_read_from_the_system(tmp_path: Path, path: str, text: str, expected: str) -> None:
     """Simulated system files."""
     file = tmp_path / path
     file.parent.mkdir(parents=True)

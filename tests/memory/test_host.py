@@ -149,9 +149,7 @@ def test_a_folder_that_is_not_there_is_a_storage_error(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_full_disk_is_a_storage_error_and_nothing_stays(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_full_disk_is_a_storage_error_and_nothing_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Simulated: the disk fills up while we write."""
 
     def full(descriptor: int, size: int) -> None:

@@ -63,9 +63,7 @@ def metered(work: Callable[[], None]) -> LiveBytes:
     return tracker
 
 
-@pytest.mark.parametrize(
-    ("d_in", "units", "batch"), [(64, 128, 16), (100, 100, 256), (784, 50, 1), (3, 500, 64)]
-)
+@pytest.mark.parametrize(("d_in", "units", "batch"), [(64, 128, 16), (100, 100, 256), (784, 50, 1), (3, 500, 64)])
 def test_a_dense_step_peaks_as_the_profiler_says(d_in: int, units: int, batch: int) -> None:
     work = Steps(d_in, units, batch, 10)
     work()  # warm: kernels, threads

@@ -50,9 +50,7 @@ class Classifier:
         self.layer = nn.Linear(weight.shape[1], weight.shape[0])
         self.layer.weight = nn.Parameter(weight.clone())
         self.layer.bias = nn.Parameter(bias.clone())
-        self.optimizer = torch.optim.AdamW(
-            self.layer.parameters(), lr=lr, weight_decay=weight_decay, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.layer.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
 
     def step(self, latents: list[Tensor], y: Tensor) -> None:
         logits = self.layer(torch.cat(latents, 1))

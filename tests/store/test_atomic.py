@@ -20,7 +20,6 @@ import edgetrain
 from edgetrain.errors import StorageError
 from edgetrain.store.atomic import CHUNK, checksum, replacing, write_bytes, write_text
 
-
 ROOT = Path(edgetrain.__file__).parents[1]
 
 
@@ -142,9 +141,7 @@ def test_a_writer_killed_at_any_moment_leaves_one_of_its_contents(tmp_path: Path
         assert len(set(content)) == 1
 
 
-@settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=300))
 def test_a_checksum_is_the_xxh3_digest_of_the_bytes(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(content)

@@ -83,9 +83,7 @@ def assert_close(found: dict[str, torch.Tensor], linear: nn.Linear) -> None:
     torch.testing.assert_close(found["bias"], linear.bias.detach(), rtol=0, atol=1e-6)
 
 
-@settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     optimizer=st.sampled_from(["sgd", "adam", "adamw", "adamax"]),
     resident=st.booleans(),
@@ -143,9 +141,7 @@ def assert_close_where_gradients_are_clear(found: dict[str, torch.Tensor], linea
     assert linear.weight.grad is not None
     clear = (linear.weight.grad.abs() > 1e-5).split(WIDTHS, 1)
     for index, block in enumerate(linear.weight.detach().split(WIDTHS, 1)):
-        torch.testing.assert_close(
-            found[f"{index}.weight"][clear[index]], block[clear[index]], rtol=0, atol=5e-6
-        )
+        torch.testing.assert_close(found[f"{index}.weight"][clear[index]], block[clear[index]], rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adamax"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -35,7 +36,7 @@ ROWS, TEST_ROWS, CLASSES, EPOCHS, BATCH, SEED = 70, 9, 4, 3, 16, 5  # the last b
 NET = "mlp:23x3"  # rows of odd length: nothing stands on a convenient address by luck
 UNEVEN = "mlp:24,23,17"
 SCHEDULES = ("separate", "sequence")
-LR, WEIGHT_DECAY = 3e-3, 1e-2  # not the methods' own, so that one ignored shows
+LR, WEIGHT_DECAY = 3e-3, 3e-2  # neither the methods' own nor torch's, so that one ignored shows
 CPU = torch.device("cpu")
 
 
@@ -48,25 +49,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def planned_once():
-    """To predict the same peaks again for each of a hundred runs would take half of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("cell_peak", "readout_peak", "resident_peak"):
-            patch.setattr(planner, name, remembered(getattr(planner, name)))
-        yield
-
-
-def remembered(find):
-    found = {}
-
-    def peak(work, *rest):
-        key = repr((replace(work, objective=work.objective.name), rest))
-        if key not in found:
-            found[key] = find(work, *rest)
-        return found[key]
-
-    return peak
+@pytest.fixture(autouse=True)
+def peaks_unknown(request, monkeypatch):
+    """Without a budget no bit depends on predicted peaks, and to predict them takes half of the time."""
+    if "budget" not in request.node.name:
+        monkeypatch.setattr(planner, "cell_peak", lambda work, index, size: 0)
+        monkeypatch.setattr(planner, "readout_peak", lambda work, size, resident: 0)
+        monkeypatch.setattr(planner, "resident_peak", lambda work, sizes: (0, [0] * len(sizes)))
 
 
 @dataclass(frozen=True)
@@ -437,19 +426,13 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, plain, method, schedule, cu
     assert any(not torch.equal(found[name], whole[name]) for name in whole)  # it was cut
 
 
-# BUG, to be taken out when it is fixed: DeviceFeed._rows and DeviceCellsFeed._portion give views that
-# begin at any row, and MKL's products of rows that are not at a multiple of 16 bytes differ in the last
-# bit from those of the streamed slots, which are. A copy of the rows (``.clone()``) mends both.
-MISALIGNED = pytest.mark.xfail(reason="resident rows that are read in a run stand at any address", strict=False)
-
-
 @pytest.mark.parametrize(
     ("method", "cut"),
     [
         ("mf", 8),
         ("lbp-ae", 8),
-        pytest.param("mf", 5, marks=MISALIGNED),
-        pytest.param("lbp-ae", [4, 16, 5, 7], marks=MISALIGNED),
+        ("mf", 5),
+        ("lbp-ae", [4, 16, 5, 7]),
     ],
     ids=str,
 )
@@ -463,7 +446,6 @@ def test_micro_batches_are_the_same_streamed_and_resident(tmp_path, method, sche
     assert_same(*found)
 
 
-@MISALIGNED
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_rows_at_odd_addresses_are_the_same_streamed_and_resident(tmp_path, schedule):
     found = []
@@ -566,26 +548,22 @@ def test_a_run_that_was_interrupted_and_resumed_ends_the_same(tmp_path, plain, m
         ("lbp-ae", "sequence", "resident"),
     ],
 )
-def test_a_run_cut_after_every_single_commit_ends_the_same(
-    tmp_path, plain, monkeypatch, method, schedule, placement
-):
+def test_a_run_cut_after_every_single_commit_ends_the_same(tmp_path, plain, monkeypatch, method, schedule, placement):
     given = settings(method, **RESUMED, schedule=schedule, placement=placement)
     path, commit, cuts = tmp_path / "run", RunFolder.commit, 0
 
     def commits_and_dies(folder, *arguments):
+        nonlocal cuts
         commit(folder, *arguments)
+        cuts += 1
         raise PowerCut
 
     monkeypatch.setattr(RunFolder, "commit", commits_and_dies)
-    with pytest.raises(PowerCut):
-        fit(given, path, data=data("pixels").set)
-    while not (path / "record.json").exists():
-        try:
+    while not (path / "record.json").exists() and cuts < 20:
+        with suppress(PowerCut):
             fit(given, path, data=data("pixels").set, resume=True)
-        except PowerCut:
-            cuts += 1
     visits = 2 * (3 + (method == "lbp-ae"))
-    assert cuts + 1 == (visits if schedule == "separate" else 2)
+    assert cuts == (visits if schedule == "separate" else 2)
     assert_same(units(path), plain(method, (("epochs", 2), ("schedule", schedule))))
 
 

@@ -1,0 +1,159 @@
+"""The commands, end to end, on the shipped digits."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+FIT_KEYS = {
+    "run", "method", "schedule", "device", "test_accuracy", "votes", "budget_mb", "peak_gpu_mb", "predicted_peak_mb",
+    "context_mb", "peak_host_mb", "disk_mb", "written_mb", "seconds", "energy_j", "cells",
+}  # fmt: skip
+CELL_KEYS = {
+    "name", "params", "epochs", "train_loss", "test_accuracy", "peak_gpu_mb", "predicted_peak_mb", "seconds", "tiles",
+    "micro_batch",
+}  # fmt: skip
+PLAN_KEYS = {
+    "fits", "host_fits", "disk_fits", "min_budget_mb", "predicted_peak_mb", "bp_predicted_peak_mb", "disk_mb",
+    "written_mb", "cells",
+}  # fmt: skip
+
+
+def test_fit_without_arguments_trains_on_digits_within_its_budget(edgetrain: Command, tmp_path: Path) -> None:
+    done = edgetrain("fit", "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record.keys() >= FIT_KEYS
+    assert all(cell.keys() >= CELL_KEYS for cell in record["cells"])
+    assert record["test_accuracy"] >= 0.93
+    assert record["peak_gpu_mb"] <= record["budget_mb"] == 4.0
+    assert record["peak_gpu_mb"] <= record["predicted_peak_mb"] <= record["peak_gpu_mb"] * 1.02
+    assert (tmp_path / "runs" / "digits-mf" / "model.safetensors").exists()
+    assert not (tmp_path / "runs" / "digits-mf" / "latents").exists()
+
+
+def test_plan_says_what_fit_measures(edgetrain: Command) -> None:
+    flags = ("--data", "digits", "--net", "mlp:64x3", "--epochs", "1", "--batch-size", "32", "--max-gpu-mb", "1")
+    plan = json.loads(edgetrain("plan", *flags, "--json").stdout)
+    record = json.loads(edgetrain("fit", *flags, "--json").stdout)
+    assert plan.keys() >= PLAN_KEYS
+    assert plan["fits"] is True
+    assert plan["predicted_peak_mb"] == record["predicted_peak_mb"] == record["peak_gpu_mb"]
+    assert [cell["params"] for cell in plan["cells"]] == [cell["params"] for cell in record["cells"]]
+    assert record["disk_mb"] <= plan["disk_mb"]
+    assert record["written_mb"] <= plan["written_mb"]
+
+
+def test_plan_exits_0_where_nothing_fits_and_its_smallest_budget_works(edgetrain: Command) -> None:
+    flags = ("--net", "mlp:64x2", "--epochs", "1", "--json")
+    done = edgetrain("plan", *flags, "--max-gpu-mb", "0.05")
+    assert done.returncode == 0
+    plan = json.loads(done.stdout)
+    assert plan["fits"] is False
+    smallest = str(plan["min_budget_mb"])
+    record = json.loads(edgetrain("fit", *flags, "--max-gpu-mb", smallest).stdout)
+    assert record["peak_gpu_mb"] <= float(smallest)
+
+
+def test_evaluate_and_predict_agree_with_the_run(edgetrain: Command, tmp_path: Path) -> None:
+    record = json.loads(edgetrain("fit", "--epochs", "2", "--run-dir", "r", "--json").stdout)
+    found = json.loads(edgetrain("evaluate", "r", "--json").stdout)
+    assert found["test_accuracy"] == record["test_accuracy"]
+    assert found["votes"] == record["votes"]
+    shown = edgetrain("evaluate", "r", "--per-cell").stdout
+    assert "cell 2" in shown
+
+    done = edgetrain("predict", "r", "--data", "digits", "--probabilities", "--latents", "z.npy")
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert len(rows) == 360
+    assert np.load(tmp_path / "z.npy").shape == (360, 256)
+    assert sum(float(rows[0][f"p{label}"]) for label in range(10)) == pytest.approx(1, abs=1e-4)
+    labels = json.loads(edgetrain("predict", "r", "--data", "digits", "--json").stdout)["labels"]
+    assert [int(row["label"]) for row in rows] == labels
+
+
+def test_predict_takes_rows_without_labels_and_refuses_other_shapes(edgetrain: Command, tmp_path: Path) -> None:
+    edgetrain("fit", "--epochs", "1", "--run-dir", "r", "--quiet")
+    np.savez(tmp_path / "new.npz", x=np.zeros((3, 8, 8), np.uint8))
+    np.savez(tmp_path / "other.npz", x=np.zeros((3, 9, 9), np.uint8))
+    assert len(json.loads(edgetrain("predict", "r", "--data", "new.npz", "--json").stdout)["labels"]) == 3
+    refused = edgetrain("predict", "r", "--data", "other.npz")
+    assert refused.returncode == 2
+    assert "(1, 9, 9)" in refused.stderr
+
+
+def test_rerunning_the_written_profile_gives_the_same_weights(edgetrain: Command, tmp_path: Path) -> None:
+    edgetrain("fit", "--epochs", "1", "--run-dir", "a", "--quiet")
+    edgetrain("fit", "--profile", "a/config.toml", "--run-dir", "b", "--quiet")
+    for name in ("000.safetensors", "001.optim.safetensors"):
+        assert (tmp_path / "a" / "cells" / name).read_bytes() == (tmp_path / "b" / "cells" / name).read_bytes()
+
+
+def test_a_damaged_cell_is_named_and_nothing_is_predicted(edgetrain: Command, tmp_path: Path) -> None:
+    edgetrain("fit", "--epochs", "1", "--run-dir", "r", "--quiet")
+    path = tmp_path / "r" / "cells" / "001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    done = edgetrain("evaluate", "r")
+    assert done.returncode == 4
+    assert "001.safetensors" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_with_the_shells_exit_code(number: int, code: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "edgetrain", "fit", "--epochs", "100000", "--run-dir", "r"]
+    child = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (tmp_path / "r" / "latents" / "000.y.rows").exists():
+            break
+        time.sleep(0.1)
+    time.sleep(0.5)
+    child.send_signal(number)
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode == code, said
+    assert "Traceback" not in said
+
+
+def test_a_second_process_in_a_run_folder_is_refused(tmp_path: Path, edgetrain: Command) -> None:
+    command = [sys.executable, "-m", "edgetrain", "fit", "--epochs", "100000", "--run-dir", "r", "--quiet"]
+    child = subprocess.Popen(command, cwd=tmp_path)
+    try:
+        for _ in range(600):
+            if (tmp_path / "r" / "latents" / "000.y.rows").exists():
+                break
+            time.sleep(0.1)
+        assert edgetrain("fit", "--run-dir", "r", "--force").returncode == 5
+    finally:
+        child.terminate()
+        child.wait(60)
+
+
+def test_help_answers_without_importing_torch() -> None:
+    code = "import sys; from edgetrain.cli.main import cli; cli.main(['fit', '--help'], standalone_mode=False)"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "; assert 'torch' not in sys.modules"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Example:" in done.stdout
+
+
+def test_doctor_tells_what_the_machine_is(edgetrain: Command) -> None:
+    facts = json.loads(edgetrain("doctor", "--json").stdout)
+    assert facts.keys() == {"machine", "device", "disk", "data", "warnings"}
+    assert facts["device"]["gflops_float32"] > 0
