@@ -94,8 +94,16 @@ class Settings:
             _check_least(name, getattr(self, name), 0)
         for name in ("lr", "classifier_lr", "max_gpu_mb", "max_host_mb", "max_disk_gb"):
             _check_positive(name, getattr(self, name))
-        if self.seed >= 1 << 63:
-            raise InputError(f"seed is {self.seed}; expected less than 2**63")
+        for name, limit in (
+            ("seed", 1 << 63),
+            ("threads", 1 << 12),
+            ("max_gpu_mb", 1 << 40),
+            ("max_host_mb", 1 << 40),
+            ("max_disk_gb", 1 << 40),
+        ):
+            value = getattr(self, name)
+            if value is not None and value >= limit:
+                raise InputError(f"{_flag(name)} is {value:.6g}; expected less than {limit}")
 
     def with_values(self, values: Mapping[str, Any]) -> Settings:
         """These settings with some replaced.
@@ -129,12 +137,14 @@ def read_profile(path: Path) -> dict[str, Any]:
         InputError: it is missing, no TOML, or too large.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"profile {path}: is no file; expected a short TOML file")
         if path.stat().st_size > _PROFILE_LIMIT:
             raise InputError(f"profile {path}: larger than 1 MiB; expected a short TOML file")
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"profile {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise InputError(f"profile {path}: not valid TOML: {error}") from error
 
 
@@ -169,10 +179,11 @@ def resolve(flags: Mapping[str, Any], profile: str | None, environment: Mapping[
     settings = Settings()
     if profile is not None:
         path = find_profile(profile)
+        values = read_profile(path)
         try:
-            settings = settings.with_values(read_profile(path))
+            settings = settings.with_values(values)
         except InputError as error:
-            raise InputError(f"profile {path}: {error}" if "profile" not in str(error) else str(error)) from None
+            raise InputError(f"profile {path}: {error}") from None
     settings = settings.with_values(_from_environment(os.environ if environment is None else environment))
     return settings.with_values(flags)
 
@@ -213,7 +224,12 @@ def _number(value: Any, name: str) -> Any:
     """Let a whole number stand where a float is expected."""
     kinds = _alternatives(get_type_hints(Settings)[name])
     whole = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if whole and float in kinds and int not in kinds else value
+    if not whole or float not in kinds or int in kinds:
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f"{_flag(name)} is a whole number of {len(str(value))} digits; that is too large") from None
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:

@@ -51,7 +51,6 @@ def test_an_unknown_setting_of_a_profile_is_refused_with_its_file(tmp_path: Path
         resolve({}, profile(tmp_path, "epoch = 3"), {})
 
 
-@pytest.mark.xfail(strict=True, reason="resolve() leaves the file out when the message contains the word profile")
 def test_a_wrong_value_whose_message_says_profile_still_names_the_file(tmp_path: Path) -> None:
     path = profile(tmp_path, "profile_name = 'x'")
     with pytest.raises(InputError) as caught:
@@ -167,7 +166,6 @@ def test_a_whole_number_may_stand_for_a_float(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*POSITIVE, *NOT_NEGATIVE])
-@pytest.mark.xfail(strict=True, reason="_number() calls float() on any int: OverflowError")
 def test_a_number_beyond_all_floats_is_refused(name: str) -> None:
     with pytest.raises(InputError):
         Settings().with_values({name: 10**400})
@@ -207,9 +205,6 @@ def test_text_and_switches_take_no_numbers_lists_or_tables(name: str, value: Any
 
 # --- profiles ---------------------------------------------------------------------------------
 
-ESCAPES = pytest.mark.xfail(
-    strict=True, reason="OverflowError, ValueError and RecursionError of the TOML reader are not caught"
-)
 finite = {"allow_nan": False, "allow_infinity": False}
 some = st.builds(
     dict,
@@ -225,7 +220,7 @@ some = st.builds(
     lr=st.none() | st.floats(min_value=0, exclude_min=True, **finite),
     weight_decay=st.none() | st.floats(min_value=0, **finite),
     seed=st.integers(0, (1 << 63) - 1),
-    max_gpu_mb=st.none() | st.floats(min_value=0, exclude_min=True, **finite),
+    max_gpu_mb=st.none() | st.floats(min_value=0, exclude_min=True, max_value=1e12),
     keep_latents=st.booleans(),
     prefetch=st.integers(0, 9),
     checkpoint_every=st.none() | st.floats(min_value=0, **finite),
@@ -271,10 +266,10 @@ def test_any_toml_value_of_a_setting_is_taken_or_refused_in_one_line(name: str, 
 @pytest.mark.parametrize(
     "content",
     [
-        pytest.param("lr = " + "9" * 400, marks=ESCAPES),
-        pytest.param("epochs = " + "9" * 5000, marks=ESCAPES),
-        pytest.param("micro_batch = " + "[" * 3000, marks=ESCAPES),
-        pytest.param("micro_batch = " + "[" * 3000 + "]" * 3000, marks=ESCAPES),
+        "lr = " + "9" * 400,
+        "epochs = " + "9" * 5000,
+        "micro_batch = " + "[" * 3000,
+        "micro_batch = " + "[" * 3000 + "]" * 3000,
         "\0",
         b"\xff\xfe",
         "a" * 4000,
@@ -315,7 +310,6 @@ def test_any_profile_name_gives_a_profile_or_an_input_error(name: str) -> None:
         assert "profile" in str(error)
 
 
-@pytest.mark.xfail(strict=True, reason="read_profile() reads in the locale, to_toml() is written in UTF-8")
 def test_a_profile_is_read_as_utf8_whatever_the_locale(tmp_path: Path) -> None:
     path = profile(tmp_path, "data = 'données.npz'")
     code = "import sys; from edgetrain.config import resolve; print(ascii(resolve({}, sys.argv[1], {}).data))"

@@ -8,6 +8,7 @@ larger than the host's memory be built cell by cell.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from functools import partial
@@ -35,14 +36,15 @@ def load_function(spec: str) -> Build:
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         raise InputError(f"net {spec!r}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module_spec = importlib.util.spec_from_file_location(f"_edgetrain_net_{Path(path).stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise InputError(f"net {spec!r}: {path} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # where dataclasses and others look for it
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise InputError(f"net {spec!r}: {path} fails on import: {type(error).__name__}: {error}") from error
+        raise InputError(f"net {spec!r}: {path} fails on import: {_said(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"net {spec!r}: {path} has no function {name!r}")
@@ -85,10 +87,18 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def _modules(spec: str, build: Build) -> Iterator[nn.Module]:
-    for module in build():
-        if not isinstance(module, nn.Module):
-            raise InputError(f"net {spec!r}: gave a {type(module).__name__}; expected nn.Modules")
-        yield module
+    try:
+        built = build()
+        if not isinstance(built, Iterable):
+            raise InputError(f"net {spec!r}: gave a {type(built).__name__}; expected a list of nn.Modules")
+        for module in built:
+            if not isinstance(module, nn.Module):
+                raise InputError(f"net {spec!r}: gave a {type(module).__name__}; expected nn.Modules")
+            yield module
+    except (InputError, GeneratorExit):
+        raise
+    except Exception as error:
+        raise InputError(f"net {spec!r}: its function fails: {_said(error)}") from error
 
 
 def _take(spec: str, build: Build, index: int) -> nn.Module:
@@ -119,15 +129,20 @@ class _OwnCell(CellRecipe):
             return self.build()
 
 
+def _said(error: Exception) -> str:
+    """An error as one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def _run(spec: str, index: int, module: nn.Module, in_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the module's output for one sample."""
     try:
         out = module(torch.empty(2, *in_shape, device="meta"))
     except Exception as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"net {spec!r}: module {index} ({type(module).__name__}) does not take rows of shape"
-            f" {in_shape}: {first_line}"
+            f" {in_shape}: {_said(error)}"
         ) from error
     if not isinstance(out, torch.Tensor) or out.ndim < 2 or out.shape[0] != 2:
         raise InputError(f"net {spec!r}: module {index} ({type(module).__name__}) must give one tensor [B, ...]")

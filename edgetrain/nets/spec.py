@@ -34,6 +34,8 @@ def open_net(net: Any, in_shape: tuple[int, ...], preferred: Mapping[str, str]) 
     if isinstance(net, Iterable):
         modules = list(net)
         return Net("modules", own.cells("modules", own.given(_checked(modules)), in_shape), {**STANDARD, **preferred})
+    if isinstance(net, nn.Module):
+        raise InputError(f"net: a single {type(net).__name__} is no chain of cells; give a list or an nn.Sequential")
     if callable(net):
         name = getattr(net, "__name__", "function")
         return Net(name, own.cells(name, net, in_shape), {**STANDARD, **preferred})

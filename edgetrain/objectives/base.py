@@ -39,7 +39,7 @@ class Defaults:
     classifier_weight_decay: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Node:
     """Where a cell stands in the net: what is needed to build its head.
 
@@ -55,7 +55,7 @@ class Node:
     recipe: CellRecipe | None
     shape: tuple[int, ...]
     seed: int
-    parent: Node | None
+    parent: Node | None = field(repr=False)
 
     def generator(self, word: str) -> torch.Generator:
         """A CPU generator for a draw that belongs to this cell, such as a fixed projection."""

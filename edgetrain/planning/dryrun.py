@@ -20,7 +20,7 @@ from edgetrain.memory.allocator import CachingAllocatorModel
 from edgetrain.memory.meter import LiveBytes, LiveMeter
 from edgetrain.planning.workload import Workload
 from edgetrain.store.rows import RowFormat
-from edgetrain.stream.cell import LiveCell
+from edgetrain.stream.cell import LiveCell, shapes_of
 from edgetrain.stream.executor import Executor, Tally
 from edgetrain.stream.feed import LABELS, DeviceFeed, HostBatch, Part, Slice, Transfer
 from edgetrain.stream.latents import DeviceLatents
@@ -99,8 +99,12 @@ def cell_peak(work: Workload, index: int, micro_batch: int) -> int:
 
 def place(work: Workload, index: int, table: Bench) -> LiveCell:
     """The cell on the fake device."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():  # modules with buffers cannot be made on two pretended devices at once
+        shapes = shapes_of(work.nodes[index], work.objective)
     with table.meter.watch():
-        return LiveCell(work.nodes[index], work.objective, work.optimizer, _CPU, bare=True)
+        return LiveCell(work.nodes[index], work.objective, work.optimizer, _CPU, shapes=shapes)
 
 
 def _run(
@@ -193,7 +197,7 @@ def resident_peak(work: Workload, micro_batches: list[int]) -> tuple[int, list[i
     peaks = []
     with bench(work.device) as table:
         with table.meter.watch():
-            data = _resident(work.rows, work.inputs)
+            inputs = data = _resident(work.rows, work.inputs)  # inputs stay to the end, as in the trainer
             labels = torch.empty(work.rows, dtype=torch.int64)
         kept: list[LiveCell] = []
         emitted: list[DeviceLatents] = []
@@ -211,6 +215,7 @@ def resident_peak(work: Workload, micro_batches: list[int]) -> tuple[int, list[i
             feed = DeviceCellsFeed(emitted, labels)
             _run_readout(work, micro_batches[-1], table, readout, feed)
             peaks.append(table.peak)
+        inputs.free()
     return max(peaks), peaks
 
 

@@ -26,16 +26,16 @@ class Journal:
         self.path = path
 
     def append(self, entry: Entry) -> None:
-        """Make an entry durable.
+        """Make an entry durable; a torn line before it is cut off first.
 
         Raises:
             StorageError: the disk refused.
         """
         with storage_errors(self.path):
             fresh = not self.path.exists()
-            torn = not fresh and self._ends_torn()
             with self.path.open("ab") as file:
-                file.write(b"\n" * torn + _line(entry).encode() + b"\n")
+                file.truncate(self._whole())
+                file.write(_line(entry).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
             if fresh:
@@ -45,30 +45,23 @@ class Journal:
         """All entries, oldest first; none if there is no journal.
 
         Raises:
-            CorruptError: a line before the last is damaged.
+            CorruptError: a line that was written whole is damaged.
         """
         if not self.path.exists():
             return []
         with storage_errors(self.path):
-            lines = self.path.read_bytes().split(b"\n")
+            *lines, _torn = self.path.read_bytes().split(b"\n")
         found = []
         for number, line in enumerate(lines, start=1):
-            if not line:
-                continue
             entry = _parse(line)
-            if entry is not None:
-                found.append(entry)
-            elif any(_parse(later) is not None for later in lines[number:] if later) and not _torn(line):
+            if entry is None:
                 raise CorruptError(f"{self.path}: line {number} is damaged")
+            found.append(entry)
         return found
 
-    def _ends_torn(self) -> bool:
-        with self.path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            if file.tell() == 0:
-                return False
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) != b"\n"
+    def _whole(self) -> int:
+        """Bytes up to the end of the last whole line."""
+        return self.path.read_bytes().rfind(b"\n") + 1
 
 
 def _check(text: str) -> str:
@@ -88,8 +81,3 @@ def _parse(line: bytes) -> Entry | None:
     except (ValueError, KeyError, TypeError):
         return None
     return entry if good else None
-
-
-def _torn(line: bytes) -> bool:
-    """Whether a line is the beginning of one: appending after a torn line leaves it in the middle."""
-    return not line.endswith(b"}")

@@ -54,8 +54,12 @@ class LatentFile:
         """
         with storage_errors(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            if self.size:
+            try:
                 _reserve(self._descriptor, self.size)
+            except OSError:
+                self.close()
+                self.path.unlink()
+                raise
         return self
 
     def open(self) -> LatentFile:
@@ -144,12 +148,16 @@ class LatentFile:
 
     def _mapped(self) -> NDArray[np.uint8]:
         with storage_errors(self.path):
+            if (found := os.fstat(self._fd).st_size) < self.size:
+                raise StorageError(f"{self.path}: ends at byte {found}, expected {self.size}")
             self._map = mmap.mmap(self._fd, self.size, access=mmap.ACCESS_READ)
         return np.frombuffer(self._map, np.uint8).reshape(self.rows, self.format.row_bytes)
 
 
 def _reserve(descriptor: int, size: int) -> None:
     """Allocate ``size`` bytes, so that a full disk is an error now and not a dead process later."""
+    if size == 0:
+        return
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     else:  # macOS has no posix_fallocate; writes there still report a full disk, one by one

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from edgetrain.errors import BusyError, CorruptError, InputError
-from edgetrain.store.atomic import storage_errors, write_text
+from edgetrain.store.atomic import storage_errors, sync_folder, write_text
 from edgetrain.store.journal import Entry, Journal
 from edgetrain.store.tensors import FileEntry, join, move_durably, read_tensors, write_plain, write_tensors
 
@@ -81,8 +81,7 @@ class RunFolder:
         try:
             yield
         finally:
-            lock.release()
-            (self.path / "lock").unlink(missing_ok=True)
+            lock.release()  # the file stays: removing it could take it from under the next holder
 
     def create(self, config: str) -> None:
         """Make the folder and write ``config.toml``.
@@ -95,6 +94,7 @@ class RunFolder:
             with storage_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 (self.path / "cells").mkdir(exist_ok=True)
+                sync_folder(self.path.parent)
             write_text(self.path / "config.toml", config)
         except BaseException:
             if made:
@@ -168,6 +168,8 @@ class RunFolder:
                 with storage_errors(self.path / "cells" / plain):
                     self.cell_path(file).rename(self.path / "cells" / plain)
                 files[unit][kind] = FileEntry(plain, file.checksum, file.size)
+        with storage_errors(self.path / "cells"):
+            sync_folder(self.path / "cells")
         self._append(number, files, {**entry, "finished": True})
         return files
 
@@ -235,7 +237,8 @@ class RunFolder:
         for kind, group in _by_kind(tensors):
             paths[kind] = self.scratch / _name(unit, kind)
             self._replaced(paths[kind])
-            self._took(write_plain(paths[kind], group, _unit_metadata(unit)))
+            with storage_errors(paths[kind]):
+                self._took(write_plain(paths[kind], group, _unit_metadata(unit)))
         return Spilled(paths)
 
     def unspill(self, spilled: Spilled) -> dict[str, torch.Tensor]:

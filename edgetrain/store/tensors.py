@@ -12,6 +12,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +45,25 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         StorageError: the disk refused; ``path`` is then as it was.
     """
     with replacing(path) as temporary:
-        size = write_plain(temporary, tensors, metadata)
+        size = write_plain(temporary, tensors, metadata, path)
         digest = checksum(temporary)
     return FileEntry(path.name, digest, size)
 
 
-def write_plain(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> int:
+def write_plain(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], shown: Path | None = None
+) -> int:
     """Write host tensors to ``path`` without any promise; returns the file's size in bytes.
 
     Raises:
-        StorageError: the disk refused.
+        StorageError: the disk refused; it names ``shown``, by default ``path``.
+        OSError: likewise, where the library lets it through.
     """
     try:
-        with storage_errors(path):
-            save_file(dict(tensors), path, {_METADATA: json.dumps(metadata, sort_keys=True)})
-            return path.stat().st_size
+        save_file(dict(tensors), path, {_METADATA: json.dumps(metadata, sort_keys=True)})
     except SafetensorError as error:  # the library wraps the operating system's refusal
-        raise StorageError(f"{path}: {error}") from error
+        raise StorageError(f"{shown or path}: {error}") from error
+    return path.stat().st_size
 
 
 def move_durably(source: Path, target: Path) -> FileEntry:
@@ -147,11 +150,10 @@ def join(target: Path, parts: Iterable[tuple[str, Path]], metadata: Mapping[str,
     header: dict[str, Any] = {"__metadata__": {_METADATA: json.dumps(metadata, sort_keys=True)}}
     sources, offset = [], 0
     for prefix, path in parts:
-        tensors = {name: info for name, info in read_header(path).items() if name != "__metadata__"}
-        for name, info in tensors.items():
-            start, stop = info["data_offsets"]
-            header[prefix + name] = {**info, "data_offsets": [offset + start, offset + stop]}
-        size = max((info["data_offsets"][1] for info in tensors.values()), default=0)
+        ranges, size = _checked_layout(path)
+        infos = read_header(path)
+        for name, (start, stop) in ranges.items():
+            header[prefix + name] = {**infos[name], "data_offsets": [offset + start, offset + stop]}
         sources.append((path, size))
         offset += size
     text = json.dumps(header).encode()
@@ -163,6 +165,30 @@ def join(target: Path, parts: Iterable[tuple[str, Path]], metadata: Mapping[str,
                 _copy_tail(path, size, file)
         digest = checksum(temporary)
     return FileEntry(target.name, digest, target.stat().st_size)
+
+
+def _checked_layout(path: Path) -> tuple[dict[str, tuple[int, int]], int]:
+    """Byte range of each tensor, counted from the first tensor's start, and bytes of all tensors.
+
+    Raises:
+        CorruptError: the header's ranges are not those of a whole file.
+    """
+    with storage_errors(path), path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
+        data = path.stat().st_size - 8 - length
+    ranges = {}
+    for name, info in read_header(path).items():
+        if name == "__metadata__":
+            continue
+        found = info.get("data_offsets") if isinstance(info, dict) else None
+        if not isinstance(found, list) or len(found) != 2 or not all(type(edge) is int for edge in found):
+            raise CorruptError(f"{path}: tensor {name!r} has no byte range")
+        ranges[name] = (found[0], found[1])
+    ends = sorted(ranges.values())
+    gapless = all(before[1] == after[0] for before, after in pairwise([(0, 0), *ends, (data, data)]))
+    if not gapless or any(start > stop for start, stop in ends):
+        raise CorruptError(f"{path}: its tensors do not fill its {data} bytes; the file is cut or damaged")
+    return ranges, data
 
 
 def _copy_tail(path: Path, size: int, file: Any) -> None:

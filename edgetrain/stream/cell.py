@@ -6,7 +6,8 @@ Names of a cell's state: ``cell.linear.weight``, ``head.weight``, and for the op
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from edgetrain.keys import seeded
 from edgetrain.objectives.base import Node, Objective, Phase
 
 State = dict[str, Tensor]
+Modules = tuple[nn.Module, nn.Module | None]
+Host = Callable[[], AbstractContextManager[object]]
 
 # Fused implementations keep no temporary copies of all gradients; where there is none, one tensor
 # after the other peaks lower than foreach, which is CUDA's default.
@@ -59,7 +62,8 @@ class LiveCell:
         optimizer: for each phase.
         device: where everything goes.
         state: named host tensors to start from; ``None``: first weights, drawn from the cell's key.
-        bare: give tensors room but no values (a dry run).
+        host: the meter's scope for host tensors.
+        shapes: cell and head on the meta device, to be given room but no values (a dry run).
     """
 
     def __init__(
@@ -69,10 +73,12 @@ class LiveCell:
         optimizer: OptimizerRecipe,
         device: torch.device,
         state: Mapping[str, Tensor] | None = None,
-        bare: bool = False,
+        host: Host = nullcontext,
+        shapes: Modules | None = None,
     ):
         self.node, self.device = node, device
-        self.module, self.head = _modules(node, objective, known=state is not None, bare=bare)
+        with host():
+            self.module, self.head = shapes or _modules(node, objective, known=state is not None)
         for name, owner, leaf in _slots(self.module, self.head):
             _place(owner, leaf, device, None if state is None else state.get(name))
         self.phases: list[tuple[Phase, list[nn.Parameter], torch.optim.Optimizer]] = []
@@ -136,24 +142,27 @@ def copied(source: Tensor, device: torch.device) -> Tensor:
     A source on the meta device has no values; the copy then has none either.
     """
     target = torch.empty(source.shape, dtype=source.dtype, device=device)
-    return target if source.is_meta else target.copy_(source, non_blocking=True)
+    return target if source.is_meta else target.copy_(source.detach(), non_blocking=True)
 
 
-def _modules(node: Node, objective: Objective, known: bool, bare: bool) -> tuple[nn.Module, nn.Module | None]:
+def shapes_of(node: Node, objective: Objective) -> Modules:
+    """Cell and head on the meta device."""
+    assert node.recipe is not None
+    with torch.device("meta"):
+        return node.recipe.build(), objective.head(node)
+
+
+def _modules(node: Node, objective: Objective, known: bool) -> Modules:
     """Cell and head: shapes alone where values come from elsewhere, first values otherwise."""
     assert node.recipe is not None
-    if bare or known:
-        module = node.recipe.skeleton()
-        with torch.device("meta"):
-            head = objective.head(node)
-        if bare or not _unstored([module, head]):
-            return module, head
+    if known and not _unstored(shapes := shapes_of(node, objective)):
+        return shapes
     module = node.recipe.materialise(node.seed, node.index)
     with seeded(node.seed, "head", node.index):
         return module, objective.head(node)
 
 
-def _unstored(modules: list[nn.Module | None]) -> bool:
+def _unstored(modules: Modules) -> bool:
     """Whether a module has buffers that no state holds, so that they must be made anew."""
     return any(part._non_persistent_buffers_set for top in modules if top for part in top.modules())
 
@@ -172,7 +181,7 @@ def _slots(module: nn.Module, head: nn.Module | None) -> Iterator[tuple[str, nn.
 def _place(owner: nn.Module, leaf: str, device: torch.device, value: Tensor | None) -> None:
     """Put a parameter or buffer on the device, with ``value`` if there is one."""
     current = getattr(owner, leaf)
-    moved = copied(current.detach() if value is None else value, device)
+    moved = copied(current if value is None else value, device)
     if isinstance(current, nn.Parameter):
         owner._parameters[leaf] = nn.Parameter(moved, requires_grad=current.requires_grad)
     else:

@@ -7,7 +7,7 @@ that just left goes to disk, not an older one: visits go round, so it is the one
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -113,6 +113,8 @@ class CellStream:
         if index in self._live:
             return self._to_host(self._live[index])
         held = self._held[index]
+        if self._coming is not None and self._coming[0] == index:
+            wait([self._coming[1]])  # its files are about to be moved
         found = held.host if held.host is not None else held.spilled
         assert found is not None, "a dirty cell is on the device, in the host tier, or spilled"
         return found
@@ -162,6 +164,9 @@ class CellStream:
         if self._host_used + size <= self._host_bytes:
             held.host = state
             self._host_used += size
+            if held.spilled is not None:
+                self._shelf.discard(held.spilled)
+                held.spilled = None
             return
         held.spilled = self._shelf.spill(f"{index:03}", state)
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from edgetrain.store.latents import LatentFile, Rows
 from edgetrain.store.rows import RowFormat
-from edgetrain.stream.latents import DeviceLatents, FileLatents, Host
+from edgetrain.stream.cell import Host
+from edgetrain.stream.latents import DeviceLatents, FileLatents
 from edgetrain.stream.prefetch import Prefetcher
 
 LABELS = RowFormat((), "int64")
@@ -136,7 +137,7 @@ class FileFeed:
         """See ``Feed``."""
         free: queue.Queue[HostBatch | None] = queue.Queue()
         for _ in range(self._depth + 2):  # one being filled, one in use
-            free.put(self._buffers(work.batch_size))
+            free.put(self._buffers(min(work.batch_size, work.rows)))
         formats = {**self._source.formats, "y": LABELS}
         with Prefetcher(lambda: self._gather(work, free), self._depth) as batches:
             try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -19,8 +18,7 @@ from torch import Tensor
 
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.rows import RowFormat
-
-Host = Callable[[], AbstractContextManager[object]]
+from edgetrain.stream.cell import Host
 
 
 class Latents(Protocol):
@@ -152,7 +150,8 @@ class FileSink:
                 rows = buffer[: values.shape[0]]
                 rows.copy_(values)
             if self._writer is None:
-                self._write(stream, first, rows)
+                with self._latents.host():
+                    self._write(stream, first, rows)
                 self._spare.setdefault(stream, []).append(buffer)
                 continue
             self._pending.append((stream, self._writer.submit(self._write, stream, first, rows), buffer))

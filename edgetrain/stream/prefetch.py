@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-_END = object()
+_END, _NOTHING = object(), object()
 _POLL = 0.1  # seconds between looks at whether the other side is still there
 
 
@@ -70,18 +70,18 @@ class Prefetcher(Generic[T]):
 
     def _take(self) -> Any:
         start = time.perf_counter()
-        while (item := self._poll()) is None:
+        while (item := self._poll()) is _NOTHING:
             if self._thread is not None and not self._thread.is_alive() and self._queue.empty():
                 raise RuntimeError("the prefetch thread died without a word")
         self.waited_s += time.perf_counter() - start
         return item
 
     def _poll(self) -> Any:
-        """The next item, or ``None`` after a while without one."""
+        """The next item, or ``_NOTHING`` after a while without one."""
         try:
             return self._queue.get(timeout=_POLL)
         except queue.Empty:
-            return None
+            return _NOTHING
 
     def _run(self) -> None:
         try:

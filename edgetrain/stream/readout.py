@@ -27,10 +27,10 @@ from torch.nn.functional import cross_entropy, one_hot
 from edgetrain.keys import generator
 from edgetrain.memory.meter import Meter
 from edgetrain.store.latents import LatentFile, Rows
-from edgetrain.stream.cell import OptimizerRecipe, State, copied
+from edgetrain.stream.cell import Host, OptimizerRecipe, State, copied
 from edgetrain.stream.executor import Tally
 from edgetrain.stream.feed import Part, Slice
-from edgetrain.stream.latents import DeviceLatents, FileLatents, Host
+from edgetrain.stream.latents import DeviceLatents, FileLatents
 from edgetrain.stream.prefetch import Prefetcher
 
 _HOST = torch.device("cpu")
@@ -86,7 +86,7 @@ class Readout:
         block.step(gradient)
         if name not in self._here:
             with self._meter.host():
-                self._away[name] = {key: copied(value, _HOST) for key, value in block.state().items()}
+                self._away[name] = {key: block.to_host(value) for key, value in block.state().items()}
 
     def state(self) -> State:
         """Everything as host tensors: ``NAME`` for values, ``optim.NAME.KEY`` for the optimizer's."""
@@ -114,8 +114,7 @@ class _Block:
         self._optimizer = optimizer.build([self.value])
         for key, value in state.items():
             if key != "value":
-                on_host = value.ndim == 0 and not self._optimizer.defaults.get("fused")
-                self._optimizer.state[self.value][key] = copied(value, _HOST if on_host else device)
+                self._optimizer.state[self.value][key] = value if self._is_hosts(value) else copied(value, device)
 
     def step(self, gradient: Tensor) -> None:
         self.value.grad = gradient
@@ -124,6 +123,14 @@ class _Block:
 
     def state(self) -> State:
         return {"value": self.value.detach(), **self._optimizer.state[self.value]}
+
+    def to_host(self, value: Tensor) -> Tensor:
+        """A copy for the host; a step count that the host keeps anyway is handed over as it is."""
+        return value if self._is_hosts(value) else copied(value, _HOST)
+
+    def _is_hosts(self, value: Tensor) -> bool:
+        """Implementations that are not fused keep and read their step count on the host."""
+        return value.ndim == 0 and not self._optimizer.defaults.get("fused")
 
 
 def _part(state: Mapping[str, Tensor], name: str) -> State:
@@ -170,7 +177,7 @@ class FileCellsFeed:
         """See ``CellsFeed``."""
         free: queue.Queue[tuple[Tensor, Tensor] | None] = queue.Queue()
         for _ in range(self._depth + 2):
-            free.put(self._buffers(work.batch_size))
+            free.put(self._buffers(min(work.batch_size, work.rows)))
         with Prefetcher(lambda: self._gather(work, sweeps, free), self._depth) as batches:
             try:
                 yield from self._transfer(work, batches, free)

@@ -115,7 +115,7 @@ class Predictor:
         state = {name: value for name, value in self.read_cell(node.index).items() if "optim." not in name}
         self.meter.start_cell()
         with self.meter.watch():
-            cell = LiveCell(node, self.objective, _UNUSED, self.device, state)
+            cell = LiveCell(node, self.objective, _UNUSED, self.device, state, self.meter.host)
         scorer.load()
         feed = FileFeed(source, labels, self.device, self.meter.host, self.prefetch)
         sink = None if out is None else out.sink()

@@ -225,7 +225,7 @@ class Trainer:
 
     def _place(self, index: int, state: Mapping[str, torch.Tensor] | None) -> LiveCell:
         work = self._work
-        return LiveCell(work.nodes[index], work.objective, work.optimizer, work.device, state)
+        return LiveCell(work.nodes[index], work.objective, work.optimizer, work.device, state, self._meter.host)
 
     def _slice(self, visit: Visit, phases: int) -> Slice:
         work = self._work

@@ -315,9 +315,6 @@ def test_a_file_gives_a_net(tmp_path: Path) -> None:
     assert net.spec.endswith("my_net.py:build")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="load_function() does not put the module into sys.modules, where dataclasses look"
-)
 def test_a_file_may_use_dataclasses_with_postponed_annotations(tmp_path: Path) -> None:
     text = (
         "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom torch import nn\n"
@@ -336,12 +333,7 @@ BROKEN_FILES = {
 }
 
 
-MANY_LINES = pytest.mark.xfail(strict=True, reason="load_function() keeps all lines of the message")
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=MANY_LINES if kind == "fails" else ()) for kind in BROKEN_FILES]
-)
+@pytest.mark.parametrize("kind", list(BROKEN_FILES))
 def test_a_broken_file_is_one_line_that_names_it(kind: str, tmp_path: Path) -> None:
     assert_one_line(net_file(tmp_path, BROKEN_FILES[kind]), "my_net.py")
 
@@ -370,14 +362,10 @@ def assert_one_line(net: Any, word: str) -> None:
 
 
 @pytest.mark.parametrize("build", [none, failing, one_module, needs_arguments])
-@pytest.mark.xfail(strict=True, reason="_modules() calls the function bare: TypeError or what the function raised")
 def test_a_function_that_gives_no_modules_is_one_line_that_names_it(build: Any) -> None:
     assert_one_line(build, build.__name__)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a module is callable, so it is called as if it were a build function: TypeError"
-)
 def test_a_single_module_that_is_no_chain_is_refused() -> None:
     assert_one_line(nn.Linear(6, 5), "Linear")
 

@@ -98,7 +98,7 @@ def measured(work: Workload, index: int, micro: int, folder: Path, full: bool = 
     meter = LiveMeter(full)
     executor = Executor(work.objective, CPU, meter, work.seed)
     with meter.watch():
-        cell = LiveCell(work.nodes[index], work.objective, work.optimizer, CPU)
+        cell = LiveCell(work.nodes[index], work.objective, work.optimizer, CPU, host=meter.host)
     source = stored(folder, "in", work.rows, work.format_into(index), meter.host)
     feed = FileFeed(source, labels(folder, work), CPU, meter.host, work.prefetch)
     out = FileLatents(
@@ -168,18 +168,13 @@ def test_narrow_latents_are_predicted(latent_dtype: str, schedule: str, tmp_path
         assert cell_peak(work, index, 16) == measured(work, index, 16, tmp_path)
 
 
-THREADLESS = pytest.mark.xfail(
-    strict=True, reason="FileSink.put() encodes outside of the host scope when there is no thread"
-)
-
-
 @pytest.mark.parametrize(
     ("latent_dtype", "schedule"),
     [
         ("float32", "separate"),
         ("uint8", "separate"),
         ("float32", "sequence"),
-        pytest.param("uint8", "sequence", marks=THREADLESS),
+        ("uint8", "sequence"),
     ],
 )
 def test_writing_without_a_thread_takes_nothing_of_the_device(latent_dtype: str, schedule: str, tmp_path: Path) -> None:
@@ -212,7 +207,6 @@ def build_orthogonal() -> list[nn.Module]:
     return [Orthogonal(64, 64), nn.Linear(64, 8)]
 
 
-@pytest.mark.xfail(strict=True, reason="LiveCell draws first weights on the host, in the device's watched scope")
 def test_drawing_first_weights_takes_nothing_of_the_device(tmp_path: Path) -> None:
     work = workload("mf", build_orthogonal, (64,), optimizer="sgd", pixels=False, batch=2)
     assert cell_peak(work, 0, 2) == measured(work, 0, 2, tmp_path)
@@ -243,16 +237,10 @@ def test_random_nets_are_predicted(
         assert cell_peak(work, index, size) == measured(work, index, size, tmp_path)
 
 
-NO_ITEM = pytest.mark.xfail(
-    strict=True,
-    reason="Adamax reads its step count with item(); copied into a block on the fake device it has no value",
-)
-
-
 @pytest.mark.parametrize("micro", [4, 16])
 @pytest.mark.parametrize(
     ("resident", "optimizer"),
-    [(True, "adamw"), (False, "adamw"), (True, "adamax"), pytest.param(False, "adamax", marks=NO_ITEM)],
+    [(True, "adamw"), (False, "adamw"), (True, "adamax"), (False, "adamax")],
 )
 def test_the_classifiers_peak_is_the_measured_one(resident: bool, micro: int, optimizer: str, tmp_path: Path) -> None:
     work, meter = workload("lbp-ae", "mlp:30,20,9", optimizer=optimizer), LiveMeter()
@@ -289,14 +277,7 @@ def test_a_streamed_run_measures_what_was_predicted_for_each_cell(method: str, t
     assert record.peak_gpu_mb == record.predicted_peak_mb == max(found)
 
 
-HOLDS_INPUTS = pytest.mark.xfail(
-    strict=True, reason="the trainer keeps the inputs on the device to the end, the dry run frees them after cell 0"
-)
-
-
-@pytest.mark.parametrize(
-    "method", ["bp", *(pytest.param(name, marks=HOLDS_INPUTS) for name in ("mf", "lbp-ae", "lbp-dae"))]
-)
+@pytest.mark.parametrize("method", ["bp", "mf", "lbp-ae", "lbp-dae"])
 def test_a_resident_run_measures_what_was_predicted(method: str, tmp_path: Path) -> None:
     record = run_of(method, "resident", tmp_path / "run")
     assert record.peak_gpu_mb == record.predicted_peak_mb

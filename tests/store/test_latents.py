@@ -128,9 +128,6 @@ def test_reading_a_run_of_a_file_that_was_cut_is_a_storage_error(tmp_path: Path)
     file.close()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="mmap of a short file raises ValueError, which storage_errors() does not turn into ours"
-)
 def test_gathering_from_a_file_that_was_cut_before_the_first_read_is_an_error_of_ours(tmp_path: Path) -> None:
     file, _ = filled(tmp_path / "x.rows")
     os.truncate(tmp_path / "x.rows", 100)

@@ -188,7 +188,6 @@ def test_a_file_that_was_cut_is_an_error_where_the_parts_are_used(depth: int, tm
     y.delete()
 
 
-@pytest.mark.xfail(strict=True, reason="FileFeed makes buffers of batch_size rows, not of min(batch_size, rows)")
 def test_a_batch_size_far_beyond_the_rows_takes_no_more_memory_than_the_rows(tmp_path: Path) -> None:
     source, y = latents(tmp_path, 5), labels(tmp_path, 5)
     work = Slice(5, 10**13, 5, 0, 1)
