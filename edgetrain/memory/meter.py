@@ -116,13 +116,13 @@ class Meter(Protocol):
         """A scope whose tensors are the host's."""
         ...
 
-    def start_cell(self) -> None:
-        """Begin a new maximum."""
+    def start_cell(self, cell: Hashable) -> None:
+        """Begin the maximum of a visit to ``cell``."""
         ...
 
     @property
     def cell_peak(self) -> int:
-        """Highest bytes since ``start_cell``."""
+        """Highest bytes of the cell that was started last."""
         ...
 
 
@@ -130,7 +130,7 @@ class LiveMeter:
     """The meter of a device without an allocator of its own to ask: live bytes by ``LiveBytes``.
 
     Args:
-        full: watch every step, not only the first two of each kind.
+        full: watch every step of every visit, not only the first two of each kind in a cell's first visit.
         tracker: shared with a dry run that sets it up with a listener.
     """
 
@@ -139,6 +139,8 @@ class LiveMeter:
         self._full = full
         self._seen: Counter[Hashable] = Counter()
         self._inside = 0
+        self._cell: Hashable = None
+        self._peaks: dict[Hashable, int] = {}  # of cells that were visited before
 
     @contextmanager
     def watch(self, kind: Hashable = None) -> Iterator[None]:
@@ -157,18 +159,24 @@ class LiveMeter:
         """See ``Meter.host``."""
         return self.tracker.host()
 
-    def start_cell(self) -> None:
-        """See ``Meter.start_cell``; kinds of steps are watched anew."""
+    def start_cell(self, cell: Hashable) -> None:
+        """See ``Meter.start_cell``; a later visit to the same cell is the same program and is not watched."""
+        self._peaks[self._cell] = self.cell_peak
+        self._cell = cell
         self._seen.clear()
         self.tracker.reset_peak()
 
     @property
     def cell_peak(self) -> int:
         """See ``Meter.cell_peak``."""
-        return self.tracker.peak
+        return max(self.tracker.peak, self._peaks.get(self._cell, 0))
 
     def _due(self, kind: Hashable) -> bool:
-        if kind is None or self._full:
+        if self._full:
+            return True
+        if self._cell in self._peaks and self._cell is not None:
+            return False
+        if kind is None:
             return True
         self._seen[kind] += 1
         return self._seen[kind] <= WATCHED_REPEATS
@@ -188,7 +196,7 @@ class CudaMeter:
         """See ``Meter.host``; host tensors are not in the allocator's count."""
         return nullcontext()
 
-    def start_cell(self) -> None:
+    def start_cell(self, cell: Hashable) -> None:
         """See ``Meter.start_cell``; blocks of another cell's shape are given back first."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)

@@ -82,7 +82,7 @@ class CellStream:
         if self._current != index:
             self.leave()
             if index not in self._live:
-                self._meter.start_cell()
+                self._meter.start_cell(index)
                 with self._meter.watch():
                     self._live[index] = self._place(index, self._fetch(index))
             self._current = index

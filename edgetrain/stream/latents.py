@@ -119,6 +119,11 @@ class FileLatents:
             self._on_space(file.size)
         return self.files[stream]
 
+    def reused(self, step_order: bool) -> FileLatents:
+        """The same files, to be overwritten with other latents of the same shape."""
+        self.step_order = step_order
+        return self
+
     def free(self) -> None:
         """Delete the files."""
         for file in self.files.values():

@@ -113,7 +113,7 @@ class Predictor:
         micro = self.micro_batches[node.index]
         work = Slice(source.rows, micro, micro, 0, -(-source.rows // micro))
         state = {name: value for name, value in self.read_cell(node.index).items() if "optim." not in name}
-        self.meter.start_cell()
+        self.meter.start_cell(("evaluate", node.index))
         with self.meter.watch():
             cell = LiveCell(node, self.objective, _UNUSED, self.device, state, self.meter.host)
         scorer.load()

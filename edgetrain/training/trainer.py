@@ -91,6 +91,7 @@ class Trainer:
         self._readout_state: State | None = None
         self._files: FileLatents = inputs
         self._latents: dict[int, Latents] = {}
+        self._spare: FileLatents | None = None
         self._device_labels: torch.Tensor | None = None
         self._latent_bytes = self.latents_peak = 0
         self.records = [
@@ -205,7 +206,7 @@ class Trainer:
 
     def _open_readout(self) -> Readout:
         if self._readout is None:
-            self._meter.start_cell()
+            self._meter.start_cell(self._work.depth)
             assert self._work.readout is not None
             widths = [self._work.format_into(index + 1).elements for index in range(self._work.depth)]
             with self._meter.watch():
@@ -258,6 +259,8 @@ class Trainer:
         work, step_order = self._work, visit.emit == "training"
         if self._resident:
             made: Latents = DeviceLatents(work.rows, work.latent_dtype, step_order)
+        elif (spare := self._take_spare(work.nodes[visit.node].shape)) is not None:
+            made = spare.reused(step_order)
         else:
             made = FileLatents(
                 self._folder.latents,
@@ -275,6 +278,17 @@ class Trainer:
         self._latents[visit.node + 1] = made
         return made
 
+    def _take_spare(self, shape: tuple[int, ...]) -> FileLatents | None:
+        """Files that nobody reads any more, if latents of this shape fit them; others are deleted.
+
+        Overwriting costs a third of writing a new file, whose pages the system must find and clear.
+        """
+        spare, self._spare = self._spare, None
+        if spare is None or all(layout.shape == shape for layout in spare.formats.values()):
+            return spare
+        spare.free()
+        return None
+
     def _latent_space(self, size: int) -> None:
         self._folder.space(size)
         self._latent_bytes += size
@@ -284,7 +298,11 @@ class Trainer:
         if not self._choices.keep_latents:
             for index in indices:
                 if index:  # the inputs cost nothing to keep, and resuming wants them
-                    self._latents.pop(index).free()
+                    freed = self._latents.pop(index)
+                    if isinstance(freed, FileLatents) and self._spare is None:
+                        self._spare = freed
+                    else:
+                        freed.free()
 
     def _tally(self, visit: Visit) -> Tally:
         name = self.records[visit.node].name
@@ -374,6 +392,8 @@ class Trainer:
             if index and isinstance(latents, DeviceLatents):
                 latents.free()
         self._latents.clear()
+        if self._spare is not None:
+            self._spare.free()
         self._device_labels = None
         self._cells.close()
 

@@ -265,7 +265,7 @@ def test_the_first_steps_of_each_kind_are_watched() -> None:
     assert [watched(meter, "train", 10) for _ in range(4)] == [True] * WATCHED_REPEATS + [False] * 2
     assert watched(meter, ("train", 3), 10)  # a short last batch is another kind
     assert watched(meter, None, 10)
-    meter.start_cell()
+    meter.start_cell(0)
     assert watched(meter, "train", 10)
 
 
