@@ -23,7 +23,7 @@ from reporting import publish
 import edgetrain
 from edgetrain.keys import epoch_order
 
-INPUTS, CLASSES, WIDTH, EPOCHS = 784, 10, 1000, 3
+INPUTS, CLASSES, WIDTH, EPOCHS = 784, 10, 1000, 2
 
 
 def main() -> None:

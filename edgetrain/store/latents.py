@@ -98,6 +98,12 @@ class LatentFile:
         else:
             self._gather(rows, target)
 
+    def rename(self, path: Path) -> None:
+        """Give the open file another name."""
+        with storage_errors(self.path):
+            self.path.rename(path)
+        self.path = path
+
     def close(self) -> None:
         """Unmap and close; closing twice is harmless."""
         self._matrix = None

@@ -119,9 +119,11 @@ class FileLatents:
             self._on_space(file.size)
         return self.files[stream]
 
-    def reused(self, step_order: bool) -> FileLatents:
-        """The same files, to be overwritten with other latents of the same shape."""
-        self.step_order = step_order
+    def reused(self, name: str, step_order: bool) -> FileLatents:
+        """The same files under another name, to be overwritten with other latents of the same shape."""
+        for stream, file in self.files.items():
+            file.rename(self._folder / f"{name}.{stream}.rows")
+        self._name, self.step_order = name, step_order
         return self
 
     def free(self) -> None:

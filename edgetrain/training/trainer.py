@@ -116,6 +116,8 @@ class Trainer:
 
     def _carry_out(self, visits: list[Visit]) -> None:
         done = self._restore(visits)
+        if done:
+            self._watcher.note(f"going on after visit {done} of {len(visits)}; finished cells emit their latents again")
         self._begin()
         for number, (visit, following) in enumerate(pairwise([*visits, None])):
             assert visit is not None
@@ -256,15 +258,17 @@ class Trainer:
         return FileCellsFeed(in_files, self._labels, self._work.device, self._meter.host, self._choices.prefetch)
 
     def _make_latents(self, visit: Visit) -> Latents:
-        work, step_order = self._work, visit.emit == "training"
+        work, step_order, name = self._work, visit.emit == "training", f"{visit.node + 1:03}"
+        if visit.node + 1 in self._latents:
+            self._latents.pop(visit.node + 1).free()
         if self._resident:
             made: Latents = DeviceLatents(work.rows, work.latent_dtype, step_order)
         elif (spare := self._take_spare(work.nodes[visit.node].shape)) is not None:
-            made = spare.reused(step_order)
+            made = spare.reused(name, step_order)
         else:
             made = FileLatents(
                 self._folder.latents,
-                f"{visit.node + 1:03}",
+                name,
                 work.rows,
                 work.latent_dtype,
                 step_order,
@@ -273,8 +277,6 @@ class Trainer:
                 self._folder.wrote,
                 background=self._choices.prefetch > 0,
             )
-        if visit.node + 1 in self._latents:
-            self._latents[visit.node + 1].free()
         self._latents[visit.node + 1] = made
         return made
 

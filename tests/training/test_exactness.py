@@ -628,3 +628,15 @@ def test_reported_losses_are_means_over_the_samples(tmp_path):
         a = module(a)
         expected = cross_entropy(nn.functional.linear(a, head.weight), data("pixels").y).item()
         assert found[index] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("net", ["mlp:24x6", "mlp:24,24,9,24,24,24"])
+@pytest.mark.parametrize("method", ["mf", "lbp-ae"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_deep_nets_whose_latent_files_are_reused_stream_the_same_bits(tmp_path, method, schedule, net):
+    found = []
+    for placement in ("stream", "resident"):
+        (tmp_path / placement).mkdir()
+        values = {"net": net, "schedule": schedule, "placement": placement, "epochs": 3}
+        found.append(trained(tmp_path / placement, method, **values))
+    assert_same(*found)
