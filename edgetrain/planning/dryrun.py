@@ -22,7 +22,7 @@ from edgetrain.planning.workload import Workload
 from edgetrain.store.rows import RowFormat
 from edgetrain.stream.cell import LiveCell, shapes_of
 from edgetrain.stream.executor import Executor, Tally
-from edgetrain.stream.feed import LABELS, DeviceFeed, HostBatch, Part, Slice, Transfer
+from edgetrain.stream.feed import LABELS, DeviceFeed, HostBatch, Part, Slice, Transfer, slots_on
 from edgetrain.stream.latents import DeviceLatents
 from edgetrain.stream.readout import DeviceCellsFeed, Portion, Readout, Slots, train_readout
 
@@ -74,8 +74,8 @@ class _FakeFeed:
 
     waited_s = 0.0
 
-    def __init__(self, inputs: dict[str, RowFormat], meter: LiveMeter):
-        self._formats, self._meter = {**inputs, "y": LABELS}, meter
+    def __init__(self, inputs: dict[str, RowFormat], meter: LiveMeter, slots: int):
+        self._formats, self._meter, self._slots = {**inputs, "y": LABELS}, meter, slots
 
     def parts(self, work: Slice) -> Iterator[Part]:
         """See ``stream.feed.Feed``."""
@@ -85,14 +85,15 @@ class _FakeFeed:
                 for stream, layout in self._formats.items()
             }
         batches = (HostBatch(step, start, stop - start, buffers) for step, start, stop in work.steps())
-        yield from Transfer(self._formats, _CPU, work.micro_batch).parts(work, batches, lambda batch: None)
+        transfer = Transfer(self._formats, _CPU, work.micro_batch, self._slots)
+        yield from transfer.parts(work, batches, lambda batch: None)
 
 
 def cell_peak(work: Workload, index: int, micro_batch: int) -> int:
     """Peak bytes of a visit to cell ``index``, streamed: its steps, and emitting or scoring after them."""
     with bench(work.device) as table:
         cell = place(work, index, table)
-        feed = _FakeFeed(work.formats_into(index), table.meter)
+        feed = _FakeFeed(work.formats_into(index), table.meter, slots_on(work.device))
         _run(work, index, micro_batch, table, cell, feed, _NoSink())
         return table.peak
 

@@ -142,7 +142,8 @@ def copied(source: Tensor, device: torch.device) -> Tensor:
     A source on the meta device has no values; the copy then has none either.
     """
     target = torch.empty(source.shape, dtype=source.dtype, device=device)
-    return target if source.is_meta else target.copy_(source.detach(), non_blocking=True)
+    to_gpu = device.type == "cuda"  # the other way a copy that does not wait could be read too early
+    return target if source.is_meta else target.copy_(source.detach(), non_blocking=to_gpu)
 
 
 def shapes_of(node: Node, objective: Objective) -> Modules:

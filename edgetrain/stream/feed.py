@@ -141,7 +141,8 @@ class FileFeed:
         formats = {**self._source.formats, "y": LABELS}
         with Prefetcher(lambda: self._gather(work, free), self._depth) as batches:
             try:
-                yield from Transfer(formats, self._device, work.micro_batch).parts(work, batches, free.put)
+                transfer = Transfer(formats, self._device, work.micro_batch, slots_on(self._device))
+                yield from transfer.parts(work, batches, free.put)
             finally:
                 free.put(None)  # the thread may be waiting for a buffer
                 self.waited_s += batches.waited_s
@@ -171,21 +172,25 @@ class FileFeed:
             yield batch
 
 
+def slots_on(device: torch.device) -> int:
+    """Slots that a transfer to a device uses: on CUDA a copy stream fills one ahead of the computation."""
+    return 2 if device.type == "cuda" else 1
+
+
 class Transfer:
     """Moves parts of host batches into slots on the device and decodes them there.
-
-    One slot; on CUDA two, filled by a copy stream one part ahead of the computation.
 
     Args:
         formats: of the streams, and of the labels as ``y``.
         device: where the slots are.
         rows: of a slot.
+        slots: how many; all but one are filled ahead.
     """
 
-    def __init__(self, formats: Mapping[str, RowFormat], device: torch.device, rows: int):
+    def __init__(self, formats: Mapping[str, RowFormat], device: torch.device, rows: int, slots: int):
         self._formats = formats
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._slots = [_Slot(formats, device, rows) for _ in range(1 if self._copies is None else 2)]
+        self._slots = [_Slot(formats, device, rows) for _ in range(slots)]
 
     def parts(self, work: Slice, batches: Iterable[HostBatch], release: Callable[[HostBatch], None]) -> Iterator[Part]:
         """The parts of each batch; ``release`` is called when a batch's buffers may be reused."""

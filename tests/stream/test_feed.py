@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from edgetrain.errors import StorageError
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.rows import LATENT_DTYPES, RowFormat
-from edgetrain.stream.feed import LABELS, DeviceFeed, Feed, FileFeed, Part, Slice
+from edgetrain.stream.feed import LABELS, DeviceFeed, Feed, FileFeed, HostBatch, Part, Slice, Transfer
 from edgetrain.stream.latents import DeviceLatents, FileLatents
 
 CPU = torch.device("cpu")
@@ -210,3 +210,26 @@ def test_host_buffers_are_made_in_the_host_scope(tmp_path: Path) -> None:
     assert meter.cell_peak == slot  # float32 and labels are views of the slot
     source.free()
     y.delete()
+
+
+def test_slots_filled_ahead_give_the_same_parts() -> None:
+    formats = {"x": RowFormat((3,), "float32"), "y": RowFormat((), "int64")}
+    work = Slice(rows=25, batch_size=10, micro_batch=4, first=0, last=3, phases=2)
+
+    def batches() -> Iterator[HostBatch]:
+        for step, start, stop in work.steps():
+            x = torch.arange(start * 3, stop * 3, dtype=torch.float32).view(-1, 3)
+            y = torch.arange(start, stop)
+            buffers = {"x": formats["x"].encode(x), "y": formats["y"].encode(y)}
+            yield HostBatch(step, start, stop - start, buffers)
+
+    found = []
+    for slots in (1, 2):
+        released: list[int] = []
+        transfer = Transfer(formats, torch.device("cpu"), work.micro_batch, slots)
+        parts = transfer.parts(work, batches(), lambda batch, released=released: released.append(batch.step))
+        found.append(
+            [(p.step, p.phase, p.first, p.last, p.closes, p.streams["x"].tolist(), p.y.tolist()) for p in parts]
+        )
+        assert released == [0, 1, 2]
+    assert found[0] == found[1]
