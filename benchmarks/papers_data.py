@@ -1,4 +1,4 @@
-"""Accuracy, peak memory and time on the data sets of the papers, by the command that a user types.
+"""Accuracy, peak memory and disk on the data sets of the papers, by the command that a user types.
 
 Run: EDGETRAIN_DATA=... python benchmarks/papers_data.py [--only WORD] [--out NAME]
 
@@ -63,7 +63,6 @@ def measure(flags: str) -> dict[str, object]:
         "predicted MiB": record["predicted_peak_mb"],
         "latents MiB": record["latents_mb"],
         "disk MiB": record["disk_mb"],
-        "seconds": record["seconds"],
     }
 
 
