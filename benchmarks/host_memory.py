@@ -14,13 +14,12 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import psutil
-from reporting import publish
+from reporting import highest_rss, publish
 
 CHILD = """
 import sys
@@ -89,16 +88,10 @@ def measure(data: Path, limit: float, folder: Path, schedule: str) -> tuple[dict
     assert child.stdin is not None
     assert child.stdout is not None
     child.stdout.readline()
-    process = psutil.Process(child.pid)
-    start = peak = process.memory_info().rss
+    start = psutil.Process(child.pid).memory_info().rss
     child.stdin.write("go\n")
     child.stdin.flush()
-    while child.poll() is None:
-        try:
-            peak = max(peak, process.memory_info().rss)
-        except psutil.Error:
-            break
-        time.sleep(0.005)
+    peak = highest_rss(child)
     return json.loads(child.stdout.read().splitlines()[-1]), start, peak
 
 

@@ -12,10 +12,8 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 
-import psutil
-from reporting import publish
+from reporting import highest_rss, publish
 
 CHILD = """
 import json, sys
@@ -72,13 +70,7 @@ def measure(width: int, depth: int, method: str, schedule: str) -> tuple[dict[st
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", CHILD, str(width), str(depth), method, schedule, folder]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        process, peak = psutil.Process(child.pid), 0
-        while child.poll() is None:
-            try:
-                peak = max(peak, process.memory_info().rss)
-            except psutil.Error:
-                break
-            time.sleep(0.005)
+        peak = highest_rss(child)
         assert child.stdout is not None
         record = json.loads(child.stdout.read().splitlines()[-1])
         child.wait()

@@ -14,7 +14,6 @@ from operator import itemgetter
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from edgetrain.memory.allocator import CachingAllocatorModel
 from edgetrain.memory.meter import LiveBytes, LiveMeter
@@ -234,8 +233,3 @@ def _keep_only(emitted: list[DeviceLatents], newest: DeviceLatents, all_of_them:
             latents.free()
         emitted.clear()
     emitted.append(newest)
-
-
-def state_bytes(tensors: dict[str, Tensor]) -> int:
-    """Bytes of a set of tensors."""
-    return sum(value.numel() * value.element_size() for value in tensors.values())

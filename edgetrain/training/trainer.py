@@ -98,7 +98,6 @@ class Trainer:
             CellRecord(cell.name, cell.params, predicted_peak_mb=to_mb(cell.peak), micro_batch=cell.micro_batch)
             for cell in plan.visits
         ]
-        self.peak = 0
         self._started = self._last_commit = self._last_shown = time.monotonic()
         self._commits = 0
 
@@ -403,7 +402,6 @@ class Trainer:
 
     def _note_peak(self, node: int) -> None:
         peak = self._meter.cell_peak
-        self.peak = max(self.peak, peak)
         record = self.records[node]
         record.peak_gpu_mb = max(record.peak_gpu_mb or 0.0, to_mb(peak) or 0.0)
         if self._plan.budget is not None and peak > self._plan.budget:
