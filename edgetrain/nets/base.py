@@ -27,6 +27,8 @@ class CellRecipe:
         signature: cells of equal signature take equal memory and time.
         draws: whether the module draws random numbers when it runs (dropout).
         couples_batch: whether the samples of a batch influence each other (batch normalisation).
+        body_shape: of one sample of the activations before pooling (``Layer.body``), where it differs
+            from ``out_shape``; else ``None``.
     """
 
     name: str
@@ -36,6 +38,7 @@ class CellRecipe:
     signature: Hashable
     draws: bool = False
     couples_batch: bool = False
+    body_shape: tuple[int, ...] | None = None
 
     @property
     def width(self) -> int:

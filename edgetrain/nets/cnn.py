@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgetrain.errors import InputError
 from edgetrain.nets.base import CellRecipe, Options
-from edgetrain.nets.layers import convolution
+from edgetrain.nets.layers import check_images, convolution, convolved, drop_rate, options_at
 from edgetrain.nets.mlp import widths
 
 EXAMPLE = "cnn:64,128,256,512"
@@ -16,31 +16,36 @@ def cells(text: str, in_shape: tuple[int, ...], options: Options) -> list[CellRe
     Raises:
         InputError: the channels cannot be read, the data are no images, or pooling runs out of pixels.
     """
+    spec = f"cnn:{text}"
     try:
         channels = widths(text)
     except ValueError:
-        raise InputError(f"net 'cnn:{text}': expected {EXAMPLE}") from None
-    if len(in_shape) != 3:
-        raise InputError(f"net 'cnn:{text}' needs images; the data have rows of shape {in_shape}: use mlp:")
+        raise InputError(f"net {spec!r}: expected {EXAMPLE}") from None
+    check_images(spec, in_shape)
     recipes: list[CellRecipe] = []
     shape: tuple[int, ...] = in_shape
-    for count in channels:
+    for index, count in enumerate(channels):
         if min(shape[1:]) < 2:
             raise InputError(
-                f"net 'cnn:{text}': images of {in_shape[1]}x{in_shape[2]} can be halved {len(recipes)} times,"
-                f" not {len(channels)}: use at most {len(recipes)} cells"
+                f"net {spec!r}: images of {in_shape[1]}x{in_shape[2]} can be halved {index} times,"
+                f" not {len(channels)}: use at most {index} cells"
             )
-        recipes.append(_cell(shape, count, options))
+        recipes.append(cell(shape, count, options_at(index, options)))
         shape = recipes[-1].out_shape
     return recipes
 
 
-def _cell(in_shape: tuple[int, ...], channels: int, options: Options) -> CellRecipe:
+def cell(in_shape: tuple[int, ...], channels: int, options: Options, pooled: bool = True) -> CellRecipe:
+    """The recipe of one convolution, with the pooling that follows it if ``pooled``."""
+    body_shape = convolved(in_shape, channels, options)
+    halved = (channels, body_shape[1] // 2, body_shape[2] // 2)
     return CellRecipe(
         name=f"conv {in_shape[0]}-{channels}",
         in_shape=in_shape,
-        out_shape=(channels, in_shape[1] // 2, in_shape[2] // 2),
-        build=lambda: convolution(in_shape, channels, options),
-        signature=("convolution", in_shape, channels, tuple(sorted(options.items()))),
+        out_shape=halved if pooled else (channels, *in_shape[1:]),
+        build=lambda: convolution(in_shape, channels, options, pooled),
+        signature=("convolution", in_shape, channels, pooled, tuple(sorted(options.items()))),
+        draws=drop_rate(options) > 0,
         couples_batch=options["norm"] == "batch",
+        body_shape=body_shape if pooled else None,
     )

@@ -7,7 +7,7 @@ from math import prod
 
 from edgetrain.errors import InputError
 from edgetrain.nets.base import CellRecipe, Options
-from edgetrain.nets.layers import dense
+from edgetrain.nets.layers import dense, drop_rate, options_at
 
 EXAMPLE = "mlp:1000x2, mlp:512,256 or mlp:1024/5"
 
@@ -29,29 +29,39 @@ def widths(text: str) -> list[int]:
     raise ValueError(text)
 
 
-def cells(text: str, in_shape: tuple[int, ...], options: Options) -> list[CellRecipe]:
-    """The recipes of an MLP; ``text`` is what follows ``mlp:``.
+def cells(text: str, in_shape: tuple[int, ...], options: Options, first: int = 0) -> list[CellRecipe]:
+    """The recipes of an MLP.
+
+    Args:
+        text: what follows ``mlp:``.
+        in_shape: of one sample that the MLP reads.
+        options: of the net.
+        first: cells that stand before the MLP in the net.
 
     Raises:
         InputError: the widths cannot be read.
     """
+    spec = f"mlp:{text}"
     try:
         units = widths(text)
     except ValueError:
-        raise InputError(f"net 'mlp:{text}': expected {EXAMPLE}") from None
-    recipes, shape = [], in_shape
-    for width in units:
-        recipes.append(_cell(shape, width, options))
+        raise InputError(f"net {spec!r}: expected {EXAMPLE}") from None
+    recipes: list[CellRecipe] = []
+    shape = in_shape
+    for index, width in enumerate(units, first):
+        recipes.append(cell(shape, width, options_at(index, options)))
         shape = (width,)
     return recipes
 
 
-def _cell(in_shape: tuple[int, ...], width: int, options: Options) -> CellRecipe:
+def cell(in_shape: tuple[int, ...], width: int, options: Options) -> CellRecipe:
+    """The recipe of one dense layer."""
     return CellRecipe(
         name=f"linear {prod(in_shape)}-{width}",
         in_shape=in_shape,
         out_shape=(width,),
         build=lambda: dense(in_shape, width, options),
         signature=("dense", in_shape, width, tuple(sorted(options.items()))),
+        draws=drop_rate(options) > 0,
         couples_batch=options["norm"] == "batch",
     )

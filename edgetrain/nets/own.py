@@ -52,8 +52,14 @@ def load_function(spec: str) -> Build:
     return build
 
 
-def cells(spec: str, build: Build, in_shape: tuple[int, ...]) -> list[CellRecipe]:
+def cells(spec: str, build: Build, in_shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[CellRecipe]:
     """The recipes of a user's net, with the shapes found by running its modules on the meta device.
+
+    Args:
+        spec: what the net is called in messages.
+        build: gives the modules.
+        in_shape: of one sample of the data set.
+        dtype: of the data set's rows as the first module sees them; later ones see float32.
 
     Raises:
         InputError: it is not made of modules, or they do not fit the data or each other.
@@ -64,8 +70,8 @@ def cells(spec: str, build: Build, in_shape: tuple[int, ...]) -> list[CellRecipe
         raise InputError(f"net {spec!r}: has no modules; expected at least one")
     recipes, shape = [], in_shape
     for index, skeleton in enumerate(skeletons):
-        recipes.append(_cell(spec, build, index, skeleton, shape))
-        shape = recipes[-1].out_shape
+        recipes.append(_cell(spec, build, index, skeleton, torch.empty(2, *shape, dtype=dtype, device="meta")))
+        shape, dtype = recipes[-1].out_shape, torch.float32
     return recipes
 
 
@@ -105,8 +111,9 @@ def _take(spec: str, build: Build, index: int) -> nn.Module:
     return next(islice(_modules(spec, build), index, None))
 
 
-def _cell(spec: str, build: Build, index: int, skeleton: nn.Module, in_shape: tuple[int, ...]) -> CellRecipe:
-    out_shape = _run(spec, index, skeleton, in_shape)
+def _cell(spec: str, build: Build, index: int, skeleton: nn.Module, x: torch.Tensor) -> CellRecipe:
+    """The recipe of a module that reads rows like ``x``, [2, *in_shape]."""
+    in_shape, out_shape = tuple(x.shape[1:]), _run(spec, index, skeleton, x)
     kinds = [type(part) for part in skeleton.modules()]
     shapes = tuple((name, tuple(value.shape)) for name, value in skeleton.state_dict().items())
     return _OwnCell(
@@ -135,15 +142,24 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _run(spec: str, index: int, module: nn.Module, in_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the module's output for one sample."""
+def _run(spec: str, index: int, module: nn.Module, x: torch.Tensor) -> tuple[int, ...]:
+    """Shape of the module's output for one sample of ``x``, [2, *in_shape]."""
     try:
-        out = module(torch.empty(2, *in_shape, device="meta"))
+        out = module(x)
     except Exception as error:
         raise InputError(
             f"net {spec!r}: module {index} ({type(module).__name__}) does not take rows of shape"
-            f" {in_shape}: {_said(error)}"
+            f" {tuple(x.shape[1:])}: {_said(error)}"
         ) from error
     if not isinstance(out, torch.Tensor) or out.ndim < 2 or out.shape[0] != 2:
         raise InputError(f"net {spec!r}: module {index} ({type(module).__name__}) must give one tensor [B, ...]")
+    if not out.is_floating_point():
+        raise InputError(
+            f"net {spec!r}: module {index} ({type(module).__name__}) must give floating-point numbers;"
+            f" it gave {_dtype(out)} for rows of {_dtype(x)}"
+        )
     return tuple(out.shape[1:])
+
+
+def _dtype(x: torch.Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")

@@ -3,43 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from edgetrain.errors import InputError
-from edgetrain.nets import cnn, mlp, own
+from edgetrain.nets import cnn, embedding, lcmlp, mlp, own, vgg, vit
 from edgetrain.nets.base import CellRecipe, Net, Options
 from edgetrain.nets.layers import STANDARD, check_options
 
 Cells = Callable[[str, tuple[int, ...], Options], Sequence[CellRecipe]]
 
-NETS: dict[str, Cells] = {"mlp": mlp.cells, "cnn": cnn.cells}
-EXAMPLES = {"mlp": mlp.EXAMPLE, "cnn": cnn.EXAMPLE}
+NETS: dict[str, Cells] = {
+    "mlp": mlp.cells,
+    "cnn": cnn.cells,
+    "lcmlp": lcmlp.cells,
+    **{family: partial(vgg.cells, family) for family in vgg.FAMILIES},
+    "vit": vit.cells,
+}
+#: Options of a family that differ from the others', used where neither the method nor the spec says anything.
+FAMILY_STANDARD: Mapping[str, Options] = {"vit": vit.STANDARD}
+#: Options that a family reads; others are refused where the user states them.
+UNDERSTOOD_BY_IMAGES = frozenset({"bias", "pool", "odd", "norm", "prenorm", "act", "dropout"})
+UNDERSTOOD: Mapping[str, frozenset[str]] = {
+    "mlp": UNDERSTOOD_BY_IMAGES - {"pool", "odd"},
+    "lcmlp": UNDERSTOOD_BY_IMAGES - {"pool", "odd"},
+    "vit": frozenset({"bias", "dropout", "tokens"}),
+}
+EXAMPLES = {
+    "mlp": "mlp:1000x2",
+    "cnn": cnn.EXAMPLE,
+    "lcmlp": lcmlp.EXAMPLE,
+    **{family: family for family in vgg.FAMILIES},
+    "vit": vit.EXAMPLE,
+}
 
 
-def open_net(net: Any, in_shape: tuple[int, ...], preferred: Mapping[str, str]) -> Net:
+def open_net(net: Any, in_shape: tuple[int, ...], preferred: Mapping[str, str], vocabulary: int | None = None) -> Net:
     """A net for samples of ``in_shape``.
 
     Args:
         net: a spec, or in Python a function, an ``nn.Sequential`` or a list of modules.
         in_shape: of one sample of the data set.
         preferred: the method's options, used where the spec says nothing.
+        vocabulary: how many token ids there are, if the rows are token ids (int64 [B, L], 0 is padding).
 
     Raises:
         InputError: the spec cannot be read or does not fit the data.
     """
     if isinstance(net, str):
-        return _from_spec(net, in_shape, preferred)
+        return _from_spec(net, in_shape, preferred, vocabulary)
     if isinstance(net, Iterable):
-        modules = list(net)
-        return Net("modules", own.cells("modules", own.given(_checked(modules)), in_shape), {**STANDARD, **preferred})
+        return _own("modules", own.given(_checked(list(net))), in_shape, preferred, vocabulary)
     if isinstance(net, nn.Module):
         raise InputError(f"net: a single {type(net).__name__} is no chain of cells; give a list or an nn.Sequential")
     if callable(net):
-        name = getattr(net, "__name__", "function")
-        return Net(name, own.cells(name, net, in_shape), {**STANDARD, **preferred})
+        return _own(getattr(net, "__name__", "function"), net, in_shape, preferred, vocabulary)
     raise InputError(f"net {net!r}: expected a spec such as {mlp.EXAMPLE}, a function, or modules")
+
+
+def _own(
+    name: str, build: own.Build, in_shape: tuple[int, ...], preferred: Mapping[str, str], vocabulary: int | None
+) -> Net:
+    dtype = torch.float32 if vocabulary is None else torch.int64
+    return Net(name, own.cells(name, build, in_shape, dtype), {**STANDARD, **preferred})
 
 
 def _checked(modules: Sequence[Any]) -> Sequence[nn.Module]:
@@ -49,20 +78,38 @@ def _checked(modules: Sequence[Any]) -> Sequence[nn.Module]:
     return modules
 
 
-def _from_spec(spec: str, in_shape: tuple[int, ...], preferred: Mapping[str, str]) -> Net:
+def _from_spec(spec: str, in_shape: tuple[int, ...], preferred: Mapping[str, str], vocabulary: int | None) -> Net:
     shape, *settings = spec.split(";")
-    family, _, text = shape.partition(":")
-    options = {**STANDARD, **preferred}
+    family = shape.partition(":")[0]
     if family in NETS:
-        options.update(_options(spec, settings))
+        stated = _options(spec, settings)
+        options = {**STANDARD, **FAMILY_STANDARD.get(family, {}), **preferred, **stated}
         check_options(spec, options)
-        return Net(spec, NETS[family](text, in_shape, options), options)
+        _check_meaning(spec, family, stated, vocabulary)
+        return Net(spec, _cells(spec, in_shape, options, vocabulary), options)
     if family.endswith(".py"):
         if settings:
             raise InputError(f"net {spec!r}: options are for built-in nets; your function decides for itself")
-        return Net(spec, own.cells(spec, own.load_function(spec), in_shape), options)
-    known = ", ".join(EXAMPLES.values())
-    raise InputError(f"unknown net {spec!r}; expected {known}, or path/to/net.py:function")
+        return _own(spec, own.load_function(spec), in_shape, preferred, vocabulary)
+    raise InputError(f"unknown net {spec!r}; expected {', '.join(EXAMPLES.values())}, or path/to/net.py:function")
+
+
+def _cells(spec: str, in_shape: tuple[int, ...], options: Options, vocabulary: int | None) -> Sequence[CellRecipe]:
+    family, _, text = spec.split(";")[0].partition(":")
+    if vocabulary is None:
+        return NETS[family](text, in_shape, options)
+    if family != "mlp":
+        raise InputError(f"net {spec!r} needs images; the data have rows of token ids: use mlp:")
+    embed = embedding.cell(in_shape, vocabulary, options)
+    return [embed, *mlp.cells(text, embed.out_shape, options, first=1)]
+
+
+def _check_meaning(spec: str, family: str, stated: Options, vocabulary: int | None) -> None:
+    """Refuse options that the family would ignore."""
+    for key in stated:
+        known = key == "embedding" and vocabulary is not None
+        if not known and key not in UNDERSTOOD.get(family, UNDERSTOOD_BY_IMAGES):
+            raise InputError(f"net {spec!r}: option {key} has no meaning for {family} nets on these data")
 
 
 def _options(spec: str, settings: Sequence[str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from edgetrain.errors import InputError
 from edgetrain.nets.base import CellRecipe, Net
 from edgetrain.nets.layers import STANDARD
 from edgetrain.nets.mlp import widths
-from edgetrain.nets.spec import open_net
+from edgetrain.nets.spec import EXAMPLES, NETS, open_net
 from edgetrain.objectives.base import Objective, nodes
 from edgetrain.objectives.lbp import AutoencoderCells
 from edgetrain.objectives.mf import MonoForward
@@ -71,13 +71,20 @@ def test_any_text_for_widths_is_read_or_refused_in_one_line(text: str) -> None:
 
 
 @fuzzing
-@given(spec=st.text(max_size=20) | nearly.map(lambda text: f"cnn:{text}"))
-def test_any_text_for_a_net_is_read_or_an_input_error(spec: str) -> None:
+@given(
+    spec=st.text(max_size=20)
+    | st.tuples(st.sampled_from([*NETS]), nearly | st.text(max_size=9)).map(":".join)
+    | st.tuples(st.sampled_from(["mlp:4", "cnn:4;dropout", "mlp:4;embedding"]), nearly | st.text(max_size=9)).map(
+        "=".join
+    )
+)
+def test_any_text_for_a_net_is_read_or_an_input_error_of_one_line(spec: str) -> None:
     try:
         found = open_net(spec, (1, 8, 8), {})
-    except InputError:
-        return
-    assert len(found.cells) >= 1
+    except InputError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert len(found.cells) >= 1
 
 
 @pytest.mark.parametrize("text", ["", "0", "-3", "10x0", "0x3", "8/0", "4,,4", "4,", "1e3", " 4", "4x2x2", "٣"])
@@ -101,6 +108,15 @@ def test_options_of_the_spec_beat_the_methods() -> None:
         ("mlp:4;bias=2", "bias='2'; expected one of 0, 1"),
         ("mlp:4;color=red", "unknown option 'color'; known: bias, pool, norm, prenorm"),
         ("mlp:4;bias", "option 'bias'; expected option=value"),
+        ("mlp:4;prenorm=group", "prenorm='group'; expected one of none, layer, rms"),
+        ("mlp:4;odd=ceil", "odd='ceil'; expected one of floor, pad"),
+        ("mlp:4;act=gelu", "act='gelu'; expected one of relu, leaky"),
+        ("mlp:4;tokens=all", "tokens='all'; expected one of flatten, class, mean"),
+        *(
+            (f"mlp:4;dropout={bad}", "expected a number from 0 to below 1")
+            for bad in ("1", "-0.1", "1.5", "nan", "", "x")
+        ),
+        *((f"mlp:4;embedding={bad}", "expected a whole number from 1 on") for bad in ("0", "-3", "2.5", "", "wide")),
         ("mlp:4;", "expected option=value"),
         ("vgg99:4", "unknown net 'vgg99:4'; expected mlp:"),
         ("", "unknown net ''"),
@@ -121,6 +137,28 @@ def test_pooling_that_runs_out_of_pixels_is_refused_with_the_number_of_cells_tha
     assert len(open_net("cnn:4,4,4", (1, 8, 9), {}).cells) == 3
     with pytest.raises(InputError, match="8x9 can be halved 3 times, not 4: use at most 3 cells"):
         open_net("cnn:4,4,4,4", (1, 8, 9), {})
+
+
+def test_an_unknown_net_is_told_of_every_family() -> None:
+    with pytest.raises(InputError) as caught:
+        open_net("resnet:18", (3, 32, 32), {})
+    assert all(f" {family}" in str(caught.value) for family in NETS)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("spec", EXAMPLES.values())
+def test_every_example_is_a_net(spec: str) -> None:
+    assert len(open_net(spec, (3, 32, 32), {}).cells) >= 1
+
+
+VIT = "vit:depth=2,width=8,heads=2,patch=4"
+
+
+def test_a_familys_own_options_stand_between_the_standard_and_the_methods() -> None:
+    assert open_net("mlp:4", (1, 8, 8), {}).options["tokens"] == "flatten"
+    assert open_net(VIT, (1, 8, 8), {"bias": "0"}).options["tokens"] == "class"
+    assert open_net(VIT, (1, 8, 8), {"tokens": "mean"}).options["tokens"] == "mean"
+    assert open_net(f"{VIT};tokens=flatten", (1, 8, 8), {"tokens": "mean"}).options["tokens"] == "flatten"
 
 
 @pytest.mark.parametrize("net", [None, 3, 2.5])
@@ -192,6 +230,17 @@ def test_the_baselines_of_that_paper_have_its_parameters() -> None:
     assert sum(map(sum, learned(cnn, Backpropagation, 100))) == 6_373_092
 
 
+def cells_and_classifier(net: Net) -> int:
+    """Learned numbers of the cells and of a linear map to 100 classes with bias."""
+    return sum(cell.parameters() for cell in net.cells) + net.cells[-1].width * 100 + 100
+
+
+def test_cells_have_the_parameters_of_the_papers_baselines() -> None:
+    shape = (3, 32, 32)
+    assert cells_and_classifier(open_net("cnn:64,128,256,512,1024", shape, {"bias": "1"})) == 6_373_092
+    assert cells_and_classifier(open_net("mlp:1024x6", shape, {})) == 8_497_252
+
+
 # --- laziness and weights ---------------------------------------------------------------------
 
 LAZY = """
@@ -223,7 +272,9 @@ def weights(cell: CellRecipe, seed: int, index: int) -> torch.Tensor:
     return torch.cat([value.flatten() for value in cell.materialise(seed, index).state_dict().values()])
 
 
-@pytest.mark.parametrize("spec", ["mlp:7x3", "cnn:7,7,7"])
+@pytest.mark.parametrize(
+    "spec", ["mlp:7x3", "cnn:7,7,7", "lcmlp:3,3,3", "vgg8b:0.05", "vit:depth=3,width=8,heads=2,patch=4"]
+)
 def test_weights_are_keyed_by_seed_and_cell(spec: str) -> None:
     net = open_net(spec, (7, 16, 16), {})
     last, again = net.cells[2], open_net(spec, (7, 16, 16), {}).cells[2]
@@ -245,13 +296,16 @@ def test_equal_cells_have_equal_signatures_and_others_have_not() -> None:
     cells = open_net("mlp:7x3", (7,), {}).cells
     assert cells[0].signature == cells[1].signature == cells[2].signature
     others = [
+        *(open_net(f"mlp:7;{option}", (7,), {}) for option in ("act=leaky", "dropout=0.5", "prenorm=layer")),
         open_net("mlp:8", (7,), {}),
         open_net("mlp:7", (8,), {}),
         open_net("mlp:7;bias=0", (7,), {}),
         open_net("mlp:7;norm=batch", (7,), {}),
         open_net("cnn:7", (7, 2, 2), {}),
+        open_net("lcmlp:3", (7, 2, 2), {}),
+        open_net("vgg8b", (7, 2, 2), {}),
     ]
-    assert len({cells[0].signature, *(net.cells[0].signature for net in others)}) == 6
+    assert len({cells[0].signature, *(net.cells[0].signature for net in others)}) == 11
 
 
 # --- the user's own nets ----------------------------------------------------------------------
