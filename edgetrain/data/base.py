@@ -8,7 +8,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-#: Rows [N, *shape] (uint8 pixels or float32 values) and their labels [N], int64; ``None``: no labels.
+#: Rows [N, *shape] (uint8 pixels, float32 values, or token ids in int32 or int64) and their labels [N],
+#: int64; ``None``: no labels.
 Chunk = tuple[NDArray[Any], "NDArray[Any] | None"]
 
 
@@ -33,14 +34,17 @@ class DataSet:
 
     Attributes:
         name: short name for run folders and reports.
-        shape: of one sample: ``(channels, height, width)`` for images, ``(features,)`` for tables.
+        shape: of one sample: ``(channels, height, width)`` for images, ``(features,)`` for tables,
+            ``(length,)`` for texts.
         pixel_max: the greatest pixel value if chunks are uint8 (a value is then byte / pixel_max);
-            ``None`` if chunks are float32.
+            ``None`` if chunks are float32 or token ids.
         table: whether the columns are measurements in units of their own, to be scaled column by column.
         classes: number of classes; labels are 0..classes-1.
         train: the training rows; ``None`` where the source has rows to predict on only.
         test: the test rows; ``None`` where there are none.
         names: the classes' names, or empty.
+        vocabulary: the number of token ids if rows are token ids 0..vocabulary-1, where 0 is padding and 1
+            an unknown word; otherwise ``None``.
     """
 
     name: str
@@ -51,3 +55,4 @@ class DataSet:
     train: Part | None
     test: Part | None
     names: tuple[str, ...] = ()
+    vocabulary: int | None = None

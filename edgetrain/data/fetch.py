@@ -62,6 +62,8 @@ def cache_folder(known: KnownSet) -> Path:
 
 def _complete(known: KnownSet, folder: Path, download: Download | None = None) -> bool:
     """Whether the set's files, or those that one download brings, are all in ``folder``."""
+    if download is None and known.instead and find(folder, known.instead):
+        return True
     if download is None or download.archive:
         return all(find(folder, file) for file in known.files)
     return find(folder, download.file.removesuffix(".gz")) is not None

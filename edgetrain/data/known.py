@@ -30,17 +30,19 @@ class KnownSet:
     Attributes:
         name: as typed, and the name of its folder.
         layout: which reader reads it.
-        train: the training files' names without ``.gz`` or ``.xz``; IDX: images, labels.
+        train: the training files' names without ``.gz`` or ``.xz``; IDX: images, labels; text: one archive
+            of all.
         test: the same for the test files.
         class_names: label 0 first.
         base_url: where its downloads are.
         downloads: what to fetch for all of its files.
         label_bytes: CIFAR: label bytes of a row.
         file_rows: CIFAR: rows of a training file and of a test file.
+        instead: a file of one's own that does for all of these files, or empty.
     """
 
     name: str
-    layout: Literal["idx", "cifar"]
+    layout: Literal["idx", "cifar", "text"]
     train: tuple[str, ...]
     test: tuple[str, ...]
     class_names: tuple[str, ...]
@@ -48,6 +50,7 @@ class KnownSet:
     downloads: tuple[Download, ...]
     label_bytes: int = 1
     file_rows: tuple[int, int] = (0, 0)
+    instead: str = ""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -143,4 +146,15 @@ _CIFAR100 = KnownSet(
     file_rows=(50_000, 10_000),
 )
 
-KNOWN = {known.name: known for known in (_MNIST, _FASHION_MNIST, _CIFAR10, _CIFAR100)}
+_IMDB = KnownSet(
+    "imdb",
+    "text",
+    ("aclImdb_v1.tar",),
+    (),
+    ("negative", "positive"),
+    "http://ai.stanford.edu/~amaas/data/sentiment/",
+    (Download("aclImdb_v1.tar.gz", "md5:7c2ac02c03563afcf9b574c7e56c153a"),),  # read as it is, not unpacked
+    instead="imdb.csv",
+)
+
+KNOWN = {known.name: known for known in (_MNIST, _FASHION_MNIST, _CIFAR10, _CIFAR100, _IMDB)}

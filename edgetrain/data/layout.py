@@ -91,6 +91,23 @@ def check_finite(values: NDArray[Any], first: int, where: str) -> None:
     )
 
 
+def check_ids(values: NDArray[Any], vocabulary: int, first: int, where: str) -> None:
+    """Look for what is no token id in rows [n, length]; ``first`` is the row of the first one.
+
+    Raises:
+        InputError: values are no int32 or int64, or one is not in 0..vocabulary-1.
+    """
+    if values.dtype not in (np.int32, np.int64):
+        raise InputError(f"{where}: token ids are {values.dtype}, expected int32 or int64; convert with .astype")
+    wrong = np.argwhere((values < 0) | (values >= vocabulary))
+    if len(wrong):
+        row, column = int(wrong[0][0]), int(wrong[0][1])
+        raise InputError(
+            f"{where}: row {first + row} holds id {values[row, column]} at position {column}, expected "
+            f"0..{vocabulary - 1} ({vocabulary} ids); look words up in the vocabulary of the training rows"
+        )
+
+
 def _check_dtype(dtype: np.dtype[Any], count: int, where: str) -> None:
     if dtype.kind not in "biuf":
         raise InputError(f"{where}: dtype {dtype}, expected uint8 pixels or numbers (float or int)")

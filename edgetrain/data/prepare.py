@@ -1,14 +1,15 @@
 """From a reader's chunks to latent store 0: the prepared inputs on disk, written out of core.
 
-Images go down as the bytes they are (a value is byte / pixel_max); everything else as float32, a
-table's columns scaled on the way.
+Images go down as the bytes they are (a value is byte / pixel_max), token ids as int32; everything else
+as float32, a table's columns scaled on the way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgetrain.data.base import Chunk, DataSet, Part
-from edgetrain.data.layout import check_finite
+from edgetrain.data.layout import check_finite, check_ids
 from edgetrain.errors import CorruptError, EdgetrainError
 from edgetrain.store.atomic import storage_errors
 from edgetrain.store.latents import LatentFile
@@ -87,8 +88,8 @@ def measure_scaling(part: Part, kind: Literal["standard", "unit"]) -> Scaling:
 def prepare(data: DataSet, part: Part, folder: Path, name: str, scaling: Scaling | None) -> Prepared:
     """Write a part's rows to ``folder/<name>.x.rows`` and its labels to ``folder/<name>.y.rows``.
 
-    uint8 chunks go down as ``pixels``, others as float32. Takes the memory of a few chunks, whatever
-    the number of rows. On any error both files are removed.
+    uint8 chunks go down as ``pixels``, token ids as ``tokens``, others as float32. Takes the memory of a
+    few chunks, whatever the number of rows. On any error both files are removed.
 
     Args:
         data: what the part belongs to.
@@ -107,7 +108,7 @@ def prepare(data: DataSet, part: Part, folder: Path, name: str, scaling: Scaling
     x = LatentFile(folder / f"{name}.x.rows", part.rows, _input_format(data))
     y = LatentFile(folder / f"{name}.y.rows", part.rows, RowFormat((), "int64"))
     try:
-        labelled = _write_rows(part, x.allocate(), y, scaling)
+        labelled = _write_rows(_known_ids(data, part), x.allocate(), y, scaling)
     except BaseException:
         for file in (x, y):
             with suppress(EdgetrainError):  # a disk that refuses even that must not hide the cause
@@ -117,9 +118,25 @@ def prepare(data: DataSet, part: Part, folder: Path, name: str, scaling: Scaling
 
 
 def _input_format(data: DataSet) -> RowFormat:
+    if data.vocabulary is not None:
+        return RowFormat(data.shape, "tokens")
     if data.pixel_max is None:
         return RowFormat(data.shape, "float32")
     return RowFormat(data.shape, "pixels", data.pixel_max)
+
+
+def _known_ids(data: DataSet, part: Part) -> Part:
+    """The part, its token ids checked on the way: one that is too large would end a run on a GPU without a word."""
+    vocabulary = data.vocabulary
+    return part if vocabulary is None else replace(part, chunks=partial(_checked_ids, part, vocabulary))
+
+
+def _checked_ids(part: Part, vocabulary: int) -> Iterator[Chunk]:
+    first = 0
+    for values, labels in part.chunks():
+        check_ids(values, vocabulary, first, part.where)
+        first += len(values)
+        yield values, labels
 
 
 def _write_rows(part: Part, x: LatentFile, y: LatentFile, scaling: Scaling | None) -> bool:

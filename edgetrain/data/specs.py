@@ -13,6 +13,7 @@ from edgetrain.data.compressed import find
 from edgetrain.data.digits import open_digits
 from edgetrain.data.fetch import ensure
 from edgetrain.data.idx import IdxPair, open_idx
+from edgetrain.data.imdb import open_imdb
 from edgetrain.data.known import KNOWN, KnownSet
 from edgetrain.data.npz import open_npz, open_npz_rows
 from edgetrain.errors import InputError
@@ -60,12 +61,20 @@ def open_known(known: KnownSet, folder: Path) -> DataSet:
         CorruptError: a file is damaged.
         StorageError: a file is unreadable.
     """
+    if known.layout == "text":
+        return open_imdb(known.name, _archive_or_instead(known, folder), known.class_names)
     train = [_found(folder, file) for file in known.train]
     test = [_found(folder, file) for file in known.test]
     if known.layout == "idx":
         return open_idx(known.name, IdxPair(*train), IdxPair(*test), len(known.class_names), known.class_names)
     files = (CifarFiles(train, known.file_rows[0]), CifarFiles(test, known.file_rows[1]))
     return open_cifar(known.name, *files, known.rows, known.class_names)
+
+
+def _archive_or_instead(known: KnownSet, folder: Path) -> Path:
+    """The one archive of all texts, or else the file that does for it."""
+    (archive,) = known.files
+    return find(folder, archive) or find(folder, known.instead) or _found(folder, archive)
 
 
 def _found(folder: Path, file: str) -> Path:

@@ -13,6 +13,7 @@ uint8      8 + n, padded to 4: low and step of the     -
            row as float32, then q = (v - low) / step
 pixels     n, value = byte / pixel_max                 8-bit images
 int64      8 n                                         labels
+tokens     4 n, as int32; int64 once decoded           ids of words below 2^31
 =========  ==========================================  =============================
 
 Legend: B rows of a batch, n elements of a row.
@@ -31,6 +32,7 @@ _PLAIN = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "int64": torch.int64,
+    "tokens": torch.int32,
 }
 _HEADER = 8  # bytes: low and step of a uint8 row
 
@@ -63,13 +65,14 @@ class RowFormat:
 
     @property
     def value_dtype(self) -> torch.dtype:
-        """The dtype that ``decode`` gives: int64 for labels, float32 otherwise."""
-        return torch.int64 if self.dtype == "int64" else torch.float32
+        """The dtype that ``decode`` gives: int64 for labels and tokens, float32 otherwise."""
+        return torch.int64 if self.dtype in ("int64", "tokens") else torch.float32
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         """Values [B, *shape] as bytes [B, row_bytes], uint8.
 
-        ``pixels`` takes uint8 values as they are; the others take float32 (labels: int64).
+        ``pixels`` takes uint8 values as they are; the others take float32 (labels: int64,
+        tokens: int64 or int32).
         """
         flat = values.reshape(values.shape[0], self.elements)
         if self.dtype == "pixels":

@@ -25,6 +25,7 @@ class Shape:
         table: as in ``DataSet``.
         classes: number of classes.
         names: of the classes, or empty.
+        vocabulary: as in ``DataSet``; records from before there were texts have none.
     """
 
     name: str
@@ -33,11 +34,13 @@ class Shape:
     table: bool
     classes: int
     names: tuple[str, ...]
+    vocabulary: int | None = None
 
     @classmethod
     def of(cls, data: DataSet) -> Shape:
         """What to remember of a data set."""
-        return cls(data.name, data.shape, data.pixel_max, data.table, data.classes, data.names)
+        known = (data.name, data.shape, data.pixel_max, data.table, data.classes, data.names)
+        return cls(*known, data.vocabulary)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Shape:
@@ -47,6 +50,8 @@ class Shape:
     @property
     def format(self) -> RowFormat:
         """How a prepared input lies on disk."""
+        if self.vocabulary is not None:
+            return RowFormat(self.shape, "tokens")
         if self.pixel_max is None:
             return RowFormat(self.shape, "float32")
         return RowFormat(self.shape, "pixels", self.pixel_max)
@@ -59,12 +64,16 @@ class Shape:
         """
         if data.shape != self.shape:
             raise InputError(f"{data.name}: rows of shape {data.shape}; this run was trained on {self.shape}")
-        if (data.pixel_max is None) != (self.pixel_max is None):
-            kinds = {True: "floating-point values", False: "8-bit pixels"}
-            raise InputError(
-                f"{data.name}: holds {kinds[data.pixel_max is None]}; this run was trained on"
-                f" {kinds[self.pixel_max is None]}"
-            )
+        found, expected = _kind(data), _kind(self)
+        if found != expected:
+            raise InputError(f"{data.name}: holds {found}; this run was trained on {expected}")
+
+
+def _kind(rows: DataSet | Shape) -> str:
+    """What rows hold, in words; rows of one kind can be told apart by their shape only."""
+    if rows.vocabulary is not None:
+        return f"ids of {rows.vocabulary} tokens"
+    return "floating-point values" if rows.pixel_max is None else "8-bit pixels"
 
 
 def scaling_of(data: DataSet, part: Part, nonnegative: bool) -> Scaling | None:

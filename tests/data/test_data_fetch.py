@@ -203,6 +203,59 @@ def test_damaged_archive_is_corrupt(served, monkeypatch):
         open_data("cifar10")
 
 
+def tiny_imdb(monkeypatch, folder):
+    """The entry of imdb, with the checksum of a tiny archive that is served; the archive."""
+    reviews = [
+        (f"aclImdb/{part}/{label}/{label}_1.txt", f"a {label} film".encode())
+        for part in ("test", "train")
+        for label in ("neg", "pos")
+    ]
+    packed = archive_of([("aclImdb/README", b"read me"), *reviews])
+    download = Download("aclImdb_v1.tar.gz", f"md5:{hashlib.md5(packed).hexdigest()}")
+    monkeypatch.setitem(known.KNOWN, "imdb", replace(KNOWN["imdb"], downloads=(download,)))
+    serve(folder, {"aclImdb_v1.tar.gz": packed})
+    return packed
+
+
+@pytest.mark.parametrize("place", ["imdb", "."])
+def test_reviews_are_downloaded_once_and_stay_packed(served, monkeypatch, capsys, place):
+    packed = tiny_imdb(monkeypatch, served / place)
+    data = open_data("imdb")
+    assert (data.train.rows, data.test.rows, data.vocabulary) == (2, 2, 6)
+    assert rows_of(data.train)[0][:, :4].tolist() == [[2, 4, 3, 0], [2, 5, 3, 0]]  # a 2, film 3, neg 4, pos 5
+    assert capsys.readouterr().err.startswith("downloading http://127.0.0.1")
+    folder = cache_folder(KNOWN["imdb"])
+    assert {path.name for path in folder.iterdir()} - {".lock"} == {"aclImdb_v1.tar.gz"}
+    assert (folder / "aclImdb_v1.tar.gz").read_bytes() == packed
+    (served / place / "aclImdb_v1.tar.gz").unlink()
+    open_data("imdb")
+    assert capsys.readouterr().err == ""
+
+
+def test_reviews_of_another_checksum_are_not_kept(served, monkeypatch):
+    packed = tiny_imdb(monkeypatch, served)
+    serve(served, {"aclImdb_v1.tar.gz": packed[:-1]})
+    with pytest.raises(CorruptError, match=r"aclImdb_v1.tar.gz: md5 is \w+, expected \w+; nothing was kept"):
+        open_data("imdb")
+    assert {path.name for path in cache_folder(KNOWN["imdb"]).iterdir()} <= {".lock"}
+
+
+@pytest.mark.parametrize("name", ["imdb.csv", "imdb.csv.xz", "aclImdb_v1.tar", "aclImdb_v1.tar.gz"])
+def test_either_file_of_reviews_makes_the_download_unnecessary(tmp_path, monkeypatch, name):
+    assert locate(KNOWN["imdb"]) is None
+    monkeypatch.setenv("EDGETRAIN_DATA", str(tmp_path / "mine"))
+    mine = tmp_path / "mine" / "imdb"
+    mine.mkdir(parents=True)
+    assert locate(KNOWN["imdb"]) is None
+    serve(mine, {name: b"x"})
+    assert locate(KNOWN["imdb"]) == mine
+    (mine / name).unlink()
+    cached = cache_folder(KNOWN["imdb"])
+    cached.mkdir(parents=True)
+    serve(cached, {name: b"x"})
+    assert locate(KNOWN["imdb"]) == cached
+
+
 def test_bar_is_drawn_on_a_terminal(served, tiny_mnist, capsys, monkeypatch):
     serve(served / "mnist", tiny_mnist)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)

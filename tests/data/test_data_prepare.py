@@ -15,6 +15,7 @@ from edgetrain.data.arrays import from_arrays, from_rows
 from edgetrain.data.base import DataSet, Part
 from edgetrain.data.npz import open_npz
 from edgetrain.data.prepare import measure_scaling, prepare
+from edgetrain.data.text import LENGTH, LabelledText, open_texts
 from edgetrain.errors import CorruptError, InputError, StorageError
 
 
@@ -61,6 +62,51 @@ def test_floats_go_down_bit_for_bit(tmp_path, monkeypatch):
     with small_chunks(monkeypatch, 600):
         x, _ = read_back(prepare(data, data.train, tmp_path, "train", None))
     assert np.array_equal(x, inputs)
+
+
+def texts_of(values, labels=None, vocabulary=9):
+    """A data set of token ids."""
+    return DataSet("made", values.shape[1:], None, False, 2, part_of(values, labels), None, vocabulary=vocabulary)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_token_ids_go_down_as_they_are(tmp_path, dtype):
+    ids = np.arange(30, dtype=dtype).reshape(5, 6) % 9
+    data = texts_of(ids, cycle(5, 2))
+    prepared = prepare(data, data.train, tmp_path, "train", None)
+    assert prepared.written == 30 * 4 + 5 * 8
+    assert (tmp_path / "train.x.rows").read_bytes() == ids.astype("<i4").tobytes()
+    x, y = read_back(prepared)
+    assert x.dtype == np.int64
+    assert np.array_equal(x, ids)
+    assert np.array_equal(y, cycle(5, 2))
+
+
+def test_texts_are_read_back_as_their_reader_gives_them(tmp_path, monkeypatch):
+    texts = [LabelledText(part, n % 2, f"a film w{n}") for n in range(20) for part in ("train", "test")]
+    data = open_texts("made", lambda: iter(texts), "made", ("negative", "positive"))
+    for part in (data.train, data.test):
+        expected = np.concatenate([values for values, _ in part.chunks()])
+        with small_chunks(monkeypatch, 3 * 4 * LENGTH):
+            x, y = read_back(prepare(data, part, tmp_path, "part", None))
+        assert np.array_equal(x, expected)
+        assert np.array_equal(y, cycle(20, 2))
+
+
+@pytest.mark.parametrize("wrong", [-1, 9, 2**40])
+def test_an_id_beyond_the_vocabulary_leaves_no_files(tmp_path, wrong):
+    ids = np.ones((5, 6), np.int64)
+    ids[3, 4] = wrong
+    data = texts_of(ids)
+    with pytest.raises(InputError, match=f"made: row 3 holds id {wrong} at position 4, expected 0..8 "):
+        prepare(data, data.train, tmp_path, "train", None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ids_that_are_no_whole_numbers_are_refused(tmp_path):
+    data = texts_of(np.ones((5, 6), np.float32))
+    with pytest.raises(InputError, match="made: token ids are float32, expected int32 or int64"):
+        prepare(data, data.train, tmp_path, "train", None)
 
 
 def test_rows_without_labels_make_no_label_file(tmp_path):

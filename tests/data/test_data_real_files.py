@@ -31,3 +31,16 @@ def test_real_rows_have_the_published_counts_and_means(name):
     assert data.shape == SHAPES[name]
     assert abs(total / data.train.rows - MEANS[name]) < 1e-4
     assert data.test.rows == 10_000
+
+
+@pytest.mark.slow
+def test_real_reviews_have_the_published_counts():
+    if not os.environ.get("EDGETRAIN_DATA") or locate(KNOWN["imdb"]) is None:
+        pytest.skip("EDGETRAIN_DATA has no imdb")
+    data = open_data("imdb")
+    assert (data.train.rows, data.test.rows, data.vocabulary) == (25_000, 25_000, 20_002)
+    counts = np.zeros(2, int)
+    for ids, labels in data.train.chunks():
+        counts += np.bincount(labels, minlength=2)
+        assert (ids[:, 0] > 0).all()  # no review is empty
+    assert counts.tolist() == [12_500, 12_500]

@@ -5,11 +5,12 @@ import sys
 
 import numpy as np
 import pytest
-from made_files import cycle, pixels, rows_of
+from made_files import cycle, pixels, put, rows_of
 
-from edgetrain.data.specs import NAMES, open_data, open_rows
+from edgetrain.data.known import KNOWN
+from edgetrain.data.specs import NAMES, open_data, open_known, open_rows
 from edgetrain.data.split import stratified
-from edgetrain.errors import InputError
+from edgetrain.errors import CorruptError, InputError
 
 
 def test_digits_are_shipped():
@@ -89,6 +90,34 @@ def test_paths_end_in_npz_and_known_names_win(tmp_path, monkeypatch):
     assert open_data("./digits.npz").shape == (3,)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert open_data("~/some.npz").shape == (3,)
+
+
+REVIEWS = b"text,label,split\na bad film,neg,train\na good film,pos,train\nunseen film,neg,test\n"
+
+
+def test_reviews_are_found_by_name(tmp_path, monkeypatch):
+    folder = tmp_path / "imdb"
+    folder.mkdir()
+    put(folder / "imdb.csv", REVIEWS, ".gz")
+    monkeypatch.setenv("EDGETRAIN_DATA", str(tmp_path))
+    data = open_data("imdb")
+    assert (data.name, data.shape, data.vocabulary, data.names) == ("imdb", (256,), 6, ("negative", "positive"))
+    assert (data.train.rows, data.test.rows) == (2, 1)
+    rows = open_rows("imdb")
+    assert (rows.train, rows.vocabulary) == (None, 6)
+    assert np.array_equal(rows_of(rows.test)[0], rows_of(data.test)[0])
+    assert rows_of(rows.test)[0][0, :3].tolist() == [1, 3, 0]  # a, film, bad, good: ids 2, 3, 4, 5
+
+
+def test_the_archive_comes_before_the_table(tmp_path):
+    known = KNOWN["imdb"]
+    with pytest.raises(InputError, match=r"has no aclImdb_v1.tar \(nor .gz, .xz\)"):
+        open_known(known, tmp_path)
+    put(tmp_path / "imdb.csv", REVIEWS)
+    assert open_known(known, tmp_path).train.rows == 2
+    put(tmp_path / "aclImdb_v1.tar", b"no archive", ".gz")
+    with pytest.raises(CorruptError, match="aclImdb_v1.tar.gz: damaged archive"):
+        open_known(known, tmp_path)
 
 
 def test_rows_to_predict_on(tmp_path):

@@ -69,6 +69,16 @@ def test_int64_rows_come_back_exactly(values: np.ndarray) -> None:
     assert np.array_equal(round_trip(values, "int64").numpy(), values)
 
 
+@fuzzing
+@given(values=arrays("int64", st.integers(-(2**31), 2**31 - 1)), dtype=st.sampled_from(["int64", "int32"]))
+def test_tokens_take_four_bytes_and_come_back_as_int64(values: np.ndarray, dtype: str) -> None:
+    encoded = RowFormat(values.shape[1:], "tokens").encode(torch.from_numpy(values.astype(dtype)))
+    assert encoded.numpy().tobytes() == values.astype("<i4").tobytes()
+    decoded = round_trip(values, "tokens")
+    assert decoded.dtype == torch.int64
+    assert np.array_equal(decoded.numpy(), values)
+
+
 def worst_error(values: np.ndarray) -> np.ndarray:
     """Half a step of each row, what float32 rounds on the way, and what is too small for a step."""
     flat = values.reshape(len(values), -1).astype(np.float64)
@@ -139,7 +149,7 @@ def test_pixels_are_exact_bytes_over_their_maximum(values: np.ndarray, pixel_max
 
 
 @fuzzing
-@given(shape=shapes, dtype=st.sampled_from([*LATENT_DTYPES, "pixels", "int64"]))
+@given(shape=shapes, dtype=st.sampled_from([*LATENT_DTYPES, "pixels", "int64", "tokens"]))
 def test_row_bytes_are_those_of_the_table(shape: tuple[int, ...], dtype: str) -> None:
     layout, n = RowFormat(shape, dtype), prod(shape)
     expected = {
@@ -149,6 +159,7 @@ def test_row_bytes_are_those_of_the_table(shape: tuple[int, ...], dtype: str) ->
         "uint8": math.ceil((8 + n) / 4) * 4,
         "pixels": n,
         "int64": 8 * n,
+        "tokens": 4 * n,
     }
     assert layout.elements == n
     assert layout.row_bytes == expected[dtype]
