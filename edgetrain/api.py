@@ -8,12 +8,13 @@ from typing import Any
 from edgetrain.config import resolve
 from edgetrain.data.arrays import from_arrays
 from edgetrain.data.base import DataSet
+from edgetrain.training import edits
 from edgetrain.training.finished import Run
 from edgetrain.training.fit import fit as _fit
 from edgetrain.training.fit import free_path, resumed_settings
 from edgetrain.training.watcher import Watcher
 
-__all__ = ["Run", "fit", "open_run"]
+__all__ = ["Run", "append_cells", "drop_cells", "fit", "open_run", "retrain_cells"]
 
 
 def fit(
@@ -68,6 +69,50 @@ def open_run(path: str | Path, net: Any = None) -> Run:
         InputError: the folder holds no finished run.
     """
     return Run.open(Path(path), net)
+
+
+def append_cells(run: Run, net: Any, data: Any = None, watcher: Watcher | None = None, **settings: Any) -> Run:
+    """Train more cells behind those of a finished run; see ``edgetrain.training.edits``.
+
+    Args:
+        run: the finished run.
+        net: a longer net that begins with the run's cells.
+        data: the run's data again, if they were arrays.
+        watcher: is told of progress.
+        **settings: for the new cells, such as ``epochs`` and ``lr``.
+
+    Raises:
+        InputError: the net does not begin with the run's cells, or has no more than these.
+    """
+    return edits.append(run.path, net, settings, _again(data), watcher)
+
+
+def drop_cells(
+    run: Run, number: int | None = None, net: Any = None, data: Any = None, watcher: Watcher | None = None
+) -> Run:
+    """Remove cell ``number`` (from 1; by default the last) and those behind it.
+
+    ``net`` and ``data`` are for runs of your own modules and arrays: the same ones again.
+
+    Raises:
+        InputError: there is no such cell, or it is the first.
+    """
+    return edits.drop(run.path, number, net, _again(data), watcher)
+
+
+def retrain_cells(
+    run: Run, number: int, net: Any = None, data: Any = None, watcher: Watcher | None = None, **settings: Any
+) -> Run:
+    """Train cell ``number`` (from 1) anew, and those behind it; see ``drop_cells`` for ``net`` and ``data``.
+
+    Raises:
+        InputError: there is no such cell.
+    """
+    return edits.retrain(run.path, number, net, settings, _again(data), watcher)
+
+
+def _again(data: Any) -> DataSet | None:
+    return None if data is None else _data_set(data)
 
 
 def _data_set(data: Any) -> DataSet | None:

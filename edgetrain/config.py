@@ -36,8 +36,12 @@ class Settings:
     """All settings of a run. ``None`` means: what the method or the machine prefers."""
 
     data: str = _setting("digits", "A known data set, or a path to an ``.npz``")
-    net: str = _setting("mlp:1000x2", "The net, literally: ``mlp:1000x2``, ``cnn:64,128``, ``path/to/net.py:function``")
+    net: str | None = _setting(
+        None, "The net, literally: ``mlp:1000x2``, ``cnn:64,128``, ``vit:...``, ``path/to/net.py:function``"
+    )
+    cells: int | None = _setting(None, "Train only the first so many cells of the net")
     method: str = _setting("mf", "The local rule, or a baseline")
+    constants: str | None = _setting(None, "The rule's own numbers, such as ``beta=0.5,dropout=0.1``")
     like: str | None = _setting(
         None, "For baselines: the method whose net options (biases, pooling, normalisation) to take"
     )
@@ -57,7 +61,13 @@ class Settings:
         None, "Learning rate of the classifier on all cells' latents, where the method trains one"
     )
     classifier_weight_decay: float | None = _setting(None, "Weight decay of that classifier")
-    classifier_epochs: int | None = _setting(None, "Epochs of that classifier")
+    classifier_epochs: int | None = _setting(
+        None, "Epochs of that classifier; for rules that can do without one, this asks for it"
+    )
+    augment: str | None = _setting(None, "Changes to training images, such as ``crop,flip,cutout``")
+    views: int | None = _setting(
+        None, "Augmented copies of the data set that finished cells cache, under ``--schedule separate``"
+    )
     seed: int = _setting(0, "Key of every random number")
     threads: int | None = _setting(None, "CPU threads")
     device: str = _setting("auto", "``auto``, ``cuda``, ``cuda:1``, ``mps`` or ``cpu``")
@@ -84,7 +94,7 @@ class Settings:
         hints = get_type_hints(type(self))
         for setting in fields(self):
             _check_type(setting.name, getattr(self, setting.name), hints[setting.name])
-        for name in ("epochs", "batch_size", "classifier_epochs", "threads"):
+        for name in ("epochs", "batch_size", "classifier_epochs", "threads", "cells", "views"):
             _check_least(name, getattr(self, name), 1)
         for name in ("micro_batch",):
             values = self.micro_batch if isinstance(self.micro_batch, list) else [self.micro_batch]

@@ -46,3 +46,7 @@ class DivergedError(EdgetrainError):
     """Training produced a loss that is not finite."""
 
     exit_code = 7
+
+
+class EdgetrainWarning(UserWarning):
+    """Something is not as it should be, and edgetrain goes on without it."""

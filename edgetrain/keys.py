@@ -50,3 +50,19 @@ def epoch_order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
     """The order in which an epoch takes its samples: a permutation of ``range(rows)``, int64."""
     source = np.random.Generator(np.random.Philox(derive(seed, "order", epoch)))
     return source.permutation(rows)
+
+
+def per_sample(samples: NDArray[np.int64], columns: int, seed: int, *words: int | str) -> NDArray[np.float64]:
+    """Uniform numbers in 0..1 that belong to samples, [B, columns], whatever batch they are in.
+
+    Counter-based: the n-th number of a named stream is a hash of n (SplitMix64: Steele, Lea and Flood,
+    OOPSLA 2014), so a sample's numbers need none of the others'.
+    """
+    with np.errstate(over="ignore"):
+        counters: NDArray[np.uint64] = np.add(
+            samples.astype(np.uint64)[:, None] * np.uint64(columns), np.arange(1, columns + 1, dtype=np.uint64)
+        )
+        z: NDArray[np.uint64] = np.uint64(derive(seed, *words)) + counters * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53, np.float64)

@@ -35,7 +35,8 @@ class RunRecord:
         disk_mb: the most that the run folder held; of that, ``latents_mb`` the caches between cells.
         written_mb: bytes written in all (flash wears out).
         waited_seconds: time in which the device waited for data.
-        readout: the trained classifier, if the method has one.
+        readout: the trained classifier, if there is one.
+        edits: what was changed after the run was first finished (``edgetrain cells``).
     """
 
     run: str
@@ -60,6 +61,7 @@ class RunRecord:
     cells: list[CellRecord] = field(default_factory=list)
     readout: CellRecord | None = None
     citations: list[str] = field(default_factory=list)
+    edits: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from edgetrain.baselines.backprop import Backpropagation
+from edgetrain.baselines.alignment import DirectFeedbackAlignment, FeedbackAlignment
+from edgetrain.baselines.backprop import (
+    Backpropagation,
+    CheckpointedBackpropagation,
+    OffloadedBackpropagation,
+    SingleLayer,
+)
 from edgetrain.objectives.base import Objective
 
-BASELINES: dict[str, type[Objective]] = {Backpropagation.name: Backpropagation}
+BASELINES: dict[str, type[Objective]] = {
+    baseline.name: baseline
+    for baseline in (
+        SingleLayer,
+        Backpropagation,
+        CheckpointedBackpropagation,
+        OffloadedBackpropagation,
+        FeedbackAlignment,
+        DirectFeedbackAlignment,
+    )
+}

@@ -1,20 +1,37 @@
-"""Plain backpropagation of cross-entropy through the whole net, as the baseline.
+"""Plain backpropagation of cross-entropy through the whole net, as the baseline, and its thrifty forms.
 
 The net's cells are joined into one, with a linear classifier as its head, and the machine trains that
 one cell: the same step, optimizer, order of data, meter and budget as the local rules have, so that a
 comparison is fair. `tests/reference` holds the same in plain PyTorch, bit for bit.
+
+What a user would try first today when that does not fit:
+
+* ``bp-checkpoint``: Tianqi Chen et al.: Training Deep Nets with Sublinear Memory Cost, 2016,
+  https://arxiv.org/abs/1604.06174. Only the activations between cells are kept; each cell's own are
+  computed again on the way back. Batch statistics are not updated a second time.
+* ``bp-offload``: Minsoo Rhu et al.: vDNN, 2016, https://arxiv.org/abs/1602.08124. All that the
+  backward pass needs, other than weights, waits on the host.
+
+``slp`` is the least that a net must beat: the classifier alone, on the inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
+from edgetrain.baselines.whole import joined
 from edgetrain.nets.base import CellRecipe
 from edgetrain.objectives.base import Batch, Defaults, Node, Objective, Step, Streams
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
 class Backpropagation(Objective):
@@ -28,6 +45,7 @@ class Backpropagation(Objective):
     needs = "labels; any net; holds the whole net and its activations on the device"
     defaults = Defaults(schedule=None, optimizer="adam", lr=1e-3)
     vote = "last"
+    like: ClassVar[str | None] = "mf"
 
     def join(self, recipes: list[CellRecipe]) -> list[CellRecipe]:
         """One cell that holds the whole chain."""
@@ -35,37 +53,82 @@ class Backpropagation(Objective):
 
     def head(self, node: Node) -> nn.Module:
         """The classifier: a linear map [n] -> [C], with bias where the net's layers have one."""
-        return nn.Linear(prod(node.shape), self.classes, bias=self.options["bias"] == "1")
+        return nn.Linear(self.width(node.shape), self.classes, bias=self.options["bias"] == "1")
 
     def loss(self, phase: str, cell: nn.Module, head: Any, batch: Batch) -> Step:
         """Summed cross-entropy."""
-        logits = head(cell(batch.streams["x"]).flatten(1))  # [B, C]
+        logits = head(self.vector(self.forward(cell, batch.streams["x"])))  # [B, C]
         return Step(cross_entropy(logits, batch.y, reduction="sum"), None, logits.detach())
+
+    def forward(self, cell: nn.Module, x: Tensor) -> Tensor:
+        """The last cell's output for inputs [B, ...], with its graph."""
+        z: Tensor = cell(x)
+        return z
 
     def score(self, head: Any, latents: Streams) -> Tensor:
         """The classifier's logits, [B, C]."""
-        return head(latents["x"].flatten(1))  # type: ignore[no-any-return]
+        return head(self.vector(latents["x"]))  # type: ignore[no-any-return]
 
 
-class _JoinedCell(CellRecipe):
-    parts: tuple[CellRecipe, ...]
+class CheckpointedBackpropagation(Backpropagation):
+    """Backpropagation that computes each cell's activations again on the way back."""
 
-    def materialise(self, seed: int, index: int) -> nn.Module:
-        """See ``CellRecipe.materialise``; each part starts from the weights that it would have alone."""
-        return nn.Sequential(*(part.materialise(seed, number) for number, part in enumerate(self.parts)))
-
-
-def joined(recipes: list[CellRecipe]) -> CellRecipe:
-    """One recipe for a chain of cells."""
-    parts = tuple(recipes)
-    cell = _JoinedCell(
-        name=f"net of {len(parts)} cells",
-        in_shape=parts[0].in_shape,
-        out_shape=parts[-1].out_shape,
-        build=lambda: nn.Sequential(*(part.build() for part in parts)),
-        signature=("joined", *(part.signature for part in parts)),
-        draws=any(part.draws for part in parts),
-        couples_batch=any(part.couples_batch for part in parts),
+    name = "bp-checkpoint"
+    citation = (
+        "T. Chen, B. Xu, C. Zhang, C. Guestrin: Training Deep Nets with Sublinear Memory Cost. arXiv:1604.06174, 2016."
     )
-    object.__setattr__(cell, "parts", parts)
-    return cell
+    needs = "labels; any net; holds the whole net, what passes between cells, and one cell's activations"
+
+    def forward(self, cell: nn.Module, x: Tensor) -> Tensor:
+        """See ``Backpropagation.forward``."""
+        assert isinstance(cell, nn.Sequential)
+        for part in cell:
+            x = checkpoint(part, x, use_reentrant=False, context_fn=_again(part))
+        return x
+
+
+class OffloadedBackpropagation(Backpropagation):
+    """Backpropagation whose saved activations wait on the host."""
+
+    name = "bp-offload"
+    citation = (
+        "M. Rhu, N. Gimelshein, J. Clemons, A. Zulfiqar, S. W. Keckler: vDNN: Virtualized Deep Neural Networks for"
+        " Scalable, Memory-Efficient Neural Network Design. MICRO 2016. arXiv:1602.08124."
+    )
+    needs = "labels; any net; holds the whole net, and its activations on the host"
+    saves_on_host = True
+
+
+class SingleLayer(Backpropagation):
+    """A linear classifier on the inputs; the net's cells are left out."""
+
+    name = "slp"
+    citation = "F. Rosenblatt: The Perceptron. Psychological Review 65(6), 1958."
+    needs = "labels; takes no net: the classifier alone reads the inputs"
+    takes_tokens = False
+    like = None
+
+    def join(self, recipes: list[CellRecipe]) -> list[CellRecipe]:
+        """A cell that hands the inputs on as they are, flattened."""
+        shape = recipes[0].in_shape
+        inputs = prod(shape)
+        return [CellRecipe(f"linear {inputs}-{self.classes}", shape, (inputs,), nn.Flatten, ("inputs", shape))]
+
+
+def _again(part: nn.Module) -> Callable[[], Contexts]:
+    """Contexts for a part's first pass and for the pass that computes it again."""
+    norms = [module for module in part.modules() if isinstance(module, _BatchNorm)]
+    return lambda: (nullcontext(), _settled(norms))
+
+
+@contextmanager
+def _settled(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Batch normalisation uses the batch's statistics and leaves the running ones as they are."""
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches

@@ -29,6 +29,7 @@ def command(run: Path, data: str | None, per_cell: bool, net: str | None, device
     if as_json:
         votes = {**found.accuracy, "cells": found.cells}
         accuracy = found.accuracy.get(opened.objective.vote)
-        click.echo(json.dumps({"run": str(run), "test_accuracy": accuracy, "votes": votes}))
+        about = {"run": str(run), "test_accuracy": accuracy, "votes": votes}
+        click.echo(json.dumps({**about, "missing": found.missing} if found.missing else about))
     else:
         show_votes(opened, found, per_cell)

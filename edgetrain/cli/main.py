@@ -7,18 +7,20 @@ import os
 import signal
 import sys
 import traceback
-from typing import NoReturn
+import warnings
+from typing import Any, NoReturn
 
 import click
 
 from edgetrain import __version__
-from edgetrain.errors import EdgetrainError
+from edgetrain.errors import EdgetrainError, EdgetrainWarning
 
 COMMANDS = {
     "fit": "Train a network one cell at a time, within a memory budget.",
     "plan": "Show what a run would take, without training.",
     "evaluate": "Measure the accuracy of a finished run.",
     "predict": "Read labels off a finished run for new data.",
+    "cells": "Change a finished run's cells: list, append, drop, retrain.",
     "doctor": "Show what this machine is, and what would go wrong.",
 }
 EPILOG = """\b
@@ -71,11 +73,18 @@ def main() -> NoReturn:
     if sys.platform == "win32":
         _end(2, "native Windows is not supported; use WSL2", debug=False)
     signal.signal(signal.SIGTERM, _terminate)
+    warnings.showwarning = _show_warning
     try:
         cli.main(standalone_mode=False)
     except BaseException as error:
         _end(*_verdict(error), debug)
     sys.exit(0)
+
+
+def _show_warning(message: Warning | str, *details: Any, **more: Any) -> None:
+    """Our own warnings as one line; others are for developers and stay away from users."""
+    if isinstance(message, EdgetrainWarning):
+        print(f"edgetrain: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -21,6 +21,19 @@ def settings_options(function: F) -> F:
         if setting.metadata["flag"]:
             function = _option(setting.name, hints[setting.name], setting.metadata["help"].replace("``", ""))(function)
     return click.option("--profile", metavar="NAME|FILE", help="Start from a profile's settings.")(function)
+
+
+def chosen_options(names: Sequence[str]) -> Callable[[F], F]:
+    """Flags of some settings."""
+    hints = get_type_hints(Settings)
+    helps = {setting.name: setting.metadata["help"].replace("``", "") for setting in fields(Settings)}
+
+    def add(function: F) -> F:
+        for name in reversed(names):
+            function = _option(name, hints[name], helps[name])(function)
+        return function
+
+    return add
 
 
 def output_options(function: F) -> F:

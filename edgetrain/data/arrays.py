@@ -15,8 +15,10 @@ from edgetrain.data.chunks import rows_per_chunk
 from edgetrain.data.sources import Labelled, rows_alone, train_and_test
 from edgetrain.errors import InputError
 
+ARRAYS = "arrays"  # the name of a data set that has no other
 
-def from_arrays(train: tuple[Any, Any], test: tuple[Any, Any] | None = None, name: str = "arrays") -> DataSet:
+
+def from_arrays(train: tuple[Any, Any], test: tuple[Any, Any] | None = None, name: str = ARRAYS) -> DataSet:
     """The data set of arrays in memory; nothing is copied until it is read, and no split is drawn.
 
     Args:
@@ -30,7 +32,7 @@ def from_arrays(train: tuple[Any, Any], test: tuple[Any, Any] | None = None, nam
     return train_and_test(name, _labelled(train, "train"), test and _labelled(test, "test"))
 
 
-def from_rows(inputs: Any, labels: Any = None, name: str = "arrays") -> DataSet:
+def from_rows(inputs: Any, labels: Any = None, name: str = ARRAYS) -> DataSet:
     """Inputs [N, ...] to predict on, as the test part; labels [N] are optional.
 
     Raises:

@@ -10,7 +10,7 @@ Legend: B rows of a micro-batch, C classes, n units of a cell.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
@@ -25,6 +25,8 @@ from edgetrain.nets.base import CellRecipe, Options
 Streams = Mapping[str, Tensor]
 Schedule = Literal["separate", "sequence"]
 Vote = Literal["sum", "last", "trained"]
+Constants = Mapping[str, float]
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Node:
         """A CPU generator for a draw that belongs to this cell, such as a fixed projection."""
         return generator("cpu", self.seed, "node", self.index, word)
 
+    def normal(self, word: str, shape: tuple[int, ...], std: float) -> Tensor:
+        """Fixed normal numbers of this cell, float32, the same whoever asks; without values on meta."""
+        values = torch.empty(shape)
+        return values if values.is_meta else values.normal_(0.0, std, generator=self.generator(word))
+
 
 def nodes(recipes: list[CellRecipe], in_shape: tuple[int, ...], seed: int) -> list[Node]:
     """One node for each cell, each knowing its parent."""
@@ -77,6 +84,17 @@ class Draws(Protocol):
 
     def normal(self, name: str, like: Tensor) -> Tensor:
         """Standard normal numbers shaped as ``like`` [B, ...], drawn for the whole batch and sliced."""
+        ...
+
+    def keep(self, name: str, like: Tensor, chance: float) -> Tensor:
+        """A mask shaped as ``like``, 1 with probability ``chance`` and else 0; one for the whole step."""
+        ...
+
+    def uniform(self, name: str, columns: int, like: Tensor) -> Tensor:
+        """Uniform numbers in 0..1, float32 [B, columns], beside ``like`` [B, ...]; a sample's own.
+
+        They are keyed by (seed, epoch, sample), never by cell, so they may choose data.
+        """
         ...
 
 
@@ -128,22 +146,61 @@ class Objective(ABC):
     """A local learning rule for the cells of a net.
 
     Class attributes are facts that the planner and the profile ask without running anything.
+
+    Attributes:
+        name: what ``--method`` calls it.
+        citation: of the paper, printed with every run.
+        needs: what it asks of data and net, for people.
+        default_net: the net where none is named.
+        net_defaults: options of the net where the user says nothing.
+        constants: the rule's own numbers, which ``--constants`` may replace.
+        defaults: optimizer and schedule where the user says nothing.
+        vote: how classes are read off.
+        classifier: the cells whose latents a trained classifier may read; ``None``: there is none.
+        classifier_stream: of their latents, the stream that it reads.
+        couples_batch: whether the samples of a batch influence each other's loss.
+        nonnegative_input: whether tables are brought to 0..1 instead of standardised.
+        takes_tokens: whether it can learn from rows of token ids.
+        draws_streams: whether ``streams`` draws, so that views of the data differ without augmentation.
+        saves_on_host: whether what the backward pass needs waits on the host.
+        like: for baselines: the method whose net options are taken where none is named.
+        phases: a step's optimisations, in order.
+        stream_names: of the latents between cells.
+        unlabelled_names: of the streams in which classes are looked for.
     """
 
     name: ClassVar[str]
     citation: ClassVar[str]
     needs: ClassVar[str]
-    net_defaults: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    default_net: ClassVar[str] = "mlp:1000x2"
+    net_defaults: ClassVar[Mapping[str, str]] = _NONE
+    constants: Constants = _NONE
     defaults: ClassVar[Defaults]
     vote: ClassVar[Vote]
+    classifier: ClassVar[Literal["all", "last"] | None] = None
+    classifier_stream: ClassVar[str] = "x"
     couples_batch: ClassVar[bool] = False
     nonnegative_input: ClassVar[bool] = False
+    takes_tokens: ClassVar[bool] = True
+    draws_streams: ClassVar[bool] = False
+    saves_on_host: ClassVar[bool] = False
+    like: ClassVar[str | None] = None
     phases: ClassVar[tuple[Phase, ...]] = (Phase("step"),)
-    stream_names: ClassVar[tuple[str, ...]] = ("x",)
+    stream_names: tuple[str, ...] = ("x",)
+    unlabelled_names: tuple[str, ...] = ("x",)
 
-    def __init__(self, classes: int, options: Options):
+    def __init__(self, classes: int, options: Options, constants: Constants = _NONE, trains_classifier: bool = False):
         self.classes = classes
         self.options = options
+        self.constants = {**self.constants, **constants}
+        self.trains_classifier = trains_classifier
+
+    def check(self, cells: Sequence[Node]) -> None:  # noqa: B027 (most rules learn from anything)
+        """Refuse cells or data that the rule cannot learn from.
+
+        Raises:
+            InputError: says what the rule needs.
+        """
 
     def join(self, recipes: list[CellRecipe]) -> list[CellRecipe]:
         """The cells that are trained, one at a time; a whole-net baseline joins them into one."""
@@ -154,7 +211,7 @@ class Objective(ABC):
         return {"x": x}
 
     def unlabelled_streams(self, x: Tensor) -> Streams:
-        """The streams that the first cell reads when the labels are to be found."""
+        """The streams that the first cell reads when the labels are to be found, by ``unlabelled_names``."""
         return {"x": x}
 
     def head(self, node: Node) -> nn.Module | None:
@@ -172,3 +229,33 @@ class Objective(ABC):
     def score(self, head: Any, latents: Streams) -> Tensor | None:
         """The cell's own vote, [B, C], from its latents; ``None`` if it has none."""
         return None
+
+    def read(self, cell: nn.Module, head: Any, streams: Streams) -> tuple[Streams, Tensor | None]:
+        """What a finished cell hands on, and its vote [B, C]."""
+        latents = self.latent(cell, streams)
+        return latents, self.score(head, latents)
+
+    def read_by_classifier(self, depth: int) -> tuple[int, ...]:
+        """The cells, of ``depth``, whose latents the trained classifier reads; none if none is trained."""
+        if not self.trains_classifier:
+            return ()
+        return tuple(range(depth)) if self.classifier == "all" else (depth - 1,)
+
+    def evaluation_batch(self, micro_batch: int) -> int:
+        """Samples at once where classes are looked for, so that as many rows are there as in training."""
+        return max(1, micro_batch * len(self.stream_names) // len(self.unlabelled_names))
+
+    def features(self, latents: Tensor) -> Tensor:
+        """What a trained classifier reads of a cell's latents [B, ...], one stream: [B, n]."""
+        return self.vector(latents)
+
+    def vector(self, latents: Tensor) -> Tensor:
+        """Latents [B, ...] as one vector a sample, [B, n]: of tokens [B, T, D] what the net says, else all."""
+        reading = self.options.get("tokens", "flatten")
+        if latents.ndim != 3 or reading == "flatten":
+            return latents.flatten(1)
+        return latents[:, 0] if reading == "class" else latents.mean(1)
+
+    def width(self, shape: tuple[int, ...]) -> int:
+        """Length of ``vector`` for latents of this shape."""
+        return self.vector(torch.empty(1, *shape, device="meta")).shape[1]

@@ -10,14 +10,13 @@ For a cell with activations a = ReLU(x W) and a learned projection M [C, n]:
 
 W and M follow the gradient of L (eqs. 7, 8); nothing flows to the previous cell. Under the sequence
 schedule the a handed on is the one computed before the update (Algorithm 1). For convolutional cells
-M acts on the flattened, pooled map. Classes are read off from the sum of all cells' G ("FF
-prediction") or from the last cell's alone ("BP prediction").
+M acts on the flattened, pooled map; of a transformer's tokens it reads what the net says. Classes are
+read off from the sum of all cells' G ("FF prediction") or from the last cell's alone ("BP prediction").
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -41,15 +40,15 @@ class MonoForward(Objective):
 
     def head(self, node: Node) -> nn.Module:
         """The projection M: a linear map [n] -> [C] without bias."""
-        return nn.Linear(prod(node.shape), self.classes, bias=False)
+        return nn.Linear(self.width(node.shape), self.classes, bias=False)
 
     def loss(self, phase: str, cell: nn.Module, head: Any, batch: Batch) -> Step:
         """Summed cross-entropy of softmax(a M^T)."""
         a = cell(batch.streams["x"])
-        goodness = head(a.flatten(1))  # [B, C]
+        goodness = head(self.vector(a))  # [B, C]
         total = cross_entropy(goodness, batch.y, reduction="sum")
         return Step(total, {"x": a.detach()}, goodness.detach())
 
     def score(self, head: Any, latents: Streams) -> Tensor:
         """The goodness G of each class, [B, C]."""
-        return head(latents["x"].flatten(1))  # type: ignore[no-any-return]
+        return head(self.vector(latents["x"]))  # type: ignore[no-any-return]

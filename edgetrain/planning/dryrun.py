@@ -6,7 +6,7 @@ model of PyTorch's caching allocator, because the budget is about what that rese
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,7 +23,7 @@ from edgetrain.stream.cell import LiveCell, shapes_of
 from edgetrain.stream.executor import Executor, Tally
 from edgetrain.stream.feed import LABELS, DeviceFeed, HostBatch, Part, Slice, Transfer, slots_on
 from edgetrain.stream.latents import DeviceLatents
-from edgetrain.stream.readout import DeviceCellsFeed, Portion, Readout, Slots, train_readout
+from edgetrain.stream.readout import DeviceCellsFeed, Portion, Reading, Readout, Slots, train_readout
 
 _CPU = torch.device("cpu")
 _STEPS = 2  # the first makes the optimizer's state, the second is steady
@@ -89,11 +89,28 @@ class _FakeFeed:
 
 
 def cell_peak(work: Workload, index: int, micro_batch: int) -> int:
-    """Peak bytes of a visit to cell ``index``, streamed: its steps, and emitting or scoring after them."""
+    """Peak bytes of a visit to cell ``index``, streamed: its steps, emitting after them, and evaluation."""
     with bench(work.device) as table:
         cell = place(work, index, table)
         feed = _FakeFeed(work.formats_into(index), table.meter, slots_on(work.device))
         _run(work, index, micro_batch, table, cell, feed, _NoSink())
+        peak = table.peak
+    if len(work.objective.unlabelled_names) > 1:  # otherwise evaluation takes a part of what training takes
+        peak = max(peak, _evaluation_peak(work, index, micro_batch))
+    return peak
+
+
+def _evaluation_peak(work: Workload, index: int, micro_batch: int) -> int:
+    """Peak bytes of looking for the classes with cell ``index``, as the predictor does."""
+    with bench(work.device) as table:
+        cell = place(work, index, table)
+        names = ("x",) if index == 0 else work.objective.unlabelled_names
+        formats = dict.fromkeys(names, work.inputs if index == 0 else RowFormat(work.nodes[index - 1].shape))
+        feed = _FakeFeed(formats, table.meter, slots_on(work.device))
+        executor = Executor(work.objective, _CPU, table.meter, work.seed)
+        size = work.objective.evaluation_batch(micro_batch)
+        piece = Slice(_STEPS * size, size, size, 0, _STEPS)
+        executor.read(cell, feed, piece, _NoSink(), lambda part, scores, latents: None)
         return table.peak
 
 
@@ -116,7 +133,7 @@ def _run(
     feed: _FakeFeed | DeviceFeed,
     sink: _NoSink | DeviceLatents,
 ) -> None:
-    executor = Executor(work.objective, _CPU, table.meter, work.seed)
+    executor = Executor(work.objective, _CPU, table.meter, work.seed, work.augmentation)
     piece = _slice(work, micro_batch, len(work.objective.phases))
     emitting = sink if work.hands_on(index) else None
     with table.meter.watch():
@@ -148,16 +165,16 @@ def readout_peak(work: Workload, micro_batch: int, resident: bool) -> int:
     """Peak bytes of a visit to the classifier, its blocks resident or streamed; latents from files."""
     with bench(work.device) as table:
         readout = _readout(work, table, resident)
-        formats = [work.format_into(index + 1) for index in range(work.depth)]
-        _run_readout(work, micro_batch, table, readout, _FakeCellsFeed(formats))
+        formats = [work.format_into(index + 1) for index in work.classifier_reads]
+        feed = _FakeCellsFeed(formats, work.objective.features)
+        _run_readout(work, micro_batch, table, readout, feed)
         return table.peak
 
 
 def _readout(work: Workload, table: Bench, resident: bool) -> Readout:
     assert work.readout is not None
-    widths = [formats.elements for formats in map(work.format_into, range(1, work.depth + 1))]
     with table.meter.watch():
-        return Readout(widths, work.classes, work.readout, _CPU, work.seed, table.meter, resident)
+        return Readout(work.feature_widths, work.classes, work.readout, _CPU, work.seed, table.meter, resident)
 
 
 def _run_readout(
@@ -170,14 +187,14 @@ def _run_readout(
     with table.meter.watch():
         tally = Tally(_CPU)
     piece = _slice(work, micro_batch, 1)
-    train_readout(readout, feed, piece, work.depth, work.classes, table.meter, tally)
+    train_readout(readout, feed, piece, len(work.classifier_reads), work.classes, table.meter, tally)
 
 
 class _FakeCellsFeed:
     waited_s = 0.0
 
-    def __init__(self, formats: list[RowFormat]):
-        self._formats = formats
+    def __init__(self, formats: list[RowFormat], features: Callable[[torch.Tensor], torch.Tensor]):
+        self._formats, self._features = formats, features
 
     def portions(self, work: Slice, sweeps: int) -> Iterator[Portion]:
         """See ``stream.readout.CellsFeed``."""
@@ -188,7 +205,7 @@ class _FakeCellsFeed:
                     for _, first, last, _ in work.parts(stop - start):
                         z = layout.decode(slots.view(last - first, layout.row_bytes))
                         y = LABELS.decode(slots.view_labels(last - first))
-                        yield Portion(first, last, z.flatten(1), y)
+                        yield Portion(first, last, self._features(z), y)
                         del z
 
 
@@ -204,15 +221,19 @@ def resident_peak(work: Workload, micro_batches: list[int]) -> tuple[int, list[i
         for index in range(work.depth):
             table.tracker.reset_peak()
             kept.append(place(work, index, table))
-            out = DeviceLatents(work.rows, work.latent_dtype, work.emits_in_training)
+            out = DeviceLatents(work.rows * work.views, work.latent_dtype, work.emits_in_training)
             _run(work, index, micro_batches[index], table, kept[-1], DeviceFeed(data, labels), out)
             peaks.append(table.peak)
-            _keep_only(emitted, out, work.readout is not None)
+            if index - 1 not in work.classifier_reads and index:
+                data.free()  # nobody reads the cell's inputs any more
+            if index in work.classifier_reads:
+                emitted.append(out)
             data = out
         if work.readout is not None:
             table.tracker.reset_peak()
             readout = _readout(work, table, resident=True)
-            feed = DeviceCellsFeed(emitted, labels)
+            reading = Reading(work.objective.classifier_stream, work.objective.features)
+            feed = DeviceCellsFeed(emitted, labels, reading)
             _run_readout(work, micro_batches[-1], table, readout, feed)
             peaks.append(table.peak)
         inputs.free()
@@ -224,12 +245,3 @@ def _resident(rows: int, layout: RowFormat) -> DeviceLatents:
     latents.formats["x"] = layout
     latents.tensors["x"] = torch.empty(rows, layout.row_bytes, dtype=torch.uint8)
     return latents
-
-
-def _keep_only(emitted: list[DeviceLatents], newest: DeviceLatents, all_of_them: bool) -> None:
-    """A cell's inputs are freed when nobody reads them any more."""
-    if not all_of_them:
-        for latents in emitted:
-            latents.free()
-        emitted.clear()
-    emitted.append(newest)

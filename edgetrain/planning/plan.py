@@ -45,6 +45,8 @@ class Plan:
         host_budget: host bytes allowed; ``None``: no limit.
         disk_bytes: the most that the run folder holds.
         disk_budget: disk bytes allowed; ``None``: no limit.
+        whole_batch: of a run that does not fit because its batches cannot be split, the largest batch that
+            would; else ``None``.
         written_bytes: what the run writes in all.
     """
 
@@ -60,6 +62,7 @@ class Plan:
     disk_bytes: int
     disk_budget: int | None
     written_bytes: int
+    whole_batch: int | None = None
 
     @property
     def fits(self) -> bool:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from math import prod
 
 import torch
 
-from edgetrain.baselines.backprop import Backpropagation, joined
+from edgetrain.baselines.backprop import Backpropagation
+from edgetrain.baselines.whole import joined
 from edgetrain.errors import BudgetError, InputError
 from edgetrain.nets.base import CellRecipe, Options
 from edgetrain.objectives.base import nodes
@@ -64,6 +64,7 @@ def make_plan(
             cells = tuple(replace(cell, peak=peaks[index]) for index, cell in enumerate(cells))
             readout = None if readout is None else replace(readout, peak=peaks[-1])
     params = [cell.params for cell in visits]
+    over = budget is not None and peak > budget
     return Plan(
         cells=cells,
         readout=readout,
@@ -77,6 +78,7 @@ def make_plan(
         disk_bytes=storage.disk_bytes(work, sum(params), chosen),
         disk_budget=disk_budget,
         written_bytes=storage.written_bytes(work, sum(params), chosen),
+        whole_batch=_whole_batch(work, budget) if over else None,
     )
 
 
@@ -85,7 +87,13 @@ def require_fit(plan: Plan) -> None:
 
     Raises:
         BudgetError: names the limit, what was asked, and the smallest that would do.
+        InputError: only the batch is too large, and it cannot be split.
     """
+    if plan.whole_batch is not None:
+        raise InputError(
+            f"--batch-size is too large for --max-gpu-mb {(plan.budget or 0) / MIB:.4g}, and the samples of a batch"
+            f" influence each other here, so that it cannot be split: state --batch-size {plan.whole_batch}"
+        )
     if not plan.fits and plan.budget is not None:
         worst = max(plan.visits, key=lambda cell: cell.peak)
         raise BudgetError(
@@ -102,6 +110,20 @@ def require_fit(plan: Plan) -> None:
             f"--max-disk-gb {(plan.disk_budget or 0) / (1 << 30):.3g} cannot hold the run folder:"
             f" {show_mb(plan.disk_bytes)}; raise it or use --latent-dtype uint8"
         )
+
+
+def _whole_batch(work: Workload, budget: int | None) -> int | None:
+    """The largest batch, halving from the run's, that fits where cells take batches whole."""
+    if not any(work.couples_batch(index) for index in range(work.depth)):
+        return None
+    size = min(work.batch_size, work.rows) // 2
+    while size > 1:
+        smaller = replace(work, batch_size=size)
+        chooser = _Chooser(smaller, budget, None)
+        if all(chooser.fits(chooser.cell(index).peak) for index in range(work.depth)):
+            return size
+        size //= 2
+    return None
 
 
 def backprop_peak(work: Workload, recipes: Sequence[CellRecipe], options: Options) -> int:
@@ -192,12 +214,11 @@ class _Chooser:
         if work.readout is None:
             return None, False
         sizes = self._sizes(self._asked[-1] if self._asked else None, couples=False)
-        widths = [prod(node.shape) for node in work.nodes]
-        params = work.classes * (sum(widths) + 1)
+        params = work.classes * (sum(work.feature_widths) + 1)
         streamed = self._largest(sizes, partial(_readout_at, work, False))
         whole = streamed if lean else self._largest(sizes, partial(_readout_at, work, True))
         self.least = max(self.least, min(streamed[2], whole[2]))
-        resident = not lean and self._holds(whole[1])
+        resident = not lean and self.fits(whole[1])
         micro, peak, _ = whole if resident else streamed
         return CellPlan("classifier", params, micro, peak, 0), resident
 
@@ -223,9 +244,10 @@ class _Chooser:
         leanest = min(peaks, key=lambda size: (peaks[size], -size))
         for size in sizes:
             peak = peaks[size] if size in peaks else peak_at(size)
-            if self._holds(peak):
+            if self.fits(peak):
                 return size, peak, peaks[leanest]
         return leanest, peaks[leanest], peaks[leanest]
 
-    def _holds(self, peak: int) -> bool:
+    def fits(self, peak: int) -> bool:
+        """Whether the budget holds it."""
         return self._budget is None or peak <= self._budget

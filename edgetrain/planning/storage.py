@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from math import prod
+
 from edgetrain.planning.workload import Workload
 from edgetrain.store.latents import DEFAULT_WINDOW
 
@@ -11,7 +14,7 @@ _LABEL_BYTES = 8
 
 def latent_bytes(work: Workload, index: int) -> int:
     """Bytes on disk of the training latents that node ``index`` emits; 0 if nobody reads them."""
-    return work.rows * work.row_bytes_into(index + 1) if work.hands_on(index) else 0
+    return work.views * work.rows * work.row_bytes_into(index + 1) if work.hands_on(index) else 0
 
 
 def host_bytes(work: Workload, params: list[int]) -> int:
@@ -35,15 +38,21 @@ def input_bytes(work: Workload) -> int:
     return (work.rows + work.test_rows) * (work.inputs.row_bytes + _LABEL_BYTES)
 
 
+def evaluation_bytes(work: Workload) -> int:
+    """Disk of the test rows' latents, of two cells at once, in float32 and every stream."""
+    widths = [0, *(prod(node.shape) for node in work.nodes[:-1]), 0]
+    return 4 * work.test_rows * len(work.objective.unlabelled_names) * max(map(sum, pairwise(widths)))
+
+
 def disk_bytes(work: Workload, params: int, placement: str) -> int:
     """The most that the run folder holds: inputs, the latents needed at once, cells, and the model."""
     latents = [latent_bytes(work, index) for index in range(work.depth)]
     if placement == "resident":
         needed = 0
-    elif work.readout is not None:
-        needed = sum(latents)
     else:
-        needed = max(sum(latents[index : index + 2]) for index in range(work.depth))
+        kept = [latents[index] if index in work.classifier_reads else 0 for index in range(work.depth)]
+        needed = max(sum(kept[:index]) + sum(latents[index : index + 2]) for index in range(work.depth))
+    needed = max(needed, evaluation_bytes(work))
     # While a commit replaces cells, both generations exist; then the model joins the last one.
     cells = 2 * STATE_BYTES_PER_PARAMETER * params
     return input_bytes(work) + needed + cells

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from edgetrain.data.augment import Augmentation
 from edgetrain.objectives.base import Node, Objective
 from edgetrain.store.rows import RowFormat
 from edgetrain.stream.cell import OptimizerRecipe
@@ -32,6 +33,8 @@ class Workload:
         device: where steps run.
         seed: the run's.
         prefetch: batches gathered ahead.
+        views: of the data set that finished cells cache.
+        augmentation: of what the first cell learns from, or ``None``.
     """
 
     nodes: tuple[Node, ...]
@@ -50,6 +53,8 @@ class Workload:
     device: torch.device
     seed: int
     prefetch: int
+    views: int = 1
+    augmentation: Augmentation | None = None
 
     @property
     def steps(self) -> int:
@@ -66,6 +71,17 @@ class Workload:
         """Whether cells hand latents on while they train."""
         return self.schedule == "sequence"
 
+    @property
+    def classifier_reads(self) -> tuple[int, ...]:
+        """The cells whose latents the trained classifier reads."""
+        return self.objective.read_by_classifier(self.depth) if self.readout is not None else ()
+
+    @property
+    def feature_widths(self) -> list[int]:
+        """Numbers that the trained classifier reads of each of these cells."""
+        shapes = [self.nodes[index].shape for index in self.classifier_reads]
+        return [self.objective.features(torch.empty(1, *shape, device="meta")).shape[1] for shape in shapes]
+
     def format_into(self, index: int) -> RowFormat:
         """How one stream of the latents that node ``index`` reads lies on disk."""
         return self.inputs if index == 0 else RowFormat(self.nodes[index - 1].shape, self.latent_dtype)
@@ -81,7 +97,7 @@ class Workload:
 
     def hands_on(self, index: int) -> bool:
         """Whether anybody reads the latents of node ``index``."""
-        return self.readout is not None or index < self.depth - 1
+        return index in self.classifier_reads or index < self.depth - 1
 
     def couples_batch(self, index: int) -> bool:
         """Whether node ``index`` cannot be split into micro-batches."""

@@ -15,6 +15,7 @@ from rich.table import Table
 from edgetrain.planning.plan import CellPlan, Plan
 from edgetrain.record import CellRecord, RunRecord
 from edgetrain.training import watcher as watching
+from edgetrain.training.edits import CellState
 from edgetrain.training.finished import Run
 from edgetrain.training.predictor import Predictions
 from edgetrain.units import ceil_mb, show_mb, show_seconds
@@ -145,6 +146,8 @@ def show_run(record: RunRecord) -> None:
         f"{show_seconds(record.seconds)}, {waited:.1%} of it waiting for data; run folder {record.run}",
         soft_wrap=True,
     )
+    for citation in record.citations:
+        console.print(f"{record.method}: {citation}", soft_wrap=True)
 
 
 def show_plan(plan: Plan, bp_peak: int) -> None:
@@ -175,9 +178,23 @@ def show_votes(run: Run, found: Predictions, per_cell: bool) -> None:
         own = "  (the method's own)" if vote == run.objective.vote else ""
         table.add_row(vote, f"{accuracy:.4f}{own}")
     if per_cell:
-        for number, (cell, accuracy_or_none) in enumerate(zip(run.record.cells, found.cells, strict=True), start=1):
+        for number, (cell, accuracy_or_none) in enumerate(zip(run.record.cells, found.cells, strict=False), start=1):
             shown = "has no vote" if accuracy_or_none is None else f"{accuracy_or_none:.4f}"
             table.add_row(f"cell {number}, {cell.name}", shown)
+    console.print(table)
+
+
+def show_cells(states: list[CellState]) -> None:
+    """A run's cells and their files, on stdout."""
+    console = _stdout()
+    table = Table("cell", "name", "parameters", "epochs", "test accuracy", "file", "state", box=None)
+    table.header_style = "bold"
+    for cell in states:
+        record = cell.record
+        accuracy = "-" if record.test_accuracy is None else f"{record.test_accuracy:.4f}"
+        table.add_row(
+            str(cell.number), record.name, f"{record.params:,}", str(record.epochs), accuracy, cell.file, cell.state
+        )
     console.print(table)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ class Spilled:
     paths: dict[str, Path]
 
 
-_MEMBERS = ("config.toml", "journal.jsonl", "record.json", "model.safetensors", "lock", "report.html")
+_RESULTS = ("record.json", "model.safetensors", "report.html")  # of a finished run
+_MEMBERS = ("config.toml", "journal.jsonl", "lock", *_RESULTS)
 _FOLDERS = ("cells", "latents", "scratch", "figures")
 Files = dict[str, dict[str, FileEntry]]  # by unit ("000", "readout"), then kind ("weights", "optim")
 
@@ -171,7 +172,28 @@ class RunFolder:
         with storage_errors(self.path / "cells"):
             sync_folder(self.path / "cells")
         self._append(number, files, {**entry, "finished": True})
+        self._sweep(files)
         return files
+
+    def reopen(self, units: Sequence[str], entry: Entry, config: str) -> None:
+        """Take a finished run up again with only some of its units; the others' files stay until it is finished.
+
+        Args:
+            units: to keep.
+            entry: to remember in the journal line.
+            config: the run's new ``config.toml``.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        last = self.last()
+        number = 0 if last is None else int(last["commit"])
+        kept = {unit: kinds for unit, kinds in self.files().items() if unit in units}
+        with storage_errors(self.path):
+            for name in _RESULTS:
+                (self.path / name).unlink(missing_ok=True)
+        write_text(self.path / "config.toml", config)
+        self._append(number + 1, kept, entry)
 
     def last(self) -> Entry | None:
         """The newest commit's entry, or ``None``."""
@@ -278,6 +300,14 @@ class RunFolder:
     def _append(self, number: int, files: Files, entry: Entry) -> None:
         plain = {unit: {kind: asdict(file) for kind, file in kinds.items()} for unit, kinds in files.items()}
         self.journal.append({**entry, "commit": number, "files": plain})
+
+    def _sweep(self, files: Files) -> None:
+        """Remove files of cells that the run no longer has."""
+        known = {file.name for kinds in files.values() for file in kinds.values()}
+        with storage_errors(self.path / "cells"):
+            for path in (self.path / "cells").iterdir():
+                if path.name not in known:
+                    path.unlink()
 
     def _remove(self, kinds: Mapping[str, FileEntry]) -> None:
         for file in kinds.values():

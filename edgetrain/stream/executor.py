@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from edgetrain.data.augment import Augmentation
 from edgetrain.errors import DivergedError
 from edgetrain.memory.meter import Meter
 from edgetrain.objectives.base import Batch, Objective, Streams
@@ -18,6 +20,7 @@ from edgetrain.stream.cell import LiveCell
 from edgetrain.stream.draws import StepDraws
 from edgetrain.stream.feed import Feed, Part, Slice
 from edgetrain.stream.latents import Sink
+from edgetrain.stream.saved import saved_on_host
 
 _KEPT_STEPS = 1024  # losses that stay on the device before they are read, so that no step waits
 
@@ -80,10 +83,19 @@ class Executor:
         device: where cells are.
         meter: watches the device side.
         seed: the run's.
+        augmentation: changes what the first cell learns from; ``None``: the inputs as they are.
     """
 
-    def __init__(self, objective: Objective, device: torch.device, meter: Meter, seed: int):
+    def __init__(
+        self,
+        objective: Objective,
+        device: torch.device,
+        meter: Meter,
+        seed: int,
+        augmentation: Augmentation | None = None,
+    ):
         self._objective, self._device, self._meter, self._seed = objective, device, meter, seed
+        self._augmentation = augmentation
 
     def train(
         self,
@@ -101,7 +113,7 @@ class Executor:
         try:
             for step, start, stop in work.steps():
                 with self._meter.watch(("train", stop - start)):
-                    draws = StepDraws(self._seed, cell.node.index, epoch, step, stop - start)
+                    draws = StepDraws(self._seed, cell.node.index, epoch, step, work.samples(start, stop))
                     self._seed_if_drawing(cell, draws)
                     for _ in work.parts(stop - start):
                         self._train_part(cell, next(parts), draws, tally, sink)
@@ -109,25 +121,59 @@ class Executor:
         finally:
             _close(parts)
 
-    def emit(
+    def emit(self, cell: LiveCell, feed: Feed, work: Slice, sink: Sink | None, view: int = 0) -> None:
+        """Run the finished cell over the training samples, latents to ``sink``.
+
+        Args:
+            cell: on the device.
+            feed: of what it reads.
+            work: the steps, in sample order.
+            sink: where latents go; views lie there one behind the other.
+            view: of the data set; the first cell makes it, drawing what an epoch of that number draws.
+        """
+        cell.eval()
+        base = view * work.rows
+
+        def emit(part: Part) -> None:
+            draws = StepDraws(self._seed, cell.node.index, view, part.step, work.samples(part.start, part.stop))
+            draws.first = part.first
+            latents = self._objective.latent(cell.module, self._inputs(cell, part, draws))
+            if sink is not None:
+                sink.put(base + part.start + part.first, latents)
+
+        self._without_gradients("emit", feed, work, emit)
+
+    def read(
         self,
         cell: LiveCell,
         feed: Feed,
         work: Slice,
         sink: Sink | None,
-        on_scores: Callable[[Part, Tensor | None, Streams], None] | None = None,
+        on_scores: Callable[[Part, Tensor | None, Streams], None],
     ) -> None:
-        """Run the finished cell over the samples: latents to ``sink``, scores [B, C] to ``on_scores``.
-
-        With ``on_scores`` classes are to be found, so the first cell is not shown the labels.
-        """
+        """Run the finished cell over samples whose classes are to be found, scores [B, C] to ``on_scores``."""
         cell.eval()
+
+        def read(part: Part) -> None:
+            streams = part.streams
+            if cell.node.index == 0:
+                streams = self._objective.unlabelled_streams(streams["x"])
+            latents, scores = self._objective.read(cell.module, cell.head, streams)
+            if sink is not None:
+                sink.put(part.start + part.first, latents)
+            on_scores(part, scores, latents)
+
+        self._without_gradients("read", feed, work, read)
+
+    def _without_gradients(self, kind: str, feed: Feed, work: Slice, use: Callable[[Part], None]) -> None:
         parts = feed.parts(work)
         try:
             for _, start, stop in work.steps():
-                with self._meter.watch(("emit", stop - start)), torch.no_grad():
+                with self._meter.watch((kind, stop - start)), torch.no_grad():
                     for _ in work.parts(stop - start):
-                        self._emit_part(cell, next(parts), sink, on_scores)
+                        part = next(parts)
+                        use(part)
+                        part.streams = {}
         finally:
             _close(parts)
 
@@ -157,7 +203,8 @@ class Executor:
         learned: list[torch.nn.Parameter],
     ) -> None:
         streams = self._inputs(cell, part, draws)
-        step = self._objective.loss(phase, cell.module, cell.head, Batch(streams, part.y, draws))
+        with self._saving(cell):
+            step = self._objective.loss(phase, cell.module, cell.head, Batch(streams, part.y, draws))
         if sink is not None and step.emitted is not None:
             sink.put(part.start + part.first, step.emitted)
         elif sink is not None:
@@ -175,26 +222,15 @@ class Executor:
     def _inputs(self, cell: LiveCell, part: Part, draws: StepDraws) -> Streams:
         if cell.node.index > 0:
             return part.streams
-        return self._objective.streams(part.streams["x"], part.y, draws)
+        x = part.streams["x"]
+        if self._augmentation is not None:
+            x = self._augmentation(x, draws.uniform("augmentation", self._augmentation.columns, x))
+        return self._objective.streams(x, part.y, draws)
 
-    def _emit_part(
-        self,
-        cell: LiveCell,
-        part: Part,
-        sink: Sink | None,
-        on_scores: Callable[[Part, Tensor | None, Streams], None] | None,
-    ) -> None:
-        if cell.node.index == 0 and on_scores is not None:
-            streams = self._objective.unlabelled_streams(part.streams["x"])
-        else:
-            draws = StepDraws(self._seed, cell.node.index, 0, part.step, part.size)
-            streams = self._inputs(cell, part, draws)
-        latents = self._objective.latent(cell.module, streams)
-        if sink is not None:
-            sink.put(part.start + part.first, latents)
-        if on_scores is not None:
-            on_scores(part, self._objective.score(cell.head, latents), latents)
-        part.streams = {}
+    def _saving(self, cell: LiveCell) -> AbstractContextManager[object]:
+        if not self._objective.saves_on_host:
+            return nullcontext()
+        return saved_on_host(self._device, self._meter.host, (value for _, value in cell.parameters()))
 
 
 def _close(parts: Iterator[Part]) -> None:

@@ -39,6 +39,7 @@ class Slice:
         last: one behind the last step.
         order: the epoch's order of samples [rows], int64; ``None``: as they lie.
         phases: passes over each batch.
+        view: of several cached views of the data set, the one whose latents are read.
     """
 
     rows: int
@@ -48,12 +49,24 @@ class Slice:
     last: int
     order: NDArray[np.int64] | None = None
     phases: int = 1
+    view: int = 0
 
     def steps(self) -> Iterator[tuple[int, int, int]]:
         """(step, first row, one behind the last row) of each step, rows counted in the epoch's order."""
         for step in range(self.first, self.last):
             start = step * self.batch_size
             yield step, start, min(start + self.batch_size, self.rows)
+
+    def samples(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Numbers of the samples that the epoch visits from ``start`` to before ``stop``."""
+        return np.arange(start, stop) if self.order is None else self.order[start:stop]
+
+    def source_rows(self, start: int, stop: int, step_order: bool) -> Rows:
+        """Rows of the parent's latents that hold these samples; views lie one behind the other."""
+        if step_order or self.order is None:
+            shift = 0 if step_order else self.view * self.rows
+            return slice(start + shift, stop + shift)
+        return self.order[start:stop] + self.view * self.rows
 
     def parts(self, size: int) -> Iterator[tuple[int, int, int, bool]]:
         """(phase, first, last, closes) of each part of a step with ``size`` rows."""
@@ -88,6 +101,11 @@ class Part:
     closes: bool
     streams: Mapping[str, Tensor]
     y: Tensor
+
+    @property
+    def stop(self) -> int:
+        """One behind the batch's last row, in the epoch's order."""
+        return self.start + self.size
 
 
 class Feed(Protocol):
@@ -162,13 +180,12 @@ class FileFeed:
             if batch is None:
                 return
             batch.step, batch.start, batch.size = step, start, stop - start
-            run = slice(start, stop)
-            samples: Rows = run if work.order is None else work.order[run]
+            rows = work.source_rows(start, stop, self._source.step_order)
             for stream, file in self._source.files.items():
-                rows = run if self._source.step_order else samples
                 file.read(rows, batch.buffers[stream][: batch.size])
             if self._labels is not None:
-                self._labels.read(samples, batch.buffers["y"][: batch.size])
+                labelled = slice(start, stop) if work.order is None else work.order[start:stop]
+                self._labels.read(labelled, batch.buffers["y"][: batch.size])
             yield batch
 
 
@@ -273,21 +290,27 @@ class DeviceFeed:
         """See ``Feed``."""
         for step, start, stop in work.steps():
             for phase, first, last, closes in work.parts(stop - start):
-                run = slice(start + first, start + last)
-                picked = None if work.order is None else self._index(work.order[run])
+                rows = work.source_rows(start + first, start + last, self._source.step_order)
                 streams = {
-                    stream: layout.decode(self._rows(stream, run, picked))
+                    stream: layout.decode(picked(self._source.tensors[stream], rows))
                     for stream, layout in self._source.formats.items()
                 }
-                y = self._labels[run] if picked is None else self._labels[picked]
+                y = labels_of(self._labels, work, start + first, start + last)
                 yield Part(step, phase, start, stop - start, first, last, closes, streams, y)
 
-    def _index(self, samples: NDArray[np.int64]) -> Tensor:
-        return torch.empty(len(samples), dtype=torch.int64, device=self._labels.device).copy_(torch.from_numpy(samples))
 
-    def _rows(self, stream: str, run: slice, picked: Tensor | None) -> Tensor:
-        matrix = self._source.tensors[stream]
-        if picked is None or self._source.step_order:
-            # A copy, as a streamed slot is: kernels give other last bits where rows start unaligned.
-            return matrix[run].clone()
-        return matrix.index_select(0, picked)
+def picked(matrix: Tensor, rows: Rows) -> Tensor:
+    """A copy of rows of a matrix on the device.
+
+    Runs are copied as well, as a streamed slot is: kernels give other last bits where rows start unaligned.
+    """
+    return matrix[rows].clone() if isinstance(rows, slice) else matrix.index_select(0, _index(rows, matrix.device))
+
+
+def labels_of(labels: Tensor, work: Slice, start: int, stop: int) -> Tensor:
+    """Labels [stop - start] of the samples that an epoch visits from ``start`` on."""
+    return labels[start:stop] if work.order is None else labels[_index(work.order[start:stop], labels.device)]
+
+
+def _index(samples: NDArray[np.int64], device: torch.device) -> Tensor:
+    return torch.empty(len(samples), dtype=torch.int64, device=device).copy_(torch.from_numpy(samples))

@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -29,7 +27,7 @@ from edgetrain.memory.meter import Meter
 from edgetrain.store.latents import LatentFile, Rows
 from edgetrain.stream.cell import Host, OptimizerRecipe, State, copied
 from edgetrain.stream.executor import Tally
-from edgetrain.stream.feed import Part, Slice
+from edgetrain.stream.feed import Part, Slice, labels_of, picked
 from edgetrain.stream.latents import DeviceLatents, FileLatents
 from edgetrain.stream.prefetch import Prefetcher
 
@@ -139,9 +137,30 @@ def _part(state: Mapping[str, Tensor], name: str) -> State:
     return {"value": state[name], **own}
 
 
+def flattened(z: Tensor) -> Tensor:
+    """Latents [B, ...] as they are, [B, n]."""
+    return z.flatten(1)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the classifier reads of a cell's latents.
+
+    Attributes:
+        stream: the one that it reads.
+        features: makes [B, n] of the stream's decoded rows [B, ...].
+    """
+
+    stream: str = "x"
+    features: Callable[[Tensor], Tensor] = flattened
+
+
+_PLAIN = Reading()
+
+
 @dataclass
 class Portion:
-    """One micro-batch of one cell's latents, decoded: rows ``first``..``last`` of a step's batch."""
+    """One micro-batch of one cell's features, [B, n]: rows ``first``..``last`` of a step's batch."""
 
     first: int
     last: int
@@ -169,9 +188,12 @@ class FileCellsFeed:
         device: torch.device,
         host: Host,
         depth: int = 2,
+        reading: Reading = _PLAIN,
     ):
         self.waited_s = 0.0
-        self._cells, self._labels, self._device, self._host, self._depth = cells, labels, device, host, depth
+        self._files = [(cell.files[reading.stream], cell.step_order) for cell in cells]
+        self._labels, self._device, self._host, self._depth = labels, device, host, depth
+        self._reading = reading
 
     def portions(self, work: Slice, sweeps: int) -> Iterator[Portion]:
         """See ``CellsFeed``."""
@@ -186,7 +208,7 @@ class FileCellsFeed:
                 self.waited_s += batches.waited_s
 
     def _buffers(self, rows: int) -> tuple[Tensor, Tensor]:
-        widest = max(cell.files["x"].format.row_bytes for cell in self._cells)
+        widest = max(file.format.row_bytes for file, _ in self._files)
         pinned = self._device.type == "cuda"
         with self._host():
             z = torch.empty(rows * widest, dtype=torch.uint8, pin_memory=pinned)
@@ -198,18 +220,20 @@ class FileCellsFeed:
     ) -> Iterator[tuple[int, int, tuple[Tensor, Tensor]]]:
         for _, start, stop in work.steps():
             for _ in range(sweeps):
-                for index, cell in enumerate(self._cells):
+                for index, (file, step_order) in enumerate(self._files):
                     if (buffers := free.get()) is None:
                         return
-                    self._read(work, start, stop, cell, buffers)
+                    self._read(work, start, stop, file, step_order, buffers)
                     yield index, stop - start, buffers
 
-    def _read(self, work: Slice, start: int, stop: int, cell: FileLatents, buffers: tuple[Tensor, Tensor]) -> None:
-        file, run, size = cell.files["x"], slice(start, stop), stop - start
-        samples: Rows = run if work.order is None else work.order[run]
+    def _read(
+        self, work: Slice, start: int, stop: int, file: LatentFile, step_order: bool, buffers: tuple[Tensor, Tensor]
+    ) -> None:
+        size = stop - start
         z = buffers[0][: size * file.format.row_bytes].view(size, file.format.row_bytes)
-        file.read(run if cell.step_order else samples, z)
-        self._labels.read(samples, buffers[1][:size])
+        file.read(work.source_rows(start, stop, step_order), z)
+        labelled: Rows = slice(start, stop) if work.order is None else work.order[start:stop]
+        self._labels.read(labelled, buffers[1][:size])
 
     def _transfer(
         self,
@@ -217,14 +241,14 @@ class FileCellsFeed:
         batches: Prefetcher[tuple[int, int, tuple[Tensor, Tensor]]],
         free: queue.Queue[tuple[Tensor, Tensor] | None],
     ) -> Iterator[Portion]:
-        slots = Slots([cell.files["x"].format.row_bytes for cell in self._cells], work.micro_batch, self._device)
+        slots = Slots([file.format.row_bytes for file, _ in self._files], work.micro_batch, self._device)
         for index, size, buffers in batches:
-            layout = self._cells[index].files["x"].format
+            layout = self._files[index][0].format
             rows = buffers[0][: size * layout.row_bytes].view(size, layout.row_bytes)
             for _, first, last, _ in work.parts(size):
                 z = layout.decode(slots.view(last - first, layout.row_bytes).copy_(rows[first:last]))
                 y = self._labels.format.decode(slots.view_labels(last - first).copy_(buffers[1][first:last]))
-                yield Portion(first, last, z.flatten(1), y)
+                yield Portion(first, last, self._reading.features(z), y)
                 del z
             free.put(buffers)
 
@@ -248,9 +272,9 @@ class Slots:
 class DeviceCellsFeed:
     """Latents of all cells on the device."""
 
-    def __init__(self, cells: list[DeviceLatents], labels: Tensor):
+    def __init__(self, cells: list[DeviceLatents], labels: Tensor, reading: Reading = _PLAIN):
         self.waited_s = 0.0
-        self._cells, self._labels = cells, labels
+        self._cells, self._labels, self._reading = cells, labels, reading
 
     def portions(self, work: Slice, sweeps: int) -> Iterator[Portion]:
         """See ``CellsFeed``."""
@@ -258,16 +282,13 @@ class DeviceCellsFeed:
             for _ in range(sweeps):
                 for cell in self._cells:
                     for _, first, last, _ in work.parts(stop - start):
-                        yield self._portion(cell, work.order, start, first, last)
+                        yield self._portion(cell, work, start, first, last)
 
-    def _portion(
-        self, cell: DeviceLatents, order: NDArray[np.int64] | None, start: int, first: int, last: int
-    ) -> Portion:
-        run = slice(start + first, start + last)
-        picked = run if order is None else copied(torch.from_numpy(order[run]), self._labels.device)
-        # Copies, as a streamed slot is: kernels give other last bits where rows start unaligned.
-        rows = cell.tensors["x"][run].clone() if cell.step_order or order is None else cell.tensors["x"][picked]
-        return Portion(first, last, cell.formats["x"].decode(rows).flatten(1), self._labels[picked])
+    def _portion(self, cell: DeviceLatents, work: Slice, start: int, first: int, last: int) -> Portion:
+        stream = self._reading.stream
+        rows = picked(cell.tensors[stream], work.source_rows(start + first, start + last, cell.step_order))
+        z = self._reading.features(cell.formats[stream].decode(rows))
+        return Portion(first, last, z, labels_of(self._labels, work, start + first, start + last))
 
 
 def train_readout(

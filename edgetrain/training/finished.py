@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,16 +21,16 @@ from edgetrain.data.arrays import from_rows
 from edgetrain.data.base import DataSet, Part
 from edgetrain.data.prepare import prepare
 from edgetrain.data.specs import open_data, open_rows
-from edgetrain.errors import CorruptError, InputError
+from edgetrain.errors import CorruptError, EdgetrainWarning, InputError
 from edgetrain.memory import device as devices
 from edgetrain.memory.meter import Meter, meter_of
-from edgetrain.objectives.base import Node, Objective, nodes
+from edgetrain.objectives.base import Node, Objective
 from edgetrain.record import CellRecord, RunRecord
-from edgetrain.store.run import RunFolder
-from edgetrain.stream.cell import LiveCell, OptimizerRecipe
+from edgetrain.store.run import Files, RunFolder
+from edgetrain.stream.cell import LiveCell, OptimizerRecipe, State
 from edgetrain.stream.latents import FileLatents
 from edgetrain.training.inputs import Shape, unpack
-from edgetrain.training.job import method_of, net_of, with_defaults
+from edgetrain.training.job import cells_of, method_of, net_of, objective_of, with_defaults
 from edgetrain.training.predictor import Predictions, Predictor
 from edgetrain.training.trainer import INPUTS, READOUT
 
@@ -66,19 +68,13 @@ class Run:
             InputError: the folder holds no finished run, or its net must be given.
             CorruptError: its record is damaged.
         """
-        if not (path / "record.json").is_file():
-            unfinished = (
-                "an unfinished run; finish it with fit --resume" if (path / "config.toml").is_file() else "no run"
-            )
-            raise InputError(f"{path}: holds {unfinished}")
+        record, shape = read_record(path)
         settings = Settings().with_values(read_profile(path / "config.toml"))
-        record, shape = _read_record(path / "record.json")
         method = method_of(settings)
         settings = with_defaults(settings, method)
         opened = net_of(settings, method, shape, _net(settings, net))
-        objective = method(shape.classes, opened.options)
-        cells = nodes(objective.join(list(opened.cells)), shape.shape, settings.seed)
-        return cls(path, record, settings, shape, tuple(cells), objective)
+        objective = objective_of(settings, method, shape, opened)
+        return cls(path, record, settings, shape, cells_of(settings, objective, shape, opened), objective)
 
     def evaluate(self, data: Any = None, device: str | None = None) -> Predictions:
         """Accuracy by every vote and of every cell.
@@ -133,7 +129,7 @@ class Run:
         folder, cells = RunFolder(self.path), []
         files = folder.files()
         for node in self.nodes:
-            state = folder.read_unit(files[_unit(node)], optimizer=False)
+            state = _read_cell(folder, files, node.index)
             cells.append(LiveCell(node, self.objective, OptimizerRecipe("sgd", 1.0), torch.device("cpu"), state))
         return nn.Sequential(*(cell.module for cell in cells)).eval()
 
@@ -157,9 +153,10 @@ class Run:
             rows = prepare(data, part, Path(scratch), "rows", scaling)
             micro = _as_list(self.settings.micro_batch, len(self.nodes), self.settings.batch_size)
             predictor = predictor_of(folder, self.nodes, self.objective, place, meter, micro, Path(scratch))
-            return predictor.run(
-                FileLatents.of_files({"x": rows.x}, meter.host), rows.y, on_latents
-            ), rows.y is not None
+            found = predictor.run(FileLatents.of_files({"x": rows.x}, meter.host), rows.y, on_latents)
+        if found.missing:
+            warnings.warn(EdgetrainWarning(f"{self.path}: {found.missing}"), stacklevel=3)
+        return found, rows.y is not None
 
 
 def predictor_of(
@@ -180,14 +177,17 @@ def predictor_of(
         meter=meter,
         seed=cells[0].seed,
         micro_batches=micro_batches,
-        read_cell=lambda index: folder.read_unit(files[_unit(cells[index])], optimizer=False),
+        read_cell=partial(_read_cell, folder, files),
         readout=folder.read_unit(files[READOUT], optimizer=False) if READOUT in files else None,
         folder=scratch or folder.latents,
     )
 
 
-def _unit(node: Node) -> str:
-    return f"{node.index:03}"
+def _read_cell(folder: RunFolder, files: Files, index: int) -> State:
+    unit = f"{index:03}"
+    if unit not in files:
+        raise CorruptError(f"{folder.path}: its journal knows no cell {index + 1}")
+    return folder.read_unit(files[unit], optimizer=False)
 
 
 def _rows(data: Any) -> DataSet:
@@ -204,7 +204,7 @@ def _rows(data: Any) -> DataSet:
 def _net(settings: Settings, net: Any) -> Any:
     if net is not None:
         return net
-    if ".py:" in settings.net or settings.net == "modules":
+    if ".py:" in (settings.net or "") or settings.net == "modules":
         raise InputError(
             f"net {settings.net!r}: this run's net is your own code; name it again (--net path/to/net.py:function,"
             " or net=... in Python)"
@@ -218,13 +218,23 @@ def _as_list(micro_batch: int | list[int] | None, cells: int, batch_size: int) -
     return [micro_batch or batch_size] * cells
 
 
-def _read_record(path: Path) -> tuple[RunRecord, Shape]:
+def read_record(path: Path) -> tuple[RunRecord, Shape]:
+    """What a finished run measured, and what its data were like.
+
+    Raises:
+        InputError: the folder holds no finished run.
+        CorruptError: the record is damaged.
+    """
+    file = path / "record.json"
+    if not file.is_file():
+        unfinished = "an unfinished run; finish it with fit --resume" if (path / "config.toml").is_file() else "no run"
+        raise InputError(f"{path}: holds {unfinished}")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(file.read_text())
         shape = Shape.from_dict(values.pop("data"))
         cells = [CellRecord(**cell) for cell in values.pop("cells")]
         readout = values.pop("readout")
         record = RunRecord(**values, cells=cells, readout=CellRecord(**readout) if readout else None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{path}: is not a record of edgetrain ({type(error).__name__}: {error})") from error
-    return replace(record, run=str(path.parent)), shape
+        raise CorruptError(f"{file}: is not a record of edgetrain ({type(error).__name__}: {error})") from error
+    return replace(record, run=str(path)), shape

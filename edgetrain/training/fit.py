@@ -66,15 +66,15 @@ def fit(
     if resuming and (last := folder.last()) is not None and last.get("finished"):
         watcher.note(f"{path}: this run is finished")
         return Run.open(path, _named(settings, net))
-    with _process_state(settings):
+    with process_state(settings):
         job = open_job(settings, net, data)
         plan = plan_job(job)
         require_fit(plan)
-        _check_disk(path, plan)
+        check_disk(path, plan)
         if not resuming and not folder.is_free():
             with folder.locked():
                 folder.clear()
-        return _run(job, plan, folder, resuming, watcher, net)
+        return carry_out(job, plan, folder, resuming, watcher, net)
 
 
 def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> Settings:
@@ -91,7 +91,7 @@ def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> S
     if not (path / "config.toml").is_file():
         return settings
     kept = Settings().with_values(read_profile(path / "config.toml"))
-    if ".py:" in kept.net and "net" not in given:
+    if ".py:" in (kept.net or "") and "net" not in given:
         raise InputError(f"{path}: this run's net is your own code; name it again: --net {kept.net}")
     for name, value in given.items():
         if name not in _FREE_ON_RESUME and getattr(settings, name) != getattr(kept, name):
@@ -137,7 +137,7 @@ def _check_folder(folder: RunFolder, resume: bool, force: bool) -> bool:
     return False
 
 
-def _check_disk(path: Path, plan: Plan) -> None:
+def check_disk(path: Path, plan: Plan) -> None:
     """Refuse a run that the disk has no room for, before it begins."""
     existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
@@ -149,7 +149,7 @@ def _check_disk(path: Path, plan: Plan) -> None:
 
 
 @contextmanager
-def _process_state(settings: Settings) -> Iterator[None]:
+def process_state(settings: Settings) -> Iterator[None]:
     """Threads and torch's global generators are as before when a run is over."""
     devices.configure_cuda()
     threads, random = torch.get_num_threads(), torch.random.get_rng_state()
@@ -161,7 +161,8 @@ def _process_state(settings: Settings) -> Iterator[None]:
         torch.random.set_rng_state(random)
 
 
-def _run(job: Job, plan: Plan, folder: RunFolder, resuming: bool, watcher: Watcher, net: Any) -> Run:
+def carry_out(job: Job, plan: Plan, folder: RunFolder, resuming: bool, watcher: Watcher, net: Any) -> Run:
+    """Train a planned run from its newest commit (or from the start), evaluate and finish it."""
     device, began = job.work.device, time.monotonic()
     settings = replace(job.settings, micro_batch=_compact(plan.micro_batches), placement=_placement(job, plan))
     if not resuming:
@@ -260,12 +261,13 @@ def _record(job: Job, plan: Plan, folder: RunFolder) -> RunRecord:
         predicted_peak_mb=to_mb(plan.predicted_peak),
         placement=plan.placement,
         citations=[job.work.objective.citation],
+        edits=[entry["edit"] for entry in folder.journal.entries() if "edit" in entry],
     )
 
 
 def _named(settings: Settings, net: Any) -> Any:
     """The net that the caller gave, so that a run of the caller's own code can be opened."""
-    return settings.net if net is None and ".py:" in settings.net else net
+    return settings.net if net is None and ".py:" in (settings.net or "") else net
 
 
 def _compact(sizes: list[int]) -> int | list[int]:

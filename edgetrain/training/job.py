@@ -11,6 +11,7 @@ import torch
 
 from edgetrain.baselines import BASELINES
 from edgetrain.config import Settings, did_you_mean
+from edgetrain.data.augment import Augmentation
 from edgetrain.data.base import DataSet
 from edgetrain.data.specs import open_data
 from edgetrain.errors import InputError
@@ -19,7 +20,7 @@ from edgetrain.memory.host import cores
 from edgetrain.nets.base import Net
 from edgetrain.nets.spec import open_net
 from edgetrain.objectives import OBJECTIVES
-from edgetrain.objectives.base import Objective, nodes
+from edgetrain.objectives.base import Node, Objective, nodes
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import make_plan
 from edgetrain.planning.workload import Workload
@@ -84,13 +85,12 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None) -
         raise InputError(f"data {opened.name!r}: holds no training rows")
     shape = Shape.of(opened)
     recipes = net_of(settings, method, shape, settings.net if net is None else net)
-    objective = method(shape.classes, recipes.options)
-    trained = objective.join(list(recipes.cells))
+    objective = objective_of(settings, method, shape, recipes)
     work = Workload(
-        nodes=tuple(nodes(trained, shape.shape, settings.seed)),
+        nodes=cells_of(settings, objective, shape, recipes),
         objective=objective,
         optimizer=OptimizerRecipe(settings.optimizer or "", settings.lr or 0.0, settings.weight_decay or 0.0),
-        readout=_readout(settings, method),
+        readout=_readout(settings),
         schedule=settings.schedule or "separate",
         classes=shape.classes,
         rows=opened.train.rows,
@@ -103,14 +103,69 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None) -
         device=device,
         seed=settings.seed,
         prefetch=settings.prefetch,
+        views=settings.views or 1,
+        augmentation=Augmentation.parse(settings.augment, shape.shape) if settings.augment else None,
     )
     return Job(settings, opened, shape, recipes, work)
 
 
 def net_of(settings: Settings, method: type[Objective], shape: Shape, net: Any) -> Net:
-    """The net of settings for a method, with its options."""
-    preferred = METHODS[settings.like or "mf"] if settings.method in BASELINES else method
-    return open_net(net, shape.shape, preferred.net_defaults)
+    """The net of settings for a method, with its options.
+
+    Raises:
+        InputError: it cannot be read, does not fit the data, or has fewer cells than asked for.
+    """
+    like = settings.like or method.like
+    preferred = METHODS[like] if like else method
+    found = open_net(net, shape.shape, preferred.net_defaults, shape.vocabulary)
+    if settings.cells is None:
+        return found
+    if settings.cells > len(found.cells):
+        raise InputError(f"--cells {settings.cells}: net {found.spec!r} has {len(found.cells)} cells")
+    return replace(found, cells=found.cells[: settings.cells])
+
+
+def objective_of(settings: Settings, method: type[Objective], shape: Shape, net: Net) -> Objective:
+    """The rule with the settings' constants."""
+    return method(
+        shape.classes, net.options, constants_of(settings, method), trains_classifier=bool(settings.classifier_epochs)
+    )
+
+
+def cells_of(settings: Settings, objective: Objective, shape: Shape, net: Net) -> tuple[Node, ...]:
+    """The cells that are trained.
+
+    Raises:
+        InputError: the rule cannot learn from them or from the data.
+    """
+    if shape.vocabulary is not None and not objective.takes_tokens:
+        raise InputError(f"{objective.name} cannot learn from token ids; use a method such as mf with --net mlp:...")
+    cells = tuple(nodes(objective.join(list(net.cells)), shape.shape, settings.seed))
+    objective.check(cells)
+    return cells
+
+
+def constants_of(settings: Settings, method: type[Objective]) -> dict[str, float]:
+    """The settings' constants as numbers by name.
+
+    Raises:
+        InputError: unknown name, or no number.
+    """
+    found: dict[str, float] = {}
+    for item in (settings.constants or "").split(","):
+        name, _, text = (part.strip() for part in item.partition("="))
+        if not item.strip():
+            continue
+        if name not in method.constants:
+            known = f"; known: {', '.join(method.constants)}" if method.constants else " has no constants"
+            raise InputError(f"--constants {settings.constants!r}: {method.name}{known}; not {name!r}")
+        try:
+            found[name] = float(text)
+        except ValueError:
+            raise InputError(f"--constants {settings.constants!r}: {name}={text!r}; expected a number") from None
+        if not 0 <= found[name] < float("inf"):
+            raise InputError(f"--constants {settings.constants!r}: {name}={text}; expected a number from 0 on")
+    return found
 
 
 def with_defaults(settings: Settings, method: type[Objective]) -> Settings:
@@ -120,31 +175,53 @@ def with_defaults(settings: Settings, method: type[Objective]) -> Settings:
         InputError: a setting has no meaning for the method.
     """
     prefers = method.defaults
-    trains_readout = method.vote == "trained"
     if prefers.schedule is None and settings.schedule is not None:
         raise InputError(f"--schedule is for local methods; {method.name} trains the whole net at once")
-    if not trains_readout:
-        for name in ("classifier_lr", "classifier_weight_decay", "classifier_epochs"):
-            if getattr(settings, name) is not None:
-                flag = name.replace("_", "-")
-                raise InputError(
-                    f"--{flag} is for methods that train a classifier on all latents; {method.name} does not"
-                )
     schedule = settings.schedule or prefers.schedule
+    constants_of(settings, method)
+    _check_views(settings, method, schedule)
     values: dict[str, Any] = {
+        "net": settings.net or method.default_net,
         "schedule": schedule,
         "optimizer": settings.optimizer or prefers.optimizer,
         "lr": _or(settings.lr, prefers.lr),
         "weight_decay": _or(settings.weight_decay, prefers.weight_decay),
         "threads": settings.threads or cores(),
+        "like": settings.like or method.like,
+        **_classifier(settings, method, schedule),
     }
-    if settings.method in BASELINES:
-        values["like"] = settings.like or "mf"
-    if trains_readout:
-        values["classifier_lr"] = _or(settings.classifier_lr, prefers.classifier_lr)
-        values["classifier_weight_decay"] = _or(settings.classifier_weight_decay, prefers.classifier_weight_decay)
-        values["classifier_epochs"] = _classifier_epochs(settings, schedule)
     return replace(settings, **values)
+
+
+def _classifier(settings: Settings, method: type[Objective], schedule: str | None) -> dict[str, Any]:
+    """Settings of the trained classifier, if there is one."""
+    trained = method.vote == "trained" or settings.classifier_epochs is not None
+    if method.classifier is None or not trained:
+        for name in ("classifier_lr", "classifier_weight_decay", "classifier_epochs"):
+            if getattr(settings, name) is not None:
+                why = "does not" if method.classifier is None else "does with --classifier-epochs"
+                raise InputError(
+                    f"--{name.replace('_', '-')} is for methods that train a classifier on latents; {method.name} {why}"
+                )
+        return {}
+    return {
+        "classifier_lr": _or(settings.classifier_lr, method.defaults.classifier_lr),
+        "classifier_weight_decay": _or(settings.classifier_weight_decay, method.defaults.classifier_weight_decay),
+        "classifier_epochs": _classifier_epochs(settings, schedule),
+    }
+
+
+def _check_views(settings: Settings, method: type[Objective], schedule: str | None) -> None:
+    """Views are what ``separate`` caches; elsewhere every epoch is a fresh one."""
+    if settings.views is not None and schedule != "separate":
+        raise InputError("--views is for --schedule separate; here every epoch is a fresh view of the data")
+    if settings.views is not None and not settings.augment and not method.draws_streams:
+        raise InputError("--views needs --augment: without it all views of the data are the same")
+    if settings.augment and schedule == "separate" and settings.views is None:
+        raise InputError(
+            "--augment needs --views N under --schedule separate: finished cells cache N augmented views of the data,"
+            " on N times the disk; or use --schedule sequence, which makes a fresh one every epoch"
+        )
 
 
 def plan_job(job: Job) -> Plan:
@@ -195,8 +272,8 @@ def _classifier_epochs(settings: Settings, schedule: str | None) -> int:
     return epochs
 
 
-def _readout(settings: Settings, method: type[Objective]) -> OptimizerRecipe | None:
-    if method.vote != "trained":
+def _readout(settings: Settings) -> OptimizerRecipe | None:
+    if not settings.classifier_epochs:
         return None
     return OptimizerRecipe(
         settings.optimizer or "", settings.classifier_lr or 0.0, settings.classifier_weight_decay or 0.0

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgetrain.errors import CorruptError, StorageError
 from edgetrain.memory.meter import Meter
 from edgetrain.objectives.base import Node, Objective, Streams
 from edgetrain.store.latents import LatentFile
@@ -36,12 +37,15 @@ class Predictions:
         accuracy: fraction right, by vote.
         cells: fraction right of each cell on its own; ``None`` for cells that have no vote.
         peaks: device bytes of each cell's visit.
+        missing: what is wrong with the first cell that could not be read, so that the cells before it vote
+            without it; empty if all are there.
     """
 
     scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
     cells: list[float | None] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,23 +84,38 @@ class Predictor:
     ) -> Predictions:
         """Scores of all rows of ``inputs``.
 
+        Where a cell cannot be read, the cells before it vote without it and those behind it.
+
         Args:
             inputs: prepared rows.
             labels: of the rows, or ``None``.
             on_latents: given the last cell's latents [B, ...] with the number of their first row.
+
+        Raises:
+            EdgetrainError: the first cell cannot be read, or one whose latents are asked for.
         """
         truth = None if labels is None else _all_labels(labels)
         found = Predictions()
         source = inputs
         for node in self.nodes:
             is_last = node.index == len(self.nodes) - 1
+            try:
+                state = self.read_cell(node.index)
+            except (CorruptError, StorageError) as error:
+                if node.index == 0 or on_latents is not None:
+                    raise
+                number = node.index + 1
+                found.missing = f"the {node.index} cells before cell {number} predict without it: {error}"
+                break
             scorer = _Scorer(self, node, found, truth, on_latents if is_last else None)
             out = None if is_last else self._latents(node.index, inputs.rows)
-            self._visit(node, source, labels, out, scorer)
+            self._visit(node, state, source, labels, out, scorer)
             if source is not inputs:
                 source.free()
             source = inputs if out is None else out
             scorer.conclude()
+        if source is not inputs:
+            source.free()
         if truth is not None:
             for vote, scores in found.scores.items():
                 found.accuracy[vote] = _accuracy(scores, truth)
@@ -105,14 +124,15 @@ class Predictor:
     def _visit(
         self,
         node: Node,
+        state: State,
         source: FileLatents,
         labels: LatentFile | None,
         out: FileLatents | None,
         scorer: _Scorer,
     ) -> None:
-        micro = self.micro_batches[node.index]
+        micro = self.objective.evaluation_batch(self.micro_batches[node.index])
         work = Slice(source.rows, micro, micro, 0, -(-source.rows // micro))
-        state = {name: value for name, value in self.read_cell(node.index).items() if "optim." not in name}
+        state = {name: value for name, value in state.items() if "optim." not in name}
         self.meter.start_cell(("evaluate", node.index))
         with self.meter.watch():
             cell = LiveCell(node, self.objective, _UNUSED, self.device, state, self.meter.host)
@@ -120,7 +140,7 @@ class Predictor:
         feed = FileFeed(source, labels, self.device, self.meter.host, self.prefetch)
         sink = None if out is None else out.sink()
         try:
-            Executor(self.objective, self.device, self.meter, self.seed).emit(cell, feed, work, sink, scorer.take)
+            Executor(self.objective, self.device, self.meter, self.seed).read(cell, feed, work, sink, scorer.take)
         finally:
             if sink is not None:
                 sink.close()
@@ -163,12 +183,15 @@ class _Scorer:
 
     def load(self) -> None:
         """Bring the classifier's block for this cell to the device."""
-        readout, device = self._predictor.readout, self._predictor.device
-        if readout is None:
+        predictor = self._predictor
+        readout, device = predictor.readout, predictor.device
+        reads = predictor.objective.read_by_classifier(len(predictor.nodes))
+        if readout is None or self._node.index not in reads:
             return
-        with self._predictor.meter.watch():
-            self._block = copied(readout[f"{self._node.index}.weight"], device)
-            if self._node.index == 0:
+        with predictor.meter.watch():
+            block = reads.index(self._node.index)
+            self._block = copied(readout[f"{block}.weight"], device)
+            if block == 0:
                 self._bias = copied(readout["bias"], device)
 
     def take(self, part: Part, scores: Tensor | None, latents: Streams) -> None:
@@ -176,10 +199,12 @@ class _Scorer:
         if scores is not None:
             self._own.append(_to_numpy(scores))
         if self._block is not None:
-            logits = latents["x"].flatten(1) @ self._block.T
+            objective = self._predictor.objective
+            logits = objective.features(latents[objective.classifier_stream]) @ self._block.T
             self._trained.append(_to_numpy(logits if self._bias is None else logits + self._bias))
         if self._on_latents is not None:
-            self._on_latents(part.start + part.first, _to_numpy(latents["x"]))
+            stream = self._predictor.objective.classifier_stream
+            self._on_latents(part.start + part.first, _to_numpy(latents[stream]))
 
     def conclude(self) -> None:
         """Add this cell's scores to the votes."""
@@ -192,8 +217,7 @@ class _Scorer:
             found.cells.append(_accuracy(own, self._truth))
         if own is not None:
             found.scores["sum"] = found.scores["sum"] + own if "sum" in found.scores else own
-            if self._node.index == len(self._predictor.nodes) - 1:
-                found.scores["last"] = own
+            found.scores["last"] = own
         if self._trained:
             trained = np.concatenate(self._trained)
             found.scores["trained"] = found.scores["trained"] + trained if "trained" in found.scores else trained

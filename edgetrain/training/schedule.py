@@ -43,35 +43,48 @@ class Visit:
     frontier: bool
 
 
-def separate(depth: int, epochs: int, steps: int, readout_epochs: int = 0) -> Iterator[Visit]:
-    """Each cell is finished before the next begins; its latents are cached once."""
+def separate(
+    depth: int, epochs: int, steps: int, readout_epochs: int = 0, reads: tuple[int, ...] = ()
+) -> Iterator[Visit]:
+    """Each cell is finished before the next begins; its latents are cached once.
+
+    Args:
+        depth: number of cells.
+        epochs: of each.
+        steps: of an epoch.
+        readout_epochs: of the classifier; 0: there is none.
+        reads: the cells whose latents the classifier reads.
+    """
     for node in range(depth):
-        hands_on = readout_epochs > 0 or node < depth - 1
+        hands_on = node in reads or node < depth - 1
         for epoch in range(epochs):
             final = epoch == epochs - 1
-            frees: tuple[int, ...] = (node,) if final and not (readout_epochs and node) else ()
+            frees: tuple[int, ...] = (node,) if final and node - 1 not in reads else ()
             emit: Emission = "finished" if final and hands_on else "none"
             yield Visit(node, epoch, 0, steps, emit, frees, final, frontier=True)
     for epoch in range(readout_epochs):
         final = epoch == readout_epochs - 1
-        frees = tuple(range(1, depth + 1)) if final else ()
+        frees = tuple(node + 1 for node in reads) if final else ()
         yield Visit(depth, epoch, 0, steps, "none", frees, final, frontier=True)
 
 
-def sequence(depth: int, epochs: int, steps: int, readout_epochs: int = 0) -> Iterator[Visit]:
-    """Within each epoch, each cell in turn while it emits; the classifier ends the epoch."""
+def sequence(
+    depth: int, epochs: int, steps: int, readout_epochs: int = 0, reads: tuple[int, ...] = ()
+) -> Iterator[Visit]:
+    """Within each epoch, each cell in turn while it emits; the classifier ends the epoch. See ``separate``."""
     for epoch in range(epochs):
         final = epoch == epochs - 1
         for node in range(depth):
-            hands_on = readout_epochs > 0 or node < depth - 1
-            frees = (node,) if node and not readout_epochs else ()
+            hands_on = node in reads or node < depth - 1
+            frees = (node,) if node and node - 1 not in reads else ()
             last_of_epoch = node == depth - 1 and not readout_epochs
             yield Visit(node, epoch, 0, steps, "training" if hands_on else "none", frees, final, last_of_epoch)
         if readout_epochs:
-            yield Visit(depth, epoch, 0, steps, "none", tuple(range(1, depth + 1)), final, frontier=True)
+            read = tuple(node + 1 for node in reads)
+            yield Visit(depth, epoch, 0, steps, "none", read, final, frontier=True)
 
 
-SCHEDULES: dict[str, Callable[[int, int, int, int], Iterator[Visit]]] = {
+SCHEDULES: dict[str, Callable[[int, int, int, int, tuple[int, ...]], Iterator[Visit]]] = {
     "separate": separate,
     "sequence": sequence,
 }

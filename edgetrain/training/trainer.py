@@ -26,7 +26,7 @@ from edgetrain.stream.cells import CellStream
 from edgetrain.stream.executor import Executor, Tally
 from edgetrain.stream.feed import DeviceFeed, Feed, FileFeed, Slice
 from edgetrain.stream.latents import DeviceLatents, FileLatents, Latents
-from edgetrain.stream.readout import DeviceCellsFeed, FileCellsFeed, Readout, train_readout
+from edgetrain.stream.readout import DeviceCellsFeed, FileCellsFeed, Reading, Readout, train_readout
 from edgetrain.training.schedule import SCHEDULES, Visit
 from edgetrain.training.watcher import Progress, Watcher
 from edgetrain.units import MIB, show_mb, to_mb
@@ -85,7 +85,7 @@ class Trainer:
         self._work, self._plan, self._folder, self._meter = work, plan, folder, meter
         self._labels, self._input_state, self._watcher, self._choices = labels, input_state, watcher, choices
         self._resident = plan.placement == "resident"
-        self._executor = Executor(work.objective, work.device, meter, work.seed)
+        self._executor = Executor(work.objective, work.device, meter, work.seed, work.augmentation)
         self._cells = CellStream(self._place, work.device, meter, folder, choices.host_tier, self._resident)
         self._readout: Readout | None = None
         self._readout_state: State | None = None
@@ -132,7 +132,7 @@ class Trainer:
 
     def _schedule(self) -> Iterator[Visit]:
         work = self._work
-        return SCHEDULES[work.schedule](work.depth, work.epochs, work.steps, work.readout_epochs)
+        return SCHEDULES[work.schedule](work.depth, work.epochs, work.steps, work.readout_epochs, work.classifier_reads)
 
     # -- one visit ---------------------------------------------------------------------------------
 
@@ -178,10 +178,11 @@ class Trainer:
         return tally, feed.waited_s
 
     def _emit(self, cell: LiveCell, feed: Feed, out: Latents) -> None:
-        """Latents of the finished cell, in sample order."""
+        """Latents of the finished cell, in sample order, view by view."""
         sink = out.sink()
         try:
-            self._executor.emit(cell, feed, self._in_sample_order(cell.node.index), sink)
+            for view in range(self._work.views):
+                self._executor.emit(cell, feed, self._in_sample_order(cell.node.index, view), sink, view)
         finally:
             sink.close()
 
@@ -194,7 +195,7 @@ class Trainer:
             readout,
             feed,
             self._slice(visit, 1),
-            self._work.depth,
+            len(self._work.classifier_reads),
             self._work.classes,
             self._meter,
             tally,
@@ -209,10 +210,9 @@ class Trainer:
         if self._readout is None:
             self._meter.start_cell(self._work.depth)
             assert self._work.readout is not None
-            widths = [self._work.format_into(index + 1).elements for index in range(self._work.depth)]
             with self._meter.watch():
                 self._readout = Readout(
-                    widths,
+                    self._work.feature_widths,
                     self._work.classes,
                     self._work.readout,
                     self._work.device,
@@ -233,11 +233,13 @@ class Trainer:
         work = self._work
         order = epoch_order(work.seed, visit.epoch, work.rows)
         micro = self._plan.micro_batches[visit.node]
-        return Slice(work.rows, work.batch_size, micro, visit.first, visit.last, order, phases)
+        view = visit.epoch % work.views if visit.node else 0  # the inputs lie there once
+        return Slice(work.rows, work.batch_size, micro, visit.first, visit.last, order, phases, view)
 
-    def _in_sample_order(self, index: int) -> Slice:
+    def _in_sample_order(self, index: int, view: int) -> Slice:
         work = self._work
-        return Slice(work.rows, work.batch_size, self._plan.micro_batches[index], 0, work.steps)
+        micro = self._plan.micro_batches[index]
+        return Slice(work.rows, work.batch_size, micro, 0, work.steps, view=view if index else 0)
 
     def _feed(self, index: int) -> Feed:
         source = self._latents[index]
@@ -248,27 +250,31 @@ class Trainer:
         return FileFeed(source, self._labels, self._work.device, self._meter.host, self._choices.prefetch)
 
     def _cells_feed(self) -> FileCellsFeed | DeviceCellsFeed:
-        sources = [self._latents[index + 1] for index in range(self._work.depth)]
+        sources = [self._latents[index + 1] for index in self._work.classifier_reads]
+        reading = Reading(self._work.objective.classifier_stream, self._work.objective.features)
         on_device = [source for source in sources if isinstance(source, DeviceLatents)]
         if on_device:
             assert self._device_labels is not None
-            return DeviceCellsFeed(on_device, self._device_labels)
+            return DeviceCellsFeed(on_device, self._device_labels, reading)
         in_files = [source for source in sources if isinstance(source, FileLatents)]
-        return FileCellsFeed(in_files, self._labels, self._work.device, self._meter.host, self._choices.prefetch)
+        return FileCellsFeed(
+            in_files, self._labels, self._work.device, self._meter.host, self._choices.prefetch, reading
+        )
 
     def _make_latents(self, visit: Visit) -> Latents:
         work, step_order, name = self._work, visit.emit == "training", f"{visit.node + 1:03}"
+        rows = work.rows * work.views
         if visit.node + 1 in self._latents:
             self._latents.pop(visit.node + 1).free()
         if self._resident:
-            made: Latents = DeviceLatents(work.rows, work.latent_dtype, step_order)
+            made: Latents = DeviceLatents(rows, work.latent_dtype, step_order)
         elif (spare := self._take_spare(work.nodes[visit.node].shape)) is not None:
             made = spare.reused(name, step_order)
         else:
             made = FileLatents(
                 self._folder.latents,
                 name,
-                work.rows,
+                rows,
                 work.latent_dtype,
                 step_order,
                 self._meter.host,

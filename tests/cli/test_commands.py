@@ -101,15 +101,25 @@ def test_rerunning_the_written_profile_gives_the_same_weights(edgetrain: Command
         assert (tmp_path / "a" / "cells" / name).read_bytes() == (tmp_path / "b" / "cells" / name).read_bytes()
 
 
-def test_a_damaged_cell_is_named_and_nothing_is_predicted(edgetrain: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cell", "code"), [("000", 4), ("001", 0)])
+def test_a_damaged_cell_is_named_and_cells_before_it_predict(
+    edgetrain: Command, tmp_path: Path, cell: str, code: int
+) -> None:
     edgetrain("fit", "--epochs", "1", "--run-dir", "r", "--quiet")
-    path = tmp_path / "r" / "cells" / "001.safetensors"
+    path = tmp_path / "r" / "cells" / f"{cell}.safetensors"
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
-    done = edgetrain("evaluate", "r")
-    assert done.returncode == 4
-    assert "001.safetensors" in done.stderr
+    done = edgetrain("evaluate", "r", "--json")
+    assert done.returncode == code
+    assert len(done.stderr.splitlines()) == 1
+    assert f"{cell}.safetensors" in done.stderr
+    if not code:
+        assert json.loads(done.stdout)["votes"]["cells"][1:] == []
+        assert f"{cell}.safetensors" in json.loads(done.stdout)["missing"]
+        assert f"{cell}.safetensors" in edgetrain("cells", "r", "list").stdout.replace("\n", "")
+        assert edgetrain("cells", "r", "retrain", "2", "--quiet").returncode == 0
+        assert edgetrain("evaluate", "r").stderr == ""
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

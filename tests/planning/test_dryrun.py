@@ -56,8 +56,8 @@ def workload(
 ) -> Workload:
     kind = METHODS[method]
     opened = open_net(net, shape, (MonoForward if method == "bp" else kind).net_defaults)
-    objective = kind(CLASSES, opened.options)
     reads_all = kind.vote == "trained"
+    objective = kind(CLASSES, opened.options, trains_classifier=reads_all)
     return Workload(
         nodes=tuple(nodes(objective.join(list(opened.cells)), shape, 0)),
         objective=objective,

@@ -69,7 +69,8 @@ def workload(
 ) -> Workload:
     kind = METHODS[method]
     opened = open_net(net, shape, (MonoForward if method == "bp" else kind).net_defaults)
-    objective, reads_all = kind(5, opened.options), kind.vote == "trained"
+    reads_all = kind.vote == "trained"
+    objective = kind(5, opened.options, trains_classifier=reads_all)
     return Workload(
         nodes=tuple(nodes(objective.join(list(opened.cells)), shape, 0)),
         objective=objective,
@@ -284,7 +285,7 @@ def test_the_last_cell_of_a_chain_without_a_classifier_writes_no_latents() -> No
 
 def test_the_classifier_is_streamed_where_the_whole_of_it_does_not_fit() -> None:
     work = replace(workload("lbp-ae", "mlp:600x6", (12,), batch=4), classes=400)
-    work = replace(work, objective=AutoencoderCells(400, work.objective.options))
+    work = replace(work, objective=AutoencoderCells(400, work.objective.options, trains_classifier=True))
     free = make_plan(work, None)
     assert free.readout_resident
     tight = make_plan(work, max(max(cell.peak for cell in free.cells), readout_peak(work, 4, False)))
@@ -295,7 +296,7 @@ def test_the_classifier_is_streamed_where_the_whole_of_it_does_not_fit() -> None
 
 def test_the_smallest_budget_does_not_depend_on_the_budget_that_was_stated() -> None:
     work = replace(workload("lbp-ae", "mlp:60x6", (12,), batch=4), classes=400)
-    work = replace(work, objective=AutoencoderCells(400, work.objective.options))
+    work = replace(work, objective=AutoencoderCells(400, work.objective.options, trains_classifier=True))
     free = make_plan(work, None)
     assert make_plan(work, free.min_budget - 1).min_budget == free.min_budget
 

@@ -16,7 +16,7 @@ from edgetrain.training.schedule import SCHEDULES, Visit
 ROOT = Path(edgetrain.__file__).parents[1]
 INPUTS = 0
 
-Run = tuple[str, int, int, int, int]  # schedule, depth, epochs, steps, readout epochs
+Run = tuple[str, int, int, int, int, tuple[int, ...]]  # schedule, depth, epochs, steps, readout epochs, what it reads
 
 
 @st.composite
@@ -24,17 +24,20 @@ def runs(draw: st.DrawFn) -> Run:
     name = draw(st.sampled_from(sorted(SCHEDULES)))
     epochs = draw(st.integers(1, 4))
     readout = draw(st.sampled_from([0, epochs]) if name == "sequence" else st.integers(0, 4))
-    return name, draw(st.integers(1, 7)), epochs, draw(st.integers(1, 9)), readout
+    depth = draw(st.integers(1, 7))
+    some = st.sets(st.integers(0, depth - 1), min_size=1).map(lambda nodes: tuple(sorted(nodes)))
+    read = draw(st.sampled_from([tuple(range(depth)), (depth - 1,)]) | some) if readout else ()
+    return name, depth, epochs, draw(st.integers(1, 9)), readout, read
 
 
 def visits(run: Run) -> list[Visit]:
-    name, depth, epochs, steps, readout = run
-    return list(SCHEDULES[name](depth, epochs, steps, readout))
+    name, depth, epochs, steps, readout, read = run
+    return list(SCHEDULES[name](depth, epochs, steps, readout, read))
 
 
-def reads(visit: Visit, depth: int) -> list[int]:
+def reads(visit: Visit, run: Run) -> list[int]:
     """Numbers of the latents that a visit reads."""
-    return list(range(1, depth + 1)) if visit.node == depth else [visit.node]
+    return [node + 1 for node in run[5]] if visit.node == run[1] else [visit.node]
 
 
 checked = settings(max_examples=150, deadline=None, derandomize=True)
@@ -49,7 +52,7 @@ def test_importing_the_schedules_does_not_import_torch() -> None:
 @checked
 @given(run=runs())
 def test_every_step_of_every_node_is_done_once_and_in_order(run: Run) -> None:
-    _, depth, epochs, steps, readout = run
+    _, depth, epochs, steps, readout, _ = run
     done: dict[int, list[tuple[int, int]]] = {}
     for visit in visits(run):
         done.setdefault(visit.node, []).extend((visit.epoch, step) for step in range(visit.first, visit.last))
@@ -63,10 +66,10 @@ def test_every_step_of_every_node_is_done_once_and_in_order(run: Run) -> None:
 @checked
 @given(run=runs())
 def test_latents_are_emitted_before_they_are_read_and_not_freed_in_between(run: Run) -> None:
-    name, depth, _, _, _ = run
+    name, depth, *_ = run
     there: dict[int, Visit | None] = {INPUTS: None}
     for visit in visits(run):
-        for index in reads(visit, depth):
+        for index in reads(visit, run):
             assert index in there
             source = there[index]
             if name == "sequence" and source is not None:
@@ -86,26 +89,24 @@ def test_latents_are_emitted_before_they_are_read_and_not_freed_in_between(run: 
 @checked
 @given(run=runs())
 def test_latents_that_nobody_will_read_are_never_emitted(run: Run) -> None:
-    _, depth, _, _, _ = run
     order = visits(run)
     for number, visit in enumerate(order):
         if visit.emit == "none":
             continue
         later = order[number + 1 :]
         again = next((at for at, other in enumerate(later) if other.node == visit.node), len(later))
-        assert any(visit.node + 1 in reads(other, depth) for other in later[:again])
+        assert any(visit.node + 1 in reads(other, run) for other in later[:again])
 
 
 @checked
 @given(run=runs())
 def test_latents_are_freed_as_soon_as_their_last_reader_is_done(run: Run) -> None:
-    _, depth, _, _, _ = run
     order = visits(run)
     for number, visit in enumerate(order):
-        for index in set(reads(visit, depth)) - {INPUTS}:
+        for index in set(reads(visit, run)) - {INPUTS}:
             later = order[number + 1 :]
             emitted = next((at for at, o in enumerate(later) if o.emit != "none" and o.node + 1 == index), len(later))
-            needed = any(index in reads(other, depth) for other in later[:emitted])
+            needed = any(index in reads(other, run) for other in later[:emitted])
             assert (index in visit.frees) == (not needed)
 
 
@@ -123,7 +124,7 @@ def test_no_cache_is_left_at_the_end(run: Run) -> None:
 @checked
 @given(run=runs())
 def test_each_node_is_finished_once_and_by_its_last_visit(run: Run) -> None:
-    _, depth, _, _, readout = run
+    _, depth, _, _, readout, _ = run
     order = visits(run)
     for node in range(depth + (readout > 0)):
         own = [visit.final for visit in order if visit.node == node]
@@ -133,14 +134,13 @@ def test_each_node_is_finished_once_and_by_its_last_visit(run: Run) -> None:
 @checked
 @given(run=runs())
 def test_at_a_frontier_nothing_is_needed_that_only_an_unfinished_cell_could_have_emitted(run: Run) -> None:
-    _, depth, _, _, _ = run
     order = visits(run)
     assert order[-1].frontier
     for number, visit in enumerate(order):
         finished = {other.node for other in order[: number + 1] if other.final}
         again, lost = {INPUTS}, False
         for later in order[number + 1 :]:
-            for index in reads(later, depth):
+            for index in reads(later, run):
                 remade = index in again or (index - 1) in finished
                 lost = lost or not remade
             if later.emit != "none":
@@ -162,7 +162,7 @@ def test_a_cell_that_emits_for_good_is_finished(run: Run) -> None:
 
 
 def test_a_separate_run_reads_as_in_the_paper() -> None:
-    order = [(visit.node, visit.epoch, visit.emit) for visit in SCHEDULES["separate"](2, 2, 5, 1)]
+    order = [(visit.node, visit.epoch, visit.emit) for visit in SCHEDULES["separate"](2, 2, 5, 1, (0, 1))]
     assert order == [
         (0, 0, "none"),
         (0, 1, "finished"),
@@ -173,12 +173,23 @@ def test_a_separate_run_reads_as_in_the_paper() -> None:
 
 
 def test_a_sequence_reads_as_in_the_paper() -> None:
-    order = [(visit.node, visit.epoch, visit.emit) for visit in SCHEDULES["sequence"](2, 2, 5, 2)]
+    order = [(visit.node, visit.epoch, visit.emit) for visit in SCHEDULES["sequence"](2, 2, 5, 2, (0, 1))]
     epoch = [(0, "training"), (1, "training"), (2, "none")]
     assert order == [(node, number, emit) for number in range(2) for node, emit in epoch]
 
 
+def test_a_classifier_of_the_last_latents_leaves_the_others_to_be_freed_early() -> None:
+    for name, emit in (("separate", "finished"), ("sequence", "training")):
+        order = list(SCHEDULES[name](3, 1, 5, 1, (2,)))
+        assert [(visit.node, visit.emit, visit.frees) for visit in order] == [
+            (0, emit, (0,) if name == "separate" else ()),
+            (1, emit, (1,)),
+            (2, emit, (2,)),
+            (3, "none", (3,)),
+        ]
+
+
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_a_schedule_of_a_million_visits_is_not_made_at_once(name: str) -> None:
-    order = SCHEDULES[name](10**9, 10**9, 10**9, 0)
+    order = SCHEDULES[name](10**9, 10**9, 10**9, 0, ())
     assert next(order).node == 0

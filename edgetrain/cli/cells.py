@@ -1,0 +1,82 @@
+"""``edgetrain cells``: change one cell of a finished run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgetrain.cli.options import chosen_options, output_options
+
+EPILOG = """\b
+Examples: edgetrain cells runs/mnist-mf list
+          edgetrain cells runs/mnist-mf append --net mlp:1000x3 --epochs 5
+          edgetrain cells runs/mnist-mf drop 3
+          edgetrain cells runs/mnist-mf retrain 2 --lr 3e-4"""
+_EDITABLE = ("epochs", "lr", "weight_decay", "optimizer", "batch_size", "classifier_epochs", "views", "max_gpu_mb")
+
+
+@click.command("cells", epilog=EPILOG)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("action", type=click.Choice(["list", "append", "drop", "retrain"]))
+@click.argument("number", type=int, required=False)
+@click.option("--net", help="append: a longer net that begins with the run's; for your own code: its name again.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@chosen_options(_EDITABLE)
+@output_options
+def command(
+    run: Path, action: str, number: int | None, net: str | None, quiet: bool, as_json: bool, **flags: Any
+) -> None:
+    """Change a finished run's cells and leave the earlier ones untouched.
+
+    list shows the cells and whether their files are whole. append trains new cells behind the others, from
+    what these hand on. drop removes cell NUMBER (the last, if none is named) and those behind it. retrain
+    trains cell NUMBER anew, and those behind it, as they learn from what it hands on.
+    """
+    changes = {name: value for name, value in flags.items() if value is not None}
+    _check(action, number, net, changes)
+    if action == "list":
+        _list(run, net, as_json)
+        return
+    from edgetrain.report.terminal import show_run, watcher
+    from edgetrain.training import edits
+
+    with watcher(quiet) as looking:
+        if action == "append":
+            changed = edits.append(run, net, changes, watcher=looking)
+        elif action == "drop":
+            changed = edits.drop(run, number, net, watcher=looking)
+        else:
+            assert number is not None
+            changed = edits.retrain(run, number, net, changes, watcher=looking)
+    if as_json:
+        click.echo(json.dumps(changed.record.as_dict()))
+    else:
+        show_run(changed.record)
+
+
+def _check(action: str, number: int | None, net: str | None, changes: dict[str, Any]) -> None:
+    """Refuse what the action would ignore."""
+    if action == "retrain" and number is None:
+        raise click.UsageError("retrain needs the number of a cell, counted from 1")
+    if action in ("list", "append") and number is not None:
+        raise click.UsageError(f"{action} takes no number")
+    if action in ("drop", "retrain") and net is not None and ".py:" not in net:
+        raise click.UsageError(f"{action}: --net is for runs of your own code (path/to/net.py:function)")
+    if action in ("list", "drop") and changes:
+        raise click.UsageError(f"{action} trains no cell; leave out --{next(iter(changes)).replace('_', '-')}")
+
+
+def _list(run: Path, net: str | None, as_json: bool) -> None:
+    from edgetrain.report.terminal import show_cells
+    from edgetrain.training.edits import list_cells
+    from edgetrain.training.finished import Run
+
+    states = list_cells(Run.open(run, net))
+    if as_json:
+        click.echo(json.dumps([asdict(state) for state in states]))
+    else:
+        show_cells(states)

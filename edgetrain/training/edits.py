@@ -1,0 +1,263 @@
+"""Hot-plugging: change one cell of a finished run and leave the earlier ones untouched.
+
+A cell learns from what the cells before it hand on, and from nothing behind it. So a run can be taken up
+again after any finished cell: the cells that stay emit their latents once more, and the new ones are trained
+as under the ``separate`` schedule, whatever schedule the run had. What is behind a changed cell has to go
+or to be trained again, and so has a classifier on all cells' latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from edgetrain.config import Settings, read_profile
+from edgetrain.data.arrays import ARRAYS
+from edgetrain.data.base import DataSet
+from edgetrain.errors import CorruptError, InputError, StorageError
+from edgetrain.objectives.base import Node
+from edgetrain.planning.planner import require_fit
+from edgetrain.record import CellRecord, RunRecord
+from edgetrain.store.journal import Entry
+from edgetrain.store.run import RunFolder
+from edgetrain.training.finished import Run, read_record
+from edgetrain.training.fit import carry_out, check_disk, process_state
+from edgetrain.training.inputs import Shape
+from edgetrain.training.job import Job, open_job, plan_job
+from edgetrain.training.trainer import INPUTS
+from edgetrain.training.watcher import Silent, Watcher
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class CellState:
+    """A finished run's cell and its file.
+
+    Attributes:
+        number: counted from 1.
+        record: what the run measured.
+        file: where its weights are.
+        state: ``ok``, or what is wrong with the file.
+    """
+
+    number: int
+    record: CellRecord
+    file: str
+    state: str
+
+
+def list_cells(run: Run) -> list[CellState]:
+    """The cells of a finished run, each file read and compared with its checksum."""
+    folder, found = RunFolder(run.path), []
+    files = folder.files()
+    for index, record in enumerate(run.record.cells):
+        state = "ok" if _unit(index) in files else "not in the journal"
+        try:
+            folder.read_unit(files.get(_unit(index), {}))
+        except (CorruptError, StorageError) as error:
+            state = str(error)
+        found.append(CellState(index + 1, record, f"cells/{_unit(index)}.safetensors", state))
+    return found
+
+
+def append(
+    path: Path,
+    net: Any = None,
+    changes: Mapping[str, Any] = _NONE,
+    data: DataSet | None = None,
+    watcher: Watcher | None = None,
+) -> Run:
+    """Train more cells behind those of a finished run.
+
+    Args:
+        path: the run folder.
+        net: a longer net that begins with the run's cells: a spec, or modules; ``None``: the run's own net, of
+            which cells were dropped before.
+        changes: settings for the new cells, such as ``epochs`` and ``lr``.
+        data: the run's data set, if it was given in memory.
+        watcher: is told of progress.
+
+    Raises:
+        InputError: the net does not begin with the run's cells, or has no more than these.
+    """
+    before = _Finished.of(path)
+    stated = {} if net is None else {"net": net if isinstance(net, str) else "modules"}
+    settings = replace(before.settings, cells=None).with_values({**stated, **changes})
+    return _Edit(before, settings, before.depth, before.depth + 1, "append").apply(net, data, watcher)
+
+
+def drop(
+    path: Path,
+    number: int | None = None,
+    net: Any = None,
+    data: DataSet | None = None,
+    watcher: Watcher | None = None,
+) -> Run:
+    """Remove cell ``number`` (from 1; by default the last) and those behind it.
+
+    ``net`` is for runs of your own modules: the same ones again.
+
+    Raises:
+        InputError: there is no such cell, or it is the first.
+    """
+    before = _Finished.of(path)
+    kept = before.checked(before.depth if number is None else number) - 1
+    if kept == 0:
+        raise InputError(f"{path}: cell 1 is the first, and a run without cells is none; remove the folder instead")
+    return _Edit(before, replace(before.settings, cells=kept), kept, kept, "drop").apply(net, data, watcher)
+
+
+def retrain(
+    path: Path,
+    number: int,
+    net: Any = None,
+    changes: Mapping[str, Any] = _NONE,
+    data: DataSet | None = None,
+    watcher: Watcher | None = None,
+) -> Run:
+    """Train cell ``number`` (from 1) anew, and those behind it, which learn from what it hands on.
+
+    Raises:
+        InputError: there is no such cell.
+    """
+    before = _Finished.of(path)
+    kept = before.checked(number) - 1
+    settings = before.settings.with_values(changes)
+    return _Edit(before, settings, kept, before.depth, f"retrain {number}").apply(net, data, watcher)
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A finished run as it stands; ``nodes`` are unknown where its net is the user's own code."""
+
+    path: Path
+    settings: Settings
+    record: RunRecord
+    shape: Shape
+    nodes: tuple[Node, ...] | None
+
+    @classmethod
+    def of(cls, path: Path) -> _Finished:
+        """The run in a folder.
+
+        Raises:
+            InputError: there is none, it is unfinished, or it has no cells to change.
+        """
+        record, shape = read_record(path)
+        settings = Settings().with_values(read_profile(path / "config.toml"))
+        if settings.schedule is None:
+            raise InputError(f"{path}: {settings.method} trains the whole net at once; it has no cells to change")
+        own = settings.net == "modules" or ".py:" in (settings.net or "")
+        return cls(path, settings, record, shape, None if own else Run.open(path).nodes)
+
+    @property
+    def depth(self) -> int:
+        """Number of its cells."""
+        return len(self.record.cells)
+
+    def checked(self, number: int) -> int:
+        """``number`` if it is one of a cell."""
+        if not 1 <= number <= self.depth:
+            raise InputError(f"{self.path}: has no cell {number}; its cells are 1 to {self.depth}")
+        return number
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """A run that is taken up again.
+
+    Attributes:
+        before: the run as it stands.
+        settings: with what is changed.
+        kept: cells that stay as they are.
+        least: cells that the changed net must have.
+        word: what is done, for the record.
+    """
+
+    before: _Finished
+    settings: Settings
+    kept: int
+    least: int
+    word: str
+
+    def apply(self, net: Any, data: DataSet | None, watcher: Watcher | None) -> Run:
+        """Check everything, then take the run up again and finish it."""
+        path = self.before.path
+        if net is None and self.before.nodes is None:
+            raise InputError(f"{path}: this run's net is your own code; name it again (--net path/to/net.py:function)")
+        if data is None and self.before.settings.data == ARRAYS:
+            raise InputError(f"{path}: was trained on arrays in memory; give them again, in Python")
+        folder, looking = RunFolder(path), watcher or Silent()
+        with process_state(self.settings):
+            job = open_job(self._separate(), net, data)
+            self._check(job, folder)
+            plan = plan_job(job)
+            require_fit(plan)
+            check_disk(path, plan)
+            with folder.locked():
+                folder.reopen([INPUTS, *map(_unit, range(self.kept))], self._entry(job), job.settings.to_toml())
+            return carry_out(job, plan, folder, True, looking, net)
+
+    def _separate(self) -> Settings:
+        """The settings for the new cells; micro-batches that were planned are planned anew."""
+        sizes = self.settings.micro_batch
+        planned = isinstance(sizes, list) or sizes == self.settings.batch_size
+        return replace(self.settings, schedule="separate", micro_batch=None if planned else sizes)
+
+    def _check(self, job: Job, folder: RunFolder) -> None:
+        """Refuse data or a net that are not the run's, and cells to keep that are damaged."""
+        before, depth = self.before, job.work.depth
+        if before.shape.name != job.data.name:
+            raise InputError(
+                f"{before.path}: was trained on {before.shape.name!r}, not on {job.data.name!r}; give the same again"
+            )
+        before.shape.check(job.data)
+        if depth < self.least:
+            raise InputError(f"net {job.net.spec!r} has {depth} cells; expected at least {self.least}")
+        files = folder.files()
+        for node in job.work.nodes[: self.kept]:
+            old = None if before.nodes is None else before.nodes[node.index]
+            found = folder.read_unit(files.get(_unit(node.index), {}))
+            if _shapes(node) != _cell_shapes(found) or (old is not None and _kind(old) != _kind(node)):
+                raise InputError(
+                    f"net {job.net.spec!r}: its cell {node.index + 1} is not the run's {_named(old)}; the first"
+                    f" {self.kept} cells stay as they are"
+                )
+
+    def _entry(self, job: Job) -> Entry:
+        """What the journal remembers: that the kept cells' visits are done."""
+        kept = [vars(record) for record in self.before.record.cells[: self.kept]]
+        to_come = job.work.depth - self.kept + (job.work.readout is not None)
+        return {
+            "visits": self.kept * job.work.epochs,
+            "cells": [*kept, *(vars(CellRecord("", 0)) for _ in range(to_come))],
+            "edit": f"{self.word}: kept {self.kept} cells of {self.before.depth}, net {job.net.spec}",
+        }
+
+
+def _unit(index: int) -> str:
+    return f"{index:03}"
+
+
+def _kind(node: Node) -> Any:
+    return node.recipe and (node.recipe.name, node.recipe.signature)
+
+
+def _named(node: Node | None) -> str:
+    return "" if node is None or node.recipe is None else repr(node.recipe.name)
+
+
+def _shapes(node: Node) -> dict[str, tuple[int, ...]]:
+    """Shapes of a cell's tensors by name."""
+    assert node.recipe is not None
+    return {f"cell.{name}": tuple(value.shape) for name, value in node.recipe.skeleton().state_dict().items()}
+
+
+def _cell_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in tensors.items() if name.startswith("cell.")}

@@ -1,0 +1,223 @@
+"""Runs of the real machine on small random data, for the tests that compare it with plain PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgetrain.config import Settings
+from edgetrain.data.arrays import from_arrays
+from edgetrain.keys import seeded
+from edgetrain.memory.meter import meter_of
+from edgetrain.objectives.base import Batch
+from edgetrain.store.run import RunFolder
+from edgetrain.stream.cell import OptimizerRecipe
+from edgetrain.stream.draws import StepDraws
+from edgetrain.stream.readout import Readout
+from edgetrain.training.fit import fit
+from edgetrain.training.job import open_job
+
+ROWS, TEST_ROWS, CLASSES, EPOCHS, BATCH, SEED = 70, 9, 4, 3, 16, 5  # the last batch holds 6 rows
+NET = "mlp:23x3"  # rows of odd length: nothing stands on a convenient address by luck
+UNEVEN = "mlp:24,23,17"
+SCHEDULES, PLACEMENTS = ("separate", "sequence"), ("stream", "resident")
+LR, WEIGHT_DECAY = 3e-3, 3e-2  # neither the methods' own nor torch's, so that one ignored shows
+CPU = torch.device("cpu")
+EVERY_WAY = pytest.mark.parametrize(
+    ("schedule", "placement"), [(schedule, placement) for schedule in SCHEDULES for placement in PLACEMENTS]
+)
+
+# How close: float32 where last bits differ (Adam divides a gradient near zero by itself, so that a hundredth of
+# a step may come of it), and float64.
+ALMOST = {"rtol": 1e-5, "atol": LR / 100}
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+# -- data ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """Random rows, raw and as the first cell reads them."""
+
+    raw: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def read(self):
+        """All rows, those of the test too."""
+        values = torch.from_numpy(self.raw).float()
+        values = values / 255 if self.raw.dtype == np.uint8 else values
+        return values.unsqueeze(1) if values.ndim == 3 else values
+
+    @property
+    def x(self):
+        return self.read[:ROWS]
+
+    @property
+    def y(self):
+        return torch.from_numpy(self.labels[:ROWS])
+
+    @property
+    def set(self):
+        return from_arrays((self.raw[:ROWS], self.labels[:ROWS]), (self.raw[ROWS:], self.labels[ROWS:]))
+
+
+@cache
+def data(kind):
+    draw = np.random.default_rng(3)
+    rows = ROWS + TEST_ROWS
+    raw = {
+        "pixels": lambda: draw.integers(0, 256, (rows, 21), dtype=np.uint8),
+        "images": lambda: draw.integers(0, 256, (rows, 9, 8), dtype=np.uint8),
+        "odd images": lambda: draw.integers(0, 256, (rows, 7, 6), dtype=np.uint8),
+        "wide images": lambda: draw.integers(0, 256, (rows, 2, 4, 8), dtype=np.uint8),
+        "floats": lambda: draw.random((rows, 3, 7), dtype=np.float32),  # images: values as they are
+    }[kind]()
+    labels = np.concatenate([np.arange(CLASSES), draw.integers(0, CLASSES, rows - CLASSES)])
+    return Data(raw, labels)
+
+
+# -- runs ----------------------------------------------------------------------------------------------
+
+
+def settings(method, **values):
+    standard = {
+        "net": NET, "epochs": EPOCHS, "batch_size": BATCH, "micro_batch": BATCH, "seed": SEED, "threads": 1,
+        "lr": LR, "device": "cpu",
+    }  # fmt: skip
+    if method.startswith("lbp"):
+        decay = {"weight_decay": WEIGHT_DECAY, "classifier_weight_decay": WEIGHT_DECAY, "classifier_lr": 2 * LR}
+        standard |= decay
+    return Settings().with_values({"method": method, **standard, **values})
+
+
+def units(path):
+    """All committed tensors of a run, weights and optimizer state, by unit and name."""
+    folder = RunFolder(path)
+    return {
+        f"{unit}/{name}": value
+        for unit, kinds in folder.files().items()
+        for name, value in folder.read_unit(kinds).items()
+    }
+
+
+def finished(path, method, kind="pixels", **values):
+    """A run of its own."""
+    return fit(settings(method, **values), path / "run", data=data(kind).set)
+
+
+def trained(path, method, kind="pixels", **values):
+    """The final tensors of a run of its own."""
+    return units(finished(path, method, kind, **values).path)
+
+
+def work_of(method, kind, **values):
+    """Cells and rule of a run, before it begins."""
+    return open_job(settings(method, **values), data=data(kind).set).work
+
+
+def first_weights(method, kind, **values):
+    """First cell modules and heads, by the recipes."""
+    work = work_of(method, kind, **values)
+    cells, heads = [], []
+    for node in work.nodes:
+        cells.append(node.recipe.materialise(SEED, node.index))
+        with seeded(SEED, "head", node.index):
+            heads.append(work.objective.head(node))
+    return cells, heads
+
+
+def drawn(cell, epoch, step, rows):
+    """The machine's random numbers of a step; those that belong to samples are not among them."""
+    return StepDraws(SEED, cell, epoch, step, np.arange(rows))
+
+
+def keyed_noise(cell, epoch, step, like):
+    return drawn(cell, epoch, step, len(like)).normal("noise", like)
+
+
+# -- comparisons ---------------------------------------------------------------------------------------
+
+
+def learned(unit, optimizer, parameters, phase="step"):
+    """A reference's parameters and their optimizer state under the names of a run's files."""
+    values = {f"{unit}/{name}": value.detach() for name, value in parameters.items()}
+    for name, value in parameters.items():
+        for key, moment in optimizer.state[value].items():
+            values[f"{unit}/optim.{phase}.{name}.{key}"] = moment
+    return values
+
+
+def assert_same(found, expected):
+    assert sorted(found) == sorted(expected)
+    differing = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert not differing
+
+
+def assert_close(found, expected, rtol, atol):
+    assert sorted(found) == sorted(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def gradients(parameters):
+    """The gradients of named parameters."""
+    return {name: value.grad for name, value in parameters.items()}
+
+
+def shown(x, y):
+    """One batch as the machine shows it to the first step of the first cell."""
+    return Batch(x if isinstance(x, dict) else {"x": x}, y, drawn(0, 0, 0, len(y)))
+
+
+def step_of(objective, cell, head, batch):
+    """Mean loss and gradients of one step of a rule's only phase, in whatever precision the parts have."""
+    parts = nn.ModuleDict({name: part for name, part in (("cell", cell), ("head", head)) if part is not None})
+    loss = objective.loss("step", cell, head, batch).loss / len(batch.y)
+    loss.backward()
+    return loss.detach(), gradients(dict(parts.named_parameters()))
+
+
+# -- the trained classifier ----------------------------------------------------------------------------
+
+
+def readout_blocks(widths, dtype=torch.float32):
+    """The first blocks of the classifier."""
+    recipe = OptimizerRecipe("adamw", LR)
+    readout = Readout(widths, CLASSES, recipe, CPU, SEED, meter_of(CPU, False), resident=True)
+    return {name: value.to(dtype) for name, value in readout.state().items()}
+
+
+def joined_of(blocks, pattern="{}.weight"):
+    """The matrix [C, sum of n_l] that the classifier's blocks are cut from."""
+    count = sum(name.endswith(".weight") and not name.startswith("optim.") for name in blocks)
+    return torch.cat([blocks[pattern.format(index)] for index in range(count)], 1)
+
+
+def split_off_readout(found):
+    """The cells' tensors, and the classifier's by its own names."""
+    cells = {name: value for name, value in found.items() if not name.startswith("readout/")}
+    return cells, {name.removeprefix("readout/"): value for name, value in found.items() if name not in cells}
+
+
+def assert_classifier_close(blocks, classifier, rtol=2e-5, atol=2e-6):
+    """The streamed classifier sums over cells where the plain one sums along the concatenation.
+
+    Its error is softmax minus truth where autograd passes through the cross-entropy: no equal bits.
+    """
+    layer, state = classifier.layer, classifier.optimizer.state
+    torch.testing.assert_close(joined_of(blocks), layer.weight.detach(), rtol=rtol, atol=atol)
+    torch.testing.assert_close(blocks["bias"], layer.bias.detach(), rtol=rtol, atol=atol)
+    for key, value in state[layer.weight].items():
+        if key != "step":
+            found = joined_of(blocks, f"optim.{{}}.weight.{key}")
+            torch.testing.assert_close(found, value, rtol=rtol, atol=atol / 10)
+    assert blocks["optim.bias.step"] == state[layer.bias]["step"]

@@ -1,0 +1,26 @@
+"""What runs that are compared with plain PyTorch have in common; tests ask for it by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from edgetrain.planning import planner
+
+
+@pytest.fixture
+def one_thread():
+    """The references compute with as many threads as the runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def peaks_unknown(request, monkeypatch):
+    """Without a budget no bit depends on predicted peaks, and to predict them takes half of the time."""
+    if "budget" not in request.node.name:
+        monkeypatch.setattr(planner, "cell_peak", lambda work, index, size: 0)
+        monkeypatch.setattr(planner, "readout_peak", lambda work, size, resident: 0)
+        monkeypatch.setattr(planner, "resident_peak", lambda work, sizes: (0, [0] * len(sizes)))

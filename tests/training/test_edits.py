@@ -1,0 +1,231 @@
+"""Hot-plugging: cells are appended, dropped and trained anew, and the earlier ones keep every bit."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import edgetrain
+from edgetrain.config import Settings
+from edgetrain.errors import CorruptError, EdgetrainWarning, InputError
+from edgetrain.store.run import RunFolder
+from edgetrain.training import edits
+from edgetrain.training.finished import Run
+from edgetrain.training.fit import fit
+
+TWO, THREE = "mlp:20,16", "mlp:20,16,12"
+
+
+def settings(method="mf", net=TWO, **values):
+    standard = {"data": "digits", "epochs": 2, "threads": 1, "device": "cpu", "seed": 3}
+    return Settings().with_values({"method": method, "net": net, **standard, **values})
+
+
+def files(path):
+    """The bytes of every cell's files."""
+    return {file.name: file.read_bytes() for file in sorted((path / "cells").iterdir())}
+
+
+def first_cells(path, count):
+    return {name: content for name, content in files(path).items() if name[:3] in [f"{i:03}" for i in range(count)]}
+
+
+def damage(path, name="001.safetensors"):
+    file = path / "cells" / name
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("method", ["mf", "lbp-ae", "ff", "sll"])
+def test_two_cells_and_the_first_two_of_three_are_the_same_files(tmp_path, method):
+    for name, net in (("two", TWO), ("three", THREE)):
+        fit(settings(method, net, schedule="separate"), tmp_path / name)
+    assert len(first_cells(tmp_path / "two", 2)) == 4
+    assert first_cells(tmp_path / "two", 2) == first_cells(tmp_path / "three", 2)
+
+
+@pytest.mark.parametrize("method", ["mf", "lbp-ae", "ff"])
+def test_an_appended_cell_is_that_of_the_longer_run_and_the_others_are_untouched(tmp_path, method):
+    fit(settings(method, THREE), tmp_path / "three")
+    fit(settings(method), tmp_path / "two")
+    before = first_cells(tmp_path / "two", 2)
+    run = edits.append(tmp_path / "two", THREE)
+    assert first_cells(tmp_path / "two", 2) == before
+    assert files(tmp_path / "two") == files(tmp_path / "three")  # a classifier on all latents is trained anew
+    assert run.record.test_accuracy == Run.open(tmp_path / "three").record.test_accuracy
+    assert [cell.name for cell in run.record.cells] == ["linear 64-20", "linear 20-16", "linear 16-12"]
+    assert "append" in run.record.edits[0]
+
+
+def test_a_run_by_sequence_gets_a_cell_that_learns_from_its_finished_cells(tmp_path):
+    path = tmp_path / "run"
+    fit(settings(schedule="sequence"), path)
+    before = first_cells(path, 2)
+    run = edits.append(path, THREE, {"epochs": 4, "lr": 3e-3})
+    assert first_cells(path, 2) == before
+    assert [cell.epochs for cell in run.record.cells] == [2, 2, 4]
+    assert run.record.votes["cells"][2] is not None
+
+
+def test_dropping_a_cell_gives_the_shorter_run_and_appending_brings_it_back(tmp_path):
+    fit(settings("lbp-dae"), tmp_path / "two")
+    fit(settings("lbp-dae", THREE), tmp_path / "run")
+    whole = files(tmp_path / "run")
+    run = edits.drop(tmp_path / "run")
+    assert len(run.nodes) == 2
+    assert files(tmp_path / "run") == files(tmp_path / "two")
+    assert edits.drop(tmp_path / "run", 2).record.cells[0].name == "linear 64-20"
+    edits.append(tmp_path / "run")
+    assert files(tmp_path / "run") == whole
+
+
+def test_retraining_changes_a_cell_and_those_behind_it_only(tmp_path):
+    path = tmp_path / "run"
+    fit(settings(net=THREE), path)
+    before = files(path)
+    edits.retrain(path, 2, changes={"lr": 5e-3})
+    after = files(path)
+    assert first_cells(path, 1) == {name: before[name] for name in before if name.startswith("000")}
+    assert all(after[name] != before[name] for name in before if not name.startswith("000"))
+
+
+def test_retraining_with_nothing_changed_mends_a_damaged_cell(tmp_path):
+    path = tmp_path / "run"
+    fit(settings(net=THREE), path)
+    before = files(path)
+    damage(path)
+    edits.retrain(path, 2)
+    assert files(path) == before
+
+
+@pytest.mark.parametrize("harm", [damage, lambda path: (path / "cells/001.safetensors").unlink()])
+def test_cells_before_a_damaged_or_missing_one_predict_without_it_and_say_so(tmp_path, harm):
+    fit(settings(net=THREE), tmp_path / "three")
+    one = fit(settings(net="mlp:20"), tmp_path / "one")
+    harm(tmp_path / "three")
+    run = Run.open(tmp_path / "three")
+    with pytest.warns(EdgetrainWarning, match="the 1 cells before cell 2"):
+        found = run.evaluate()
+    assert found.accuracy == one.evaluate().accuracy
+    states = edits.list_cells(run)
+    assert [state.state == "ok" for state in states] == [True, False, True]
+    assert "001.safetensors" in states[1].state
+    with pytest.raises(CorruptError if harm is damage else edgetrain_error(), match=r"001\.safetensors"):
+        run.latents("digits", tmp_path / "latents.npy")
+
+
+def edgetrain_error():
+    from edgetrain.errors import StorageError
+
+    return StorageError
+
+
+def test_without_the_first_cell_nothing_predicts(tmp_path):
+    path = tmp_path / "run"
+    fit(settings(), path)
+    damage(path, "000.safetensors")
+    with pytest.raises(CorruptError, match=r"000\.safetensors"):
+        Run.open(path).evaluate()
+    with pytest.raises(CorruptError, match=r"000\.safetensors"):
+        edits.append(path, THREE)
+
+
+def test_a_refused_edit_leaves_the_run_as_it_was(tmp_path):
+    path = tmp_path / "run"
+    fit(settings(), path)
+    before, config = files(path), (path / "config.toml").read_text()
+    refused = [
+        (lambda: edits.append(path, "mlp:21,16,12"), "cell 1"),
+        (lambda: edits.append(path, "mlp:20,16;norm=batch"), "expected at least 3"),
+        (lambda: edits.append(path, "mlp:20,16,12;act=leaky"), "cell 1"),
+        (lambda: edits.append(path), "expected at least 3"),
+        (lambda: edits.drop(path, 1), "first"),
+        (lambda: edits.drop(path, 3), "1 to 2"),
+        (lambda: edits.retrain(path, 0), "1 to 2"),
+        (lambda: edits.retrain(path, 2, changes={"lr": -1.0}), "lr"),
+    ]
+    for edit, said in refused:
+        with pytest.raises(InputError, match=said):
+            edit()
+    assert files(path) == before
+    assert (path / "config.toml").read_text() == config
+    Run.open(path).evaluate()
+
+
+def test_baselines_and_unfinished_runs_have_no_cells_to_change(tmp_path):
+    fit(settings("bp"), tmp_path / "bp")
+    with pytest.raises(InputError, match="whole net"):
+        edits.drop(tmp_path / "bp")
+    (tmp_path / "bp" / "record.json").unlink()
+    with pytest.raises(InputError, match="unfinished"):
+        edits.drop(tmp_path / "bp")
+    with pytest.raises(InputError, match="no run"):
+        edits.drop(tmp_path)
+
+
+def test_an_edit_that_was_interrupted_is_resumed_to_the_same_files(tmp_path, monkeypatch):
+    fit(settings(net=THREE, epochs=3), tmp_path / "three")
+    fit(settings(epochs=3, checkpoint_every=0.0), tmp_path / "run")
+    commit = RunFolder.commit
+
+    def commits_and_dies(folder, *arguments):
+        commit(folder, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "commit", commits_and_dies)
+        edits.append(tmp_path / "run", THREE)
+    assert not (tmp_path / "run" / "record.json").exists()
+    kept = Settings().with_values(edgetrain_profile(tmp_path / "run"))
+    run = fit(kept, tmp_path / "run", resume=True)
+    assert files(tmp_path / "run") == files(tmp_path / "three")
+    assert len(run.record.edits) == 1
+
+
+def edgetrain_profile(path):
+    from edgetrain.config import read_profile
+
+    return read_profile(path / "config.toml")
+
+
+def test_runs_of_arrays_and_of_own_modules_are_edited_in_python(tmp_path):
+    draw = np.random.default_rng(0)
+    x, y = draw.random((60, 3, 5), dtype=np.float32), np.arange(60) % 3
+    torch.manual_seed(0)
+    modules = [nn.Sequential(nn.Flatten(), nn.Linear(15, 8), nn.ReLU()), nn.Linear(8, 6), nn.Linear(6, 4)]
+    values = {"epochs": 2, "threads": 1, "device": "cpu"}
+    run = edgetrain.fit(modules[:2], (x, y), run_dir=tmp_path / "run", **values)
+    whole = edgetrain.fit(modules, (x, y), run_dir=tmp_path / "whole", **values)
+    with pytest.raises(InputError, match="your own code"):
+        edgetrain.append_cells(run, None, (x, y))
+    with pytest.raises(InputError, match="in Python"):
+        edgetrain.append_cells(run, modules)
+    longer = edgetrain.append_cells(run, modules, (x, y), epochs=2)
+    assert files(longer.path) == files(whole.path)
+    other = [nn.Sequential(nn.Flatten(), nn.Linear(15, 9), nn.ReLU()), nn.Linear(9, 6), nn.Linear(6, 4), nn.ReLU()]
+    with pytest.raises(InputError, match="cell 1"):
+        edgetrain.append_cells(longer, other, (x, y))
+    assert len(edgetrain.drop_cells(longer, net=modules, data=(x, y)).nodes) == 2
+
+
+def test_a_whole_run_warns_of_nothing(tmp_path):
+    run = fit(settings(), tmp_path / "run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.evaluate()
+
+
+def test_the_record_of_an_edited_run_is_whole(tmp_path):
+    path = tmp_path / "run"
+    fit(settings(), path)
+    edits.append(path, THREE)
+    record = json.loads((path / "record.json").read_text())
+    assert [cell["params"] > 0 for cell in record["cells"]] == [True] * 3
+    assert record["peak_gpu_mb"] <= record["predicted_peak_mb"] + 1e-9
+    assert (path / "model.safetensors").is_file()
