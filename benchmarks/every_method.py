@@ -1,0 +1,90 @@
+"""Every method on the same data, several seeds, next to backpropagation on the same net.
+
+Run: EDGETRAIN_DATA=... python benchmarks/every_method.py --data digits|mnist [--seeds 3] [--only WORD] [--out NAME]
+
+Each row is `edgetrain fit` with the flags shown and no other choice: optimizer, rate, schedule and vote are
+the method's defaults, and nothing is chosen on test data. `slp`, the linear classifier, is the floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from reporting import publish
+
+DENSE = [
+    *("mf", "lbp-ae", "lbp-dae", "lbp-gan", "ff", "symba", "sll", "predsim"),
+    *("slp", "bp", "bp-checkpoint", "bp-offload", "fa", "dfa"),
+]
+IMAGES = ["lbp-cae", "mf", "predsim", "bp"]
+TOKENS = ["sll+", "bp"]
+PLANS: dict[str, list[tuple[list[str], str]]] = {
+    "digits": [
+        (DENSE, "--net mlp:256x2 --epochs 30 --batch-size 64"),
+        (IMAGES, "--net cnn:32,64 --epochs 30 --batch-size 64"),
+        (TOKENS, "--net vit:depth=3,width=48,heads=4,patch=2 --epochs 30 --batch-size 64"),
+    ],
+    "mnist": [
+        (DENSE, "--net mlp:300x2 --epochs 5 --batch-size 128"),
+        (["ff", "symba"], "--net mlp:300x2 --epochs 15 --batch-size 128"),
+        (IMAGES, "--net cnn:16,32 --epochs 2 --batch-size 128"),
+        (TOKENS, "--net vit:depth=2,width=48,heads=4,patch=7 --epochs 2 --batch-size 128"),
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", choices=PLANS, default="digits")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="run only methods that hold this word")
+    parser.add_argument("--out")
+    asked = parser.parse_args()
+    sections = {}
+    for methods, flags in PLANS[asked.data]:
+        rows = []
+        for method in methods:
+            if asked.only in method:
+                rows.append(measure(method, f"--data {asked.data} {flags}", asked.seeds))
+                print(rows[-1], flush=True)
+        if rows:
+            sections[f"edgetrain fit --data {asked.data} {flags} --method ..."] = rows
+    publish(asked.out, f"Every method on {asked.data}", sections)
+
+
+def measure(method: str, flags: str, seeds: int) -> dict[str, object]:
+    """Figures of one method over its seeds."""
+    like = " --like lbp-cae" if method == "bp" and "cnn:" in flags else ""
+    records = [run(f"{flags} --method {method}{like} --seed {seed}") for seed in range(seeds)]
+    accuracies = [record["test_accuracy"] for record in records]
+    worst = max(records, key=lambda record: record["peak_gpu_mb"])
+    return {
+        "method": f"`{method}`",
+        "test accuracy": f"{statistics.mean(accuracies):.4f}",
+        "seeds": ", ".join(f"{accuracy:.4f}" for accuracy in accuracies),
+        "peak MiB": worst["peak_gpu_mb"],
+        "predicted MiB": worst["predicted_peak_mb"],
+        "seconds": round(statistics.mean(record["seconds"] for record in records), 1),
+    }
+
+
+def run(flags: str) -> dict[str, Any]:
+    """The record of one run."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "edgetrain", "fit", *shlex.split(flags), "--json", "--quiet"]
+        done = subprocess.run([*command, "--run-dir", f"{folder}/run"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{flags}: {done.stderr.strip()}")
+    record: dict[str, Any] = json.loads(done.stdout)
+    return record
+
+
+if __name__ == "__main__":
+    main()
