@@ -32,10 +32,10 @@ PLANS: dict[str, list[tuple[list[str], str]]] = {
         (TOKENS, "--net vit:depth=3,width=48,heads=4,patch=2 --epochs 30 --batch-size 64"),
     ],
     "mnist": [
-        (DENSE, "--net mlp:300x2 --epochs 5 --batch-size 128"),
-        (["ff", "symba"], "--net mlp:300x2 --epochs 15 --batch-size 128"),
-        (IMAGES, "--net cnn:16,32 --epochs 2 --batch-size 128"),
-        (TOKENS, "--net vit:depth=2,width=48,heads=4,patch=7 --epochs 2 --batch-size 128"),
+        (DENSE, "--net mlp:300x2 --epochs 3 --batch-size 128 --threads 1"),
+        (["ff", "symba"], "--net mlp:300x2 --epochs 10 --batch-size 128 --threads 1"),
+        (IMAGES, "--net cnn:16,32 --epochs 1 --batch-size 128 --threads 1"),
+        (TOKENS, "--net vit:depth=2,width=48,heads=4,patch=7 --epochs 1 --batch-size 128 --threads 1"),
     ],
 }
 

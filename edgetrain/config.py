@@ -54,6 +54,10 @@ class Settings:
     micro_batch: int | list[int] | None = _setting(
         None, "Samples on the device at once; a list gives one for each cell and for the classifier"
     )
+    tiles: int | list[int] | None = _setting(
+        None,
+        "Pieces in which a cell's units are trained, where it is too wide for the device; a list gives one for each",
+    )
     optimizer: Literal["adam", "adamw", "adamax", "sgd"] | None = _setting(None, "Optimizer of the cells")
     lr: float | None = _setting(None, "Learning rate of the cells")
     weight_decay: float | None = _setting(None, "Weight decay of the cells")
@@ -96,9 +100,8 @@ class Settings:
             _check_type(setting.name, getattr(self, setting.name), hints[setting.name])
         for name in ("epochs", "batch_size", "classifier_epochs", "threads", "cells", "views"):
             _check_least(name, getattr(self, name), 1)
-        for name in ("micro_batch",):
-            values = self.micro_batch if isinstance(self.micro_batch, list) else [self.micro_batch]
-            for value in values:
+        for name, asked in (("micro_batch", self.micro_batch), ("tiles", self.tiles)):
+            for value in asked if isinstance(asked, list) else [asked]:
                 _check_least(name, value, 1)
         for name in ("weight_decay", "classifier_weight_decay", "prefetch", "checkpoint_every", "seed"):
             _check_least(name, getattr(self, name), 0)

@@ -125,7 +125,7 @@ def test_a_wrong_environment_text_is_one_line_that_names_the_setting(variable: s
 
 # --- values -----------------------------------------------------------------------------------
 
-COUNTS = ["epochs", "batch_size", "classifier_epochs", "threads", "micro_batch"]
+COUNTS = ["epochs", "batch_size", "classifier_epochs", "threads", "micro_batch", "cells", "views"]
 NOT_NEGATIVE = ["weight_decay", "classifier_weight_decay", "checkpoint_every"]
 POSITIVE = ["lr", "classifier_lr", "max_gpu_mb", "max_host_mb", "max_disk_gb"]
 
@@ -196,7 +196,9 @@ def test_a_misspelt_choice_gets_a_hint(name: str, value: str, hint: str) -> None
         Settings().with_values({name: value})
 
 
-@pytest.mark.parametrize("name", ["schedule", "optimizer", "latent_dtype", "net", "data", "keep_latents"])
+@pytest.mark.parametrize(
+    "name", ["schedule", "optimizer", "latent_dtype", "net", "data", "keep_latents", "constants", "augment"]
+)
 @pytest.mark.parametrize("value", [3, 0.5, ["sequence"], {"a": 1}])
 def test_text_and_switches_take_no_numbers_lists_or_tables(name: str, value: Any) -> None:
     with pytest.raises(InputError):
@@ -209,8 +211,10 @@ finite = {"allow_nan": False, "allow_infinity": False}
 some = st.builds(
     dict,
     data=st.text(),
-    net=st.text(),
+    net=st.none() | st.text(),
+    cells=st.none() | st.integers(1, 1 << 62),
     method=st.text(),
+    constants=st.none() | st.text(),
     like=st.none() | st.text(),
     schedule=st.sampled_from([None, "separate", "sequence"]),
     epochs=st.integers(1, 1 << 62),
@@ -219,6 +223,8 @@ some = st.builds(
     optimizer=st.sampled_from([None, "adam", "adamw", "adamax", "sgd"]),
     lr=st.none() | st.floats(min_value=0, exclude_min=True, **finite),
     weight_decay=st.none() | st.floats(min_value=0, **finite),
+    augment=st.none() | st.text(),
+    views=st.none() | st.integers(1, 1 << 62),
     seed=st.integers(0, (1 << 63) - 1),
     max_gpu_mb=st.none() | st.floats(min_value=0, exclude_min=True, max_value=1e12),
     keep_latents=st.booleans(),

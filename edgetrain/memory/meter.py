@@ -130,7 +130,7 @@ class LiveMeter:
     """The meter of a device without an allocator of its own to ask: live bytes by ``LiveBytes``.
 
     Args:
-        full: watch every step of every visit, not only the first two of each kind in a cell's first visit.
+        full: watch every step of every visit, not only the first two of each kind in a cell's first two visits.
         tracker: shared with a dry run that sets it up with a listener.
     """
 
@@ -140,6 +140,7 @@ class LiveMeter:
         self._seen: Counter[Hashable] = Counter()
         self._inside = 0
         self._cell: Hashable = None
+        self._visits: Counter[Hashable] = Counter()
         self._peaks: dict[Hashable, int] = {}  # of cells that were visited before
 
     @contextmanager
@@ -160,9 +161,10 @@ class LiveMeter:
         return self.tracker.host()
 
     def start_cell(self, cell: Hashable) -> None:
-        """See ``Meter.start_cell``; a later visit to the same cell is the same program and is not watched."""
+        """See ``Meter.start_cell``; visits after the second are the same program and are not watched."""
         self._peaks[self._cell] = self.cell_peak
         self._cell = cell
+        self._visits[cell] += 1
         self._seen.clear()
         self.tracker.reset_peak()
 
@@ -174,7 +176,7 @@ class LiveMeter:
     def _due(self, kind: Hashable) -> bool:
         if self._full:
             return True
-        if self._cell in self._peaks and self._cell is not None:
+        if self._visits[self._cell] > WATCHED_REPEATS:
             return False
         if kind is None:
             return True

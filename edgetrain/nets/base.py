@@ -27,6 +27,8 @@ class CellRecipe:
         signature: cells of equal signature take equal memory and time.
         draws: whether the module draws random numbers when it runs (dropout).
         couples_batch: whether the samples of a batch influence each other (batch normalisation).
+        narrower: the same cell with fewer units, where each unit has weights of its own and no other's
+            output; units are the first axis of all its tensors. ``None``: it cannot be cut.
         body_shape: of one sample of the activations before pooling (``Layer.body``), where it differs
             from ``out_shape``; else ``None``.
     """
@@ -38,6 +40,7 @@ class CellRecipe:
     signature: Hashable
     draws: bool = False
     couples_batch: bool = False
+    narrower: Callable[[int], CellRecipe] | None = field(default=None, repr=False, compare=False)
     body_shape: tuple[int, ...] | None = None
 
     @property

@@ -64,4 +64,5 @@ def cell(in_shape: tuple[int, ...], width: int, options: Options) -> CellRecipe:
         signature=("dense", in_shape, width, tuple(sorted(options.items()))),
         draws=drop_rate(options) > 0,
         couples_batch=options["norm"] == "batch",
+        narrower=lambda units: cell(in_shape, units, options),
     )

@@ -154,6 +154,7 @@ class Objective(ABC):
         default_net: the net where none is named.
         net_defaults: options of the net where the user says nothing.
         constants: the rule's own numbers, which ``--constants`` may replace.
+        shares: those of them that are from 0 to below 1.
         defaults: optimizer and schedule where the user says nothing.
         vote: how classes are read off.
         classifier: the cells whose latents a trained classifier may read; ``None``: there is none.
@@ -165,6 +166,8 @@ class Objective(ABC):
         saves_on_host: whether what the backward pass needs waits on the host.
         like: for baselines: the method whose net options are taken where none is named.
         phases: a step's optimisations, in order.
+        tile_axes: of the head's tensors that are cut with the cell's units, the axis of the units; ``None``: the
+            rule cannot be trained in tiles.
         stream_names: of the latents between cells.
         unlabelled_names: of the streams in which classes are looked for.
     """
@@ -175,6 +178,7 @@ class Objective(ABC):
     default_net: ClassVar[str] = "mlp:1000x2"
     net_defaults: ClassVar[Mapping[str, str]] = _NONE
     constants: Constants = _NONE
+    shares: frozenset[str] = frozenset()
     defaults: ClassVar[Defaults]
     vote: ClassVar[Vote]
     classifier: ClassVar[Literal["all", "last"] | None] = None
@@ -186,6 +190,7 @@ class Objective(ABC):
     saves_on_host: ClassVar[bool] = False
     like: ClassVar[str | None] = None
     phases: ClassVar[tuple[Phase, ...]] = (Phase("step"),)
+    tile_axes: ClassVar[Mapping[str, int] | None] = None
     stream_names: tuple[str, ...] = ("x",)
     unlabelled_names: tuple[str, ...] = ("x",)
 
@@ -234,6 +239,46 @@ class Objective(ABC):
         """What a finished cell hands on, and its vote [B, C]."""
         latents = self.latent(cell, streams)
         return latents, self.score(head, latents)
+
+    # -- tiles: the loss sees a wide cell only through a statistic that is a sum over its units ----------
+
+    def tileable(self, node: Node) -> bool:
+        """Whether the cell can be trained in tiles of its units."""
+        recipe = node.recipe
+        plain = recipe is not None and recipe.narrower is not None and not (recipe.draws or recipe.couples_batch)
+        return plain and self.tile_axes is not None
+
+    def tile_head(self, node: Node, tile: Node, units: slice) -> nn.Module | None:
+        """The head's part for a tile's units; its learned values come from elsewhere."""
+        return self.head(tile)
+
+    def common_head(self, node: Node) -> nn.Module | None:
+        """What of the head belongs to no unit."""
+        return None
+
+    def statistic(self, node: Node, cell: nn.Module, head: Any, streams: Streams) -> tuple[Tensor, Streams]:
+        """A tile's part of the statistic, [B, m], and the tile's latents.
+
+        Args:
+            node: the whole cell.
+            cell: the tile's module.
+            head: the tile's head.
+            streams: the parent's latents.
+        """
+        raise NotImplementedError
+
+    def tiled_loss(self, node: Node, statistic: Tensor, common: Any, batch: Batch) -> Step:
+        """The local loss from the whole statistic [B, m]; it emits nothing."""
+        raise NotImplementedError
+
+    def tiled_score(self, node: Node, statistic: Tensor) -> Tensor | None:
+        """The cell's vote [B, C] from the statistic of unlabelled streams."""
+        return None
+
+    @property
+    def learned_streams(self) -> tuple[str, ...]:
+        """The streams that the loss depends on."""
+        return self.stream_names
 
     def read_by_classifier(self, depth: int) -> tuple[int, ...]:
         """The cells, of ``depth``, whose latents the trained classifier reads; none if none is trained."""

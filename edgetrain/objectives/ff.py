@@ -52,6 +52,7 @@ class ForwardForward(Objective):
     classifier_stream = "neutral"
     takes_tokens = False
     draws_streams = True
+    tile_axes: ClassVar[Mapping[str, int]] = MappingProxyType({})
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -99,6 +100,29 @@ class ForwardForward(Objective):
     def score(self, head: Any, latents: Streams) -> Tensor:
         """Goodness of each label, [B, C]."""
         return torch.stack([goodness(latents[f"label{label}"]) for label in range(self.classes)], 1)
+
+    def tile_head(self, node: Node, tile: Node, units: slice) -> None:
+        """There is none."""
+
+    @property
+    def learned_streams(self) -> tuple[str, ...]:
+        """See ``Objective.learned_streams``."""
+        return ("pos", "neg")
+
+    def statistic(self, node: Node, cell: nn.Module, head: Any, streams: Streams) -> tuple[Tensor, Streams]:
+        """The tile's part of the goodness of each stream but ``neutral``."""
+        a = {name: cell(values) for name, values in streams.items()}
+        units = prod(node.shape)
+        parts = [values.flatten(1).square().sum(1) / units for name, values in a.items() if name != "neutral"]
+        return torch.stack(parts, 1), {name: values.detach() for name, values in a.items()}
+
+    def tiled_loss(self, node: Node, statistic: Tensor, common: Any, batch: Batch) -> Step:
+        """See ``loss``."""
+        return Step(self.separation(statistic[:, 0], statistic[:, 1]).sum())
+
+    def tiled_score(self, node: Node, statistic: Tensor) -> Tensor:
+        """See ``score``."""
+        return statistic
 
     def features(self, latents: Tensor) -> Tensor:
         """Normalised activities, [B, n]."""

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from edgetrain.errors import InputError
-from edgetrain.objectives.base import Batch, Constants, Defaults, Node, Objective, Phase, Step
+from edgetrain.objectives.base import Batch, Constants, Defaults, Node, Objective, Phase, Step, Streams
 
 
 class AutoencoderCells(Objective):
@@ -56,6 +56,7 @@ class AutoencoderCells(Objective):
     classifier = "all"
     nonnegative_input = True
     takes_tokens = False
+    tile_axes: ClassVar[Mapping[str, int] | None] = {"0.weight": 1}
 
     def head(self, node: Node) -> nn.Module:
         """The decoder: a linear map [n] -> [inputs] with bias, rectified."""
@@ -67,6 +68,27 @@ class AutoencoderCells(Objective):
         z = cell(x)
         return Step(self._error(head, z, x), {"x": z.detach()})
 
+    def tile_head(self, node: Node, tile: Node, units: slice) -> nn.Module:
+        """The columns of the decoder that are the units'."""
+        assert node.parent is not None
+        return nn.Sequential(nn.Linear(prod(tile.shape), prod(node.parent.shape), bias=False))
+
+    def common_head(self, node: Node) -> nn.Module:
+        """The decoder's bias."""
+        assert node.parent is not None
+        return nn.Sequential(_Bias(prod(node.parent.shape)))
+
+    def statistic(self, node: Node, cell: nn.Module, head: Any, streams: Streams) -> tuple[Tensor, Streams]:
+        """The tile's part of the reconstruction, before bias and rectification."""
+        z = cell(streams["x"])
+        return head(z.flatten(1)), {"x": z.detach()}
+
+    def tiled_loss(self, node: Node, statistic: Tensor, common: Any, batch: Batch) -> Step:
+        """See ``loss``."""
+        target = batch.streams["x"].flatten(1)
+        made = torch.relu(statistic + common[0].bias)
+        return Step((made - target).square().sum() / target.shape[1])
+
     def _error(self, decoder: nn.Module, z: Tensor, x: Tensor) -> Tensor:
         target = x.flatten(1)
         made: Tensor = decoder(z.flatten(1))
@@ -77,6 +99,7 @@ class DenoisingAutoencoderCells(AutoencoderCells):
     """Each cell reconstructs its clean input from a noisy one."""
 
     name = "lbp-dae"
+    tile_axes = None  # hands on the clean input's latents, which would need a third sweep
     constants: Constants = MappingProxyType({"noise": 0.2})
 
     def loss(self, phase: str, cell: nn.Module, head: Any, batch: Batch) -> Step:
@@ -90,6 +113,7 @@ class ConvolutionalAutoencoderCells(AutoencoderCells):
     """Each cell, a convolution with pooling, reconstructs its input through a transposed convolution."""
 
     name = "lbp-cae"
+    tile_axes = None
     needs = "labels for the classifier only; images whose values are not negative; a pooling cnn: net"
     default_net = "cnn:64,128"
     net_defaults: ClassVar[Mapping[str, str]] = {"bias": "1", "prenorm": "layer", "pool": "max", "odd": "pad"}
@@ -123,6 +147,7 @@ class GenerativeAdversarialCells(AutoencoderCells):
     """Each cell is the encoder of a generator that learns to fool a discriminator of its input."""
 
     name = "lbp-gan"
+    tile_axes = None  # would need four sweeps
     defaults = Defaults(
         schedule="separate",
         optimizer="adamw",
@@ -157,6 +182,14 @@ class GenerativeAdversarialCells(AutoencoderCells):
     def _made(self, cell: nn.Module, head: Any, noise: Tensor) -> Tensor:
         made: Tensor = head["decoder"](cell(noise).flatten(1))
         return made
+
+
+class _Bias(nn.Module):
+    """A bias of its own, under the name that it has in the decoder."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(size))
 
 
 def _dense_decoder(node: Node) -> nn.Module:

@@ -37,6 +37,7 @@ class MonoForward(Objective):
     net_defaults: ClassVar[Mapping[str, str]] = {"bias": "0", "pool": "avg"}
     defaults = Defaults(schedule="separate", optimizer="adam", lr=1e-3)
     vote = "sum"
+    tile_axes: ClassVar[Mapping[str, int]] = {"weight": 1}
 
     def head(self, node: Node) -> nn.Module:
         """The projection M: a linear map [n] -> [C] without bias."""
@@ -52,3 +53,16 @@ class MonoForward(Objective):
     def score(self, head: Any, latents: Streams) -> Tensor:
         """The goodness G of each class, [B, C]."""
         return head(self.vector(latents["x"]))  # type: ignore[no-any-return]
+
+    def statistic(self, node: Node, cell: nn.Module, head: Any, streams: Streams) -> tuple[Tensor, Streams]:
+        """The tile's part of the goodness G."""
+        a = cell(streams["x"])
+        return head(self.vector(a)), {"x": a.detach()}
+
+    def tiled_loss(self, node: Node, statistic: Tensor, common: Any, batch: Batch) -> Step:
+        """See ``loss``."""
+        return Step(cross_entropy(statistic, batch.y, reduction="sum"), None, statistic.detach())
+
+    def tiled_score(self, node: Node, statistic: Tensor) -> Tensor:
+        """See ``score``."""
+        return statistic

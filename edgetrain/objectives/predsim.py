@@ -45,6 +45,7 @@ class PredictionAndSimilarity(Objective):
     default_net = "mlp:1000x2"
     net_defaults: ClassVar[Mapping[str, str]] = {"bias": "1", "pool": "max", "norm": "batch", "act": "leaky"}
     constants: Constants = MappingProxyType({"beta": 0.99})
+    shares = frozenset({"beta"})
     defaults = Defaults(schedule="sequence", optimizer="adam", lr=5e-4)
     vote = "last"
     couples_batch = True

@@ -41,13 +41,15 @@ class StochasticLayerwise(Objective):
     needs = "labels; any net"
     net_defaults: ClassVar[Mapping[str, str]] = {"bias": "1", "pool": "max"}
     constants: Constants = MappingProxyType({"beta": 1.0, "dropout": 0.0})
+    shares = frozenset({"dropout"})
     defaults = Defaults(schedule="sequence", optimizer="adamax", lr=1e-3)
     vote = "last"
     classifier = "last"
+    tile_axes: ClassVar[Mapping[str, int]] = MappingProxyType({})
 
     def head(self, node: Node) -> nn.Module:
         """The cell's own projection and its parent's."""
-        return _Projections(self._projection(node), self._projection(node.parent))
+        return _Fixed(own=self._projection(node), parent=self._projection(node.parent))
 
     def loss(self, phase: str, cell: nn.Module, head: Any, batch: Batch) -> Step:
         """Summed cross-entropy and distance from the parent's distribution."""
@@ -62,6 +64,35 @@ class StochasticLayerwise(Objective):
     def score(self, head: Any, latents: Streams) -> Tensor:
         """The projected logits a R, [B, C]."""
         return self.vector(latents["x"]) @ head.own  # type: ignore[no-any-return]
+
+    def tileable(self, node: Node) -> bool:
+        """See ``Objective.tileable``; a mask on the projection is drawn for the whole cell."""
+        return super().tileable(node) and not self.constants["dropout"]
+
+    def tile_head(self, node: Node, tile: Node, units: slice) -> nn.Module:
+        """The rows of the projection that are the units'."""
+        return _Fixed(own=self._projection(node)[units])
+
+    def common_head(self, node: Node) -> nn.Module:
+        """The parent's projection."""
+        return _Fixed(parent=self._projection(node.parent))
+
+    def statistic(self, node: Node, cell: nn.Module, head: Any, streams: Streams) -> tuple[Tensor, Streams]:
+        """The tile's part of the logits v."""
+        a = cell(streams["x"])
+        return self.vector(a) @ head.own, {"x": a.detach()}
+
+    def tiled_loss(self, node: Node, statistic: Tensor, common: Any, batch: Batch) -> Step:
+        """See ``loss``."""
+        total = cross_entropy(statistic, batch.y, reduction="sum")
+        x = batch.streams["x"]
+        if self.constants["beta"] and x.is_floating_point():
+            total = total + self.constants["beta"] * self._distance(statistic, x, common.parent)
+        return Step(total, None, statistic.detach())
+
+    def tiled_score(self, node: Node, statistic: Tensor) -> Tensor:
+        """See ``score``."""
+        return statistic
 
     def _projection(self, node: Node | None) -> Tensor:
         assert node is not None
@@ -100,13 +131,13 @@ class StochasticLayerwiseBlocks(StochasticLayerwise):
                 )
 
 
-class _Projections(nn.Module):
-    """Fixed matrices that are made again from their key instead of stored."""
+class _Fixed(nn.Module):
+    """Fixed matrices that are made again from their key instead of stored: ``own`` and ``parent``."""
 
     own: Tensor
     parent: Tensor
 
-    def __init__(self, own: Tensor, parent: Tensor):
+    def __init__(self, **matrices: Tensor):
         super().__init__()
-        self.register_buffer("own", own, persistent=False)
-        self.register_buffer("parent", parent, persistent=False)
+        for name, matrix in matrices.items():
+            self.register_buffer(name, matrix, persistent=False)

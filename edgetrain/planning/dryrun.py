@@ -24,6 +24,7 @@ from edgetrain.stream.executor import Executor, Tally
 from edgetrain.stream.feed import LABELS, DeviceFeed, HostBatch, Part, Slice, Transfer, slots_on
 from edgetrain.stream.latents import DeviceLatents
 from edgetrain.stream.readout import DeviceCellsFeed, Portion, Reading, Readout, Slots, train_readout
+from edgetrain.stream.tiles import TiledCell, at_hand, phases_of
 
 _CPU = torch.device("cpu")
 _STEPS = 2  # the first makes the optimizer's state, the second is steady
@@ -88,40 +89,41 @@ class _FakeFeed:
         yield from transfer.parts(work, batches, lambda batch: None)
 
 
-def cell_peak(work: Workload, index: int, micro_batch: int) -> int:
+def cell_peak(work: Workload, index: int, micro_batch: int, tiles: int = 1) -> int:
     """Peak bytes of a visit to cell ``index``, streamed: its steps, emitting after them, and evaluation."""
     with bench(work.device) as table:
-        cell = place(work, index, table)
+        cell = place(work, index, table, tiles)
         feed = _FakeFeed(work.formats_into(index), table.meter, slots_on(work.device))
         _run(work, index, micro_batch, table, cell, feed, _NoSink())
         peak = table.peak
     if len(work.objective.unlabelled_names) > 1:  # otherwise evaluation takes a part of what training takes
-        peak = max(peak, _evaluation_peak(work, index, micro_batch))
+        peak = max(peak, _evaluation_peak(work, index, micro_batch, tiles))
     return peak
 
 
-def _evaluation_peak(work: Workload, index: int, micro_batch: int) -> int:
+def _evaluation_peak(work: Workload, index: int, micro_batch: int, tiles: int) -> int:
     """Peak bytes of looking for the classes with cell ``index``, as the predictor does."""
     with bench(work.device) as table:
-        cell = place(work, index, table)
+        cell = place(work, index, table, tiles)
         names = ("x",) if index == 0 else work.objective.unlabelled_names
         formats = dict.fromkeys(names, work.inputs if index == 0 else RowFormat(work.nodes[index - 1].shape))
         feed = _FakeFeed(formats, table.meter, slots_on(work.device))
         executor = Executor(work.objective, _CPU, table.meter, work.seed)
         size = work.objective.evaluation_batch(micro_batch)
-        piece = Slice(_STEPS * size, size, size, 0, _STEPS)
+        piece = Slice(_STEPS * size, size, size, 0, _STEPS, phases=cell.tiles)
         executor.read(cell, feed, piece, _NoSink(), lambda part, scores, latents: None)
         return table.peak
 
 
-def place(work: Workload, index: int, table: Bench) -> LiveCell:
+def place(work: Workload, index: int, table: Bench, tiles: int = 1) -> LiveCell | TiledCell:
     """The cell on the fake device."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with unset_fake_temporarily():  # modules with buffers cannot be made on two pretended devices at once
         shapes = shapes_of(work.nodes[index], work.objective)
+    node, host = work.nodes[index], table.meter.host
     with table.meter.watch():
-        return LiveCell(work.nodes[index], work.objective, work.optimizer, _CPU, shapes=shapes)
+        return at_hand(node, work.objective, work.optimizer, _CPU, tiles, host=host, shapes=shapes)
 
 
 def _run(
@@ -129,18 +131,18 @@ def _run(
     index: int,
     micro_batch: int,
     table: Bench,
-    cell: LiveCell,
+    cell: LiveCell | TiledCell,
     feed: _FakeFeed | DeviceFeed,
     sink: _NoSink | DeviceLatents,
 ) -> None:
     executor = Executor(work.objective, _CPU, table.meter, work.seed, work.augmentation)
-    piece = _slice(work, micro_batch, len(work.objective.phases))
+    piece = _slice(work, micro_batch, phases_of(work.objective, cell.tiles))
     emitting = sink if work.hands_on(index) else None
     with table.meter.watch():
         tally = Tally(_CPU)
     executor.train(cell, feed, piece, 0, tally, emitting if work.emits_in_training else None)
     if not work.emits_in_training:
-        executor.emit(cell, feed, _slice(work, micro_batch, 1), emitting)
+        executor.emit(cell, feed, _slice(work, micro_batch, cell.tiles, shuffled=False), emitting)
 
 
 @dataclass(frozen=True)
@@ -148,16 +150,17 @@ class _Excerpt(Slice):
     """Steps whose many equal micro-batches are not all run: the second already sums up gradients."""
 
     def parts(self, size: int) -> Iterator[tuple[int, int, int, bool]]:
-        """The first two and the last part of each phase."""
+        """The first and the last part of each phase, and the second if the last is smaller."""
         for _, parts in groupby(super().parts(size), key=itemgetter(0)):
             listed = list(parts)
-            yield from listed if len(listed) <= 3 else [*listed[:2], listed[-1]]
+            smaller = size % self.micro_batch > 0
+            yield from listed if len(listed) <= 2 else [*listed[: 1 + smaller], listed[-1]]
 
 
-def _slice(work: Workload, micro_batch: int, phases: int) -> Slice:
+def _slice(work: Workload, micro_batch: int, phases: int, shuffled: bool = True) -> Slice:
     """Two steps of full batches (or of all rows, if these are fewer)."""
     size = min(work.batch_size, work.rows)
-    order = np.zeros(_STEPS * size, np.int64)
+    order = np.zeros(_STEPS * size, np.int64) if shuffled else None
     return _Excerpt(_STEPS * size, size, min(micro_batch, size), 0, _STEPS, order, phases)
 
 
@@ -210,33 +213,39 @@ class _FakeCellsFeed:
 
 
 def resident_peak(work: Workload, micro_batches: list[int]) -> tuple[int, list[int]]:
-    """Peak bytes with data set, latents and cells all on the device: of the run, and by visit."""
-    peaks = []
+    """Peak bytes with data set, latents and cells all on the device: of the run, and by visit.
+
+    Cells that take turns every epoch meet all others on the device from the second epoch on.
+    """
+    peaks = [0] * len(micro_batches)
     with bench(work.device) as table:
         with table.meter.watch():
-            inputs = data = _resident(work.rows, work.inputs)  # inputs stay to the end, as in the trainer
+            latents = {0: _resident(work.rows, work.inputs)}
             labels = torch.empty(work.rows, dtype=torch.int64)
-        kept: list[LiveCell] = []
-        emitted: list[DeviceLatents] = []
-        for index in range(work.depth):
-            table.tracker.reset_peak()
-            kept.append(place(work, index, table))
-            out = DeviceLatents(work.rows * work.views, work.latent_dtype, work.emits_in_training)
-            _run(work, index, micro_batches[index], table, kept[-1], DeviceFeed(data, labels), out)
-            peaks.append(table.peak)
-            if index - 1 not in work.classifier_reads and index:
-                data.free()  # nobody reads the cell's inputs any more
-            if index in work.classifier_reads:
-                emitted.append(out)
-            data = out
-        if work.readout is not None:
-            table.tracker.reset_peak()
-            readout = _readout(work, table, resident=True)
-            reading = Reading(work.objective.classifier_stream, work.objective.features)
-            feed = DeviceCellsFeed(emitted, labels, reading)
-            _run_readout(work, micro_batches[-1], table, readout, feed)
-            peaks.append(table.peak)
-        inputs.free()
+        kept: list[LiveCell | TiledCell] = []
+        readout: Readout | None = None
+        for _ in range(min(work.epochs, 2) if work.emits_in_training else 1):
+            for index in range(work.depth):
+                table.tracker.reset_peak()
+                if index == len(kept):
+                    kept.append(place(work, index, table))
+                out = DeviceLatents(work.rows * work.views, work.latent_dtype, work.emits_in_training)
+                _run(work, index, micro_batches[index], table, kept[index], DeviceFeed(latents[index], labels), out)
+                latents[index + 1] = out
+                peaks[index] = max(peaks[index], table.peak)
+                if index and index - 1 not in work.classifier_reads:
+                    latents.pop(index).free()  # nobody reads the cell's inputs any more
+            if work.readout is not None:
+                table.tracker.reset_peak()
+                readout = readout or _readout(work, table, resident=True)
+                reading = Reading(work.objective.classifier_stream, work.objective.features)
+                read = [index + 1 for index in work.classifier_reads]
+                feed = DeviceCellsFeed([latents[index] for index in read], labels, reading)
+                _run_readout(work, micro_batches[-1], table, readout, feed)
+                peaks[-1] = max(peaks[-1], table.peak)
+                for index in read:
+                    latents.pop(index).free()
+        latents[0].free()
     return max(peaks), peaks
 
 

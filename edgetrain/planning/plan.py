@@ -19,6 +19,7 @@ class CellPlan:
         peak: device bytes of a visit.
         latents: bytes of the latents that it hands on, on disk.
         tiles: pieces in which its units are trained.
+        tileable: whether they can be.
     """
 
     name: str
@@ -27,6 +28,7 @@ class CellPlan:
     peak: int
     latents: int
     tiles: int = 1
+    tileable: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,11 @@ class Plan:
     def visits(self) -> tuple[CellPlan, ...]:
         """All cells and, last, the classifier."""
         return self.cells if self.readout is None else (*self.cells, self.readout)
+
+    @property
+    def tiles(self) -> list[int]:
+        """Of each cell and of the classifier."""
+        return [cell.tiles for cell in self.visits]
 
     @property
     def micro_batches(self) -> list[int]:

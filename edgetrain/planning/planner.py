@@ -7,9 +7,10 @@ fits stays there. On the CPU nothing is gained by keeping what lies in files in 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from math import prod
 
 import torch
 
@@ -22,6 +23,7 @@ from edgetrain.planning import storage
 from edgetrain.planning.dryrun import cell_peak, readout_peak, resident_peak
 from edgetrain.planning.plan import CellPlan, Plan
 from edgetrain.planning.workload import Workload
+from edgetrain.stream.tiles import cuts
 from edgetrain.units import MIB, ceil_mb, show_mb
 
 _REPEATS = (3, 4)  # copies of equal cells from which backpropagation's peak is extrapolated
@@ -33,6 +35,7 @@ def make_plan(
     budget: int | None,
     placement: str = "auto",
     micro_batch: int | list[int] | None = None,
+    tiles: int | list[int] | None = None,
     host_budget: int | None = None,
     disk_budget: int | None = None,
 ) -> Plan:
@@ -43,20 +46,24 @@ def make_plan(
         budget: device bytes, or ``None`` for no limit.
         placement: ``auto``, ``stream`` or ``resident``.
         micro_batch: asked for by the user, for all or each; ``None``: the largest that fits.
+        tiles: of cells, asked for by the user; ``None``: one if that fits.
         host_budget: host bytes, or ``None``.
         disk_budget: disk bytes, or ``None``.
 
     Raises:
-        InputError: micro-batches were asked for where they cannot be.
+        InputError: micro-batches or tiles were asked for where they cannot be.
     """
-    chooser = _Chooser(work, budget, _asked(work, micro_batch))
+    chooser = _Chooser(work, budget, _asked(work, micro_batch), _asked_tiles(work, tiles))
     cells = tuple(chooser.cell(index) for index in range(work.depth))
     readout, readout_resident = chooser.readout(lean=placement == "stream")
     visits = cells if readout is None else (*cells, readout)
     peak = max(cell.peak for cell in visits)
     chosen = "stream"
+    tiled = any(cell.tiles > 1 for cell in cells)
+    if placement == "resident" and tiled:
+        raise InputError("--placement resident: cells in tiles come from the host; leave one of the two out")
     if placement == "resident" or (
-        placement == "auto" and work.device.type == "cuda" and work.depth <= _RESIDENT_CELLS
+        placement == "auto" and work.device.type == "cuda" and work.depth <= _RESIDENT_CELLS and not tiled
     ):
         whole, peaks = resident_peak(work, [cell.micro_batch for cell in visits])
         if placement == "resident" or budget is None or whole <= budget:
@@ -98,7 +105,8 @@ def require_fit(plan: Plan) -> None:
         worst = max(plan.visits, key=lambda cell: cell.peak)
         raise BudgetError(
             f"--max-gpu-mb {plan.budget / MIB:.4g} cannot hold {worst.name!r}, which needs {show_mb(worst.peak)} at"
-            f" micro-batch {worst.micro_batch}; the smallest budget for this run is {ceil_mb(plan.min_budget):.2f} MiB"
+            f" micro-batch {worst.micro_batch}{_in_tiles(worst)}; the smallest budget for this run is"
+            f" {ceil_mb(plan.min_budget):.2f} MiB"
         )
     if not plan.host_fits:
         raise BudgetError(
@@ -112,6 +120,12 @@ def require_fit(plan: Plan) -> None:
         )
 
 
+def _in_tiles(cell: CellPlan) -> str:
+    if cell.tiles > 1:
+        return f" in {cell.tiles} tiles"
+    return "" if cell.tileable else " (it cannot be trained in tiles)"
+
+
 def _whole_batch(work: Workload, budget: int | None) -> int | None:
     """The largest batch, halving from the run's, that fits where cells take batches whole."""
     if not any(work.couples_batch(index) for index in range(work.depth)):
@@ -119,7 +133,7 @@ def _whole_batch(work: Workload, budget: int | None) -> int | None:
     size = min(work.batch_size, work.rows) // 2
     while size > 1:
         smaller = replace(work, batch_size=size)
-        chooser = _Chooser(smaller, budget, None)
+        chooser = _Chooser(smaller, budget, None, None)
         if all(chooser.fits(chooser.cell(index).peak) for index in range(work.depth)):
             return size
         size //= 2
@@ -176,13 +190,42 @@ def _asked(work: Workload, micro_batch: int | list[int] | None) -> list[int] | N
     return [min(each, size) for each in asked]
 
 
-class _Chooser:
-    """Finds for each node the largest micro-batch that fits, looking at each kind of cell once."""
+def _asked_tiles(work: Workload, tiles: int | list[int] | None) -> list[int] | None:
+    if tiles is None:
+        return None
+    asked = tiles if isinstance(tiles, list) else [tiles] * work.depth
+    if len(asked) not in (work.depth, work.depth + (work.readout is not None)):
+        raise InputError(f"tiles lists {len(asked)} numbers; expected {work.depth}, one for each cell")
+    for node, each in zip(work.nodes, asked, strict=False):
+        if each > 1 and not work.objective.tileable(node):
+            raise InputError(
+                f"--tiles {each}: cell {node.index + 1} cannot be trained in tiles by {work.objective.name}; they are"
+                " for dense cells without dropout and batch normalisation, by mf, lbp-ae, sll, ff or symba"
+            )
+    return asked
 
-    def __init__(self, work: Workload, budget: int | None, asked: list[int] | None):
+
+@dataclass(frozen=True)
+class _Choice:
+    """How a kind of cell is trained: peak is that of the choice, least that of the leanest there is."""
+
+    params: int
+    micro: int
+    tiles: int
+    peak: int
+    least: int
+
+
+class _Chooser:
+    """Finds for each node the largest micro-batch that fits, looking at each kind of cell once.
+
+    A cell that does not fit in any micro-batch is cut into tiles: as few as allow the largest micro-batch.
+    """
+
+    def __init__(self, work: Workload, budget: int | None, asked: list[int] | None, tiles: list[int] | None):
         self.least = 0
-        self._work, self._budget, self._asked = work, budget, asked
-        self._known: dict[Hashable, tuple[int, int, int, int]] = {}
+        self._work, self._budget, self._asked, self._tiles = work, budget, asked, tiles
+        self._known: dict[Hashable, _Choice] = {}
 
     def cell(self, index: int) -> CellPlan:
         """The plan of a cell."""
@@ -195,18 +238,57 @@ class _Chooser:
             index == 0,
             work.hands_on(index),
             self._asked and self._asked[index],
+            self._tiles and self._tiles[index],
         )
         if kind not in self._known:
-            with torch.device("meta"):
-                head = work.objective.head(node)
-            extra = 0 if head is None else sum(value.numel() for value in head.parameters())
-            fixed = self._asked[index] if self._asked else None
-            sizes = self._sizes(fixed, work.couples_batch(index))
-            micro, peak, least = self._largest(sizes, lambda size: cell_peak(work, index, size))
-            self._known[kind] = (node.recipe.parameters() + extra, micro, peak, least)
-        params, micro, peak, least = self._known[kind]
-        self.least = max(self.least, least)
-        return CellPlan(node.recipe.name, params, micro, peak, storage.latent_bytes(work, index))
+            self._known[kind] = self._choose(index)
+        found = self._known[kind]
+        self.least = max(self.least, found.least)
+        latents, tileable = storage.latent_bytes(work, index), work.objective.tileable(node)
+        return CellPlan(node.recipe.name, found.params, found.micro, found.peak, latents, found.tiles, tileable)
+
+    def _choose(self, index: int) -> _Choice:
+        work, node = self._work, self._work.nodes[index]
+        assert node.recipe is not None
+        with torch.device("meta"):
+            head = work.objective.head(node)
+        params = node.recipe.parameters() + (0 if head is None else sum(value.numel() for value in head.parameters()))
+        sizes = self._sizes(self._asked[index] if self._asked else None, work.couples_batch(index))
+        units = prod(node.shape)
+        if self._tiles is not None:
+            tiles = len(cuts(units, self._tiles[index]))
+            return _Choice(params, tiles=tiles, **self._in(index, tiles, sizes))
+        whole = _Choice(params, tiles=1, **self._in(index, 1, sizes))
+        most = len(cuts(units, units))
+        if most == 1 or not work.objective.tileable(node):
+            return whole
+        return self._cut(index, sizes, whole, most)
+
+    def _cut(self, index: int, sizes: list[int], whole: _Choice, most: int) -> _Choice:
+        """The cell whole if that fits, else in as few tiles as allow the largest micro-batch, at most ``most``."""
+        units, chosen = prod(self._work.nodes[index].shape), None
+        leanest = _Choice(whole.params, tiles=most, **self._in(index, most, sizes))
+        least = min(whole.least, leanest.least)
+        if self.fits(whole.peak):
+            return replace(whole, least=least)
+        asked = 2
+        while asked < 2 * most and (chosen is None or chosen.micro < sizes[0]):
+            tiles = len(cuts(units, min(asked, most)))
+            better = [size for size in sizes if chosen is None or size > chosen.micro]
+            found = _Choice(whole.params, tiles=tiles, **self._in(index, tiles, better))
+            chosen = found if self.fits(found.peak) else chosen
+            asked *= 2
+        return replace(chosen or min(whole, leanest, key=lambda choice: choice.peak), least=least)
+
+    def _in(self, index: int, tiles: int, sizes: list[int]) -> dict[str, int]:
+        """Micro-batch, peak and least peak of a cell in so many tiles."""
+
+        def peak_at(size: int) -> int:
+            more = (tiles,) if tiles > 1 else ()
+            return cell_peak(self._work, index, size, *more)
+
+        micro, peak, least = self._largest(sizes, peak_at)
+        return {"micro": micro, "peak": peak, "least": least}
 
     def readout(self, lean: bool) -> tuple[CellPlan | None, bool]:
         """The plan of the trained classifier, and whether it stays on the device as a whole."""
@@ -242,11 +324,17 @@ class _Chooser:
         """
         peaks = {size: peak_at(size) for size in {sizes[0], sizes[-1]}}
         leanest = min(peaks, key=lambda size: (peaks[size], -size))
-        for size in sizes:
-            peak = peaks[size] if size in peaks else peak_at(size)
-            if self.fits(peak):
-                return size, peak, peaks[leanest]
-        return leanest, peaks[leanest], peaks[leanest]
+        chosen = next((size for size in (sizes[0], sizes[-1]) if self.fits(peaks[size])), leanest)
+        if chosen != sizes[0] and chosen == sizes[-1]:
+            between = sizes[1:-1]
+            while between:
+                middle = len(between) // 2
+                peaks[between[middle]] = peak_at(between[middle])
+                if self.fits(peaks[between[middle]]):
+                    chosen, between = between[middle], between[:middle]
+                else:
+                    between = between[middle + 1 :]
+        return chosen, peaks[chosen], peaks[leanest]
 
     def fits(self, peak: int) -> bool:
         """Whether the budget holds it."""

@@ -89,6 +89,11 @@ class LiveCell:
         if state is not None:
             self._load_optimizers(state)
 
+    @property
+    def tiles(self) -> int:
+        """In how many pieces it comes to the device."""
+        return 1
+
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Learned tensors with their names, those of the head after the cell's."""
         yield from ((f"cell.{name}", value) for name, value in self.module.named_parameters())
@@ -129,8 +134,8 @@ class LiveCell:
                     if key.startswith(prefix):
                         # A step count of an implementation that is not fused is read by the host.
                         on_host = value.ndim == 0 and not optimizer.defaults.get("fused")
-                        target = torch.device("cpu") if on_host else self.device
-                        optimizer.state[parameter][key.removeprefix(prefix)] = copied(value, target)
+                        own = value.clone() if on_host else copied(value, self.device)
+                        optimizer.state[parameter][key.removeprefix(prefix)] = own
 
 
 _NOTHING: Any = type("NoOptimizer", (), {"state": {}, "step": lambda self: None, "defaults": {}})()
@@ -153,17 +158,28 @@ def shapes_of(node: Node, objective: Objective) -> Modules:
         return node.recipe.build(), objective.head(node)
 
 
+def first_state(node: Node, objective: Objective, shapes: Modules | None = None) -> State:
+    """Named host tensors of a cell's first weights and head; of ``shapes``, room without values."""
+    module, head = shapes or _modules(node, objective, known=False)
+    found = {f"cell.{name}": value for name, value in module.state_dict(keep_vars=True).items()}
+    if head is not None:
+        found |= {f"head.{name}": value for name, value in head.state_dict(keep_vars=True).items()}
+    if shapes is None:
+        return {name: value.detach() for name, value in found.items()}
+    return {name: torch.empty(value.shape, dtype=value.dtype) for name, value in found.items()}
+
+
 def _modules(node: Node, objective: Objective, known: bool) -> Modules:
     """Cell and head: shapes alone where values come from elsewhere, first values otherwise."""
     assert node.recipe is not None
-    if known and not _unstored(shapes := shapes_of(node, objective)):
+    if known and not unstored(shapes := shapes_of(node, objective)):
         return shapes
     module = node.recipe.materialise(node.seed, node.index)
     with seeded(node.seed, "head", node.index):
         return module, objective.head(node)
 
 
-def _unstored(modules: Modules) -> bool:
+def unstored(modules: Modules) -> bool:
     """Whether a module has buffers that no state holds, so that they must be made anew."""
     return any(part._non_persistent_buffers_set for top in modules if top for part in top.modules())
 

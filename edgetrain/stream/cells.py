@@ -17,6 +17,7 @@ from edgetrain.memory.host import give_back_free_memory
 from edgetrain.memory.meter import Meter
 from edgetrain.store.run import Spilled
 from edgetrain.stream.cell import LiveCell, State, copied
+from edgetrain.stream.tiles import TiledCell
 
 _HOST = torch.device("cpu")
 
@@ -61,7 +62,7 @@ class CellStream:
 
     def __init__(
         self,
-        place: Callable[[int, Mapping[str, torch.Tensor] | None], LiveCell],
+        place: Callable[[int, Mapping[str, torch.Tensor] | None], LiveCell | TiledCell],
         device: torch.device,
         meter: Meter,
         shelf: Shelf,
@@ -71,18 +72,18 @@ class CellStream:
         self._place, self._device, self._meter = place, device, meter
         self._shelf, self._host_bytes, self._keep = shelf, host_bytes, keep
         self._held: dict[int, _Held] = {}
-        self._live: dict[int, LiveCell] = {}
+        self._live: dict[int, LiveCell | TiledCell] = {}
         self._current: int | None = None
         self._host_used = 0
         self._reader = ThreadPoolExecutor(1, "edgetrain-cells")
         self._coming: tuple[int, Future[State]] | None = None
 
-    def visit(self, index: int) -> LiveCell:
+    def visit(self, index: int) -> LiveCell | TiledCell:
         """The cell, on the device; the one before it leaves unless cells are kept there."""
         if self._current != index:
             self.leave()
+            self._meter.start_cell(index)
             if index not in self._live:
-                self._meter.start_cell(index)
                 with self._meter.watch():
                     self._live[index] = self._place(index, self._fetch(index))
             self._current = index
@@ -170,7 +171,9 @@ class CellStream:
             return
         held.spilled = self._shelf.spill(f"{index:03}", state)
 
-    def _to_host(self, cell: LiveCell) -> State:
+    def _to_host(self, cell: LiveCell | TiledCell) -> State:
+        if isinstance(cell, TiledCell):
+            return cell.state()  # which is on the host
         with self._meter.host():
             return {name: copied(value, _HOST) for name, value in cell.state().items()}
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from edgetrain.data.augment import Augmentation
 from edgetrain.errors import DivergedError
 from edgetrain.memory.meter import Meter
-from edgetrain.objectives.base import Batch, Objective, Streams
-from edgetrain.stream.cell import LiveCell
+from edgetrain.objectives.base import Batch, Node, Objective, Streams
+from edgetrain.stream.cell import LiveCell, copied
 from edgetrain.stream.draws import StepDraws
 from edgetrain.stream.feed import Feed, Part, Slice
 from edgetrain.stream.latents import Sink
 from edgetrain.stream.saved import saved_on_host
+from edgetrain.stream.tiles import Sweeps, TiledCell
 
 _KEPT_STEPS = 1024  # losses that stay on the device before they are read, so that no step waits
 
@@ -99,7 +100,7 @@ class Executor:
 
     def train(
         self,
-        cell: LiveCell,
+        cell: LiveCell | TiledCell,
         feed: Feed,
         work: Slice,
         epoch: int,
@@ -108,20 +109,23 @@ class Executor:
         after_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         """Train the cell on a range of steps, emitting its latents from before each update to ``sink``."""
-        cell.train()
+        if isinstance(cell, LiveCell):
+            cell.train()
         parts = feed.parts(work)
         try:
             for step, start, stop in work.steps():
                 with self._meter.watch(("train", stop - start)):
                     draws = StepDraws(self._seed, cell.node.index, epoch, step, work.samples(start, stop))
-                    self._seed_if_drawing(cell, draws)
-                    for _ in work.parts(stop - start):
-                        self._train_part(cell, next(parts), draws, tally, sink)
+                    if isinstance(cell, TiledCell):
+                        sweeps = Sweeps(self._objective, self._drawn_inputs(cell.node, draws))
+                        sweeps.train(cell, parts, work, stop - start, draws, tally.add, sink)
+                    else:
+                        self._train_step(cell, parts, work, stop - start, draws, tally, sink)
                 after_step(step)
         finally:
             _close(parts)
 
-    def emit(self, cell: LiveCell, feed: Feed, work: Slice, sink: Sink | None, view: int = 0) -> None:
+    def emit(self, cell: LiveCell | TiledCell, feed: Feed, work: Slice, sink: Sink | None, view: int = 0) -> None:
         """Run the finished cell over the training samples, latents to ``sink``.
 
         Args:
@@ -131,51 +135,93 @@ class Executor:
             sink: where latents go; views lie there one behind the other.
             view: of the data set; the first cell makes it, drawing what an epoch of that number draws.
         """
-        cell.eval()
         base = view * work.rows
 
-        def emit(part: Part) -> None:
+        def inputs(part: Part) -> Streams:
             draws = StepDraws(self._seed, cell.node.index, view, part.step, work.samples(part.start, part.stop))
-            draws.first = part.first
-            latents = self._objective.latent(cell.module, self._inputs(cell, part, draws))
-            if sink is not None:
-                sink.put(base + part.start + part.first, latents)
+            return self._drawn_inputs(cell.node, draws)(part)
 
-        self._without_gradients("emit", feed, work, emit)
+        def emit(parts: Iterator[Part], size: int) -> None:
+            if isinstance(cell, TiledCell):
+                start, rows = Sweeps(self._objective, inputs).emit(cell, parts, work, size)
+                if sink is not None:
+                    sink.put(base + start, rows)
+                return
+            for _ in work.parts(size):
+                part = next(parts)
+                latents = self._objective.latent(cell.module, inputs(part))
+                if sink is not None:
+                    sink.put(base + part.start + part.first, latents)
+                part.streams = {}
+
+        self._without_gradients("emit", cell, feed, work, emit)
 
     def read(
         self,
-        cell: LiveCell,
+        cell: LiveCell | TiledCell,
         feed: Feed,
         work: Slice,
         sink: Sink | None,
         on_scores: Callable[[Part, Tensor | None, Streams], None],
     ) -> None:
-        """Run the finished cell over samples whose classes are to be found, scores [B, C] to ``on_scores``."""
-        cell.eval()
+        """Run the finished cell over samples whose classes are to be found, scores [B, C] to ``on_scores``.
 
-        def read(part: Part) -> None:
-            streams = part.streams
-            if cell.node.index == 0:
-                streams = self._objective.unlabelled_streams(streams["x"])
-            latents, scores = self._objective.read(cell.module, cell.head, streams)
+        Batches are not cut further here. Latents of a tiled cell are given on the host, but for the stream that
+        a trained classifier reads.
+        """
+
+        def inputs(part: Part) -> Streams:
+            return self._objective.unlabelled_streams(part.streams["x"]) if cell.node.index == 0 else part.streams
+
+        def read(parts: Iterator[Part], size: int) -> None:
+            latents: Streams
+            if isinstance(cell, TiledCell):
+                part, scores, rows = Sweeps(self._objective, inputs).read(cell, parts, size)
+                latents = rows
+            else:
+                part = next(parts)
+                latents, scores = self._objective.read(cell.module, cell.head, inputs(part))
             if sink is not None:
-                sink.put(part.start + part.first, latents)
+                sink.put(part.start, latents)
+            if isinstance(cell, TiledCell) and self._objective.trains_classifier:
+                stream = self._objective.classifier_stream
+                latents = {**latents, stream: copied(latents[stream], self._device)}
             on_scores(part, scores, latents)
+            part.streams = {}
 
-        self._without_gradients("read", feed, work, read)
+        self._without_gradients("read", cell, feed, work, read)
 
-    def _without_gradients(self, kind: str, feed: Feed, work: Slice, use: Callable[[Part], None]) -> None:
+    def _without_gradients(
+        self,
+        kind: str,
+        cell: LiveCell | TiledCell,
+        feed: Feed,
+        work: Slice,
+        use: Callable[[Iterator[Part], int], None],
+    ) -> None:
+        if isinstance(cell, LiveCell):
+            cell.eval()
         parts = feed.parts(work)
         try:
             for _, start, stop in work.steps():
                 with self._meter.watch((kind, stop - start)), torch.no_grad():
-                    for _ in work.parts(stop - start):
-                        part = next(parts)
-                        use(part)
-                        part.streams = {}
+                    use(parts, stop - start)
         finally:
             _close(parts)
+
+    def _train_step(
+        self,
+        cell: LiveCell,
+        parts: Iterator[Part],
+        work: Slice,
+        size: int,
+        draws: StepDraws,
+        tally: Tally,
+        sink: Sink | None,
+    ) -> None:
+        self._seed_if_drawing(cell, draws)
+        for _ in work.parts(size):
+            self._train_part(cell, next(parts), draws, tally, sink)
 
     def _seed_if_drawing(self, cell: LiveCell, draws: StepDraws) -> None:
         if cell.node.recipe is not None and cell.node.recipe.draws:
@@ -202,7 +248,7 @@ class Executor:
         phase: str,
         learned: list[torch.nn.Parameter],
     ) -> None:
-        streams = self._inputs(cell, part, draws)
+        streams = self._drawn_inputs(cell.node, draws)(part)
         with self._saving(cell):
             step = self._objective.loss(phase, cell.module, cell.head, Batch(streams, part.y, draws))
         if sink is not None and step.emitted is not None:
@@ -219,13 +265,19 @@ class Executor:
         with torch.no_grad():
             return self._objective.latent(cell.module, streams)
 
-    def _inputs(self, cell: LiveCell, part: Part, draws: StepDraws) -> Streams:
-        if cell.node.index > 0:
-            return part.streams
-        x = part.streams["x"]
-        if self._augmentation is not None:
-            x = self._augmentation(x, draws.uniform("augmentation", self._augmentation.columns, x))
-        return self._objective.streams(x, part.y, draws)
+    def _drawn_inputs(self, node: Node, draws: StepDraws) -> Callable[[Part], Streams]:
+        """What a cell learns from, of a part; the first cell's inputs are augmented and made into streams."""
+
+        def inputs(part: Part) -> Streams:
+            draws.first = part.first
+            if node.index > 0:
+                return part.streams
+            x = part.streams["x"]
+            if self._augmentation is not None:
+                x = self._augmentation(x, draws.uniform("augmentation", self._augmentation.columns, x))
+            return self._objective.streams(x, part.y, draws)
+
+        return inputs
 
     def _saving(self, cell: LiveCell) -> AbstractContextManager[object]:
         if not self._objective.saves_on_host:

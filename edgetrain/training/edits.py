@@ -208,7 +208,7 @@ class _Edit:
         """The settings for the new cells; micro-batches that were planned are planned anew."""
         sizes = self.settings.micro_batch
         planned = isinstance(sizes, list) or sizes == self.settings.batch_size
-        return replace(self.settings, schedule="separate", micro_batch=None if planned else sizes)
+        return replace(self.settings, schedule="separate", micro_batch=None if planned else sizes, tiles=None)
 
     def _check(self, job: Job, folder: RunFolder) -> None:
         """Refuse data or a net that are not the run's, and cells to keep that are damaged."""

@@ -152,7 +152,8 @@ class Run:
         with TemporaryDirectory(prefix="edgetrain-") as scratch:
             rows = prepare(data, part, Path(scratch), "rows", scaling)
             micro = _as_list(self.settings.micro_batch, len(self.nodes), self.settings.batch_size)
-            predictor = predictor_of(folder, self.nodes, self.objective, place, meter, micro, Path(scratch))
+            tiles = _as_list(self.settings.tiles, len(self.nodes), 1)
+            predictor = predictor_of(folder, self.nodes, self.objective, place, meter, (micro, tiles), Path(scratch))
             found = predictor.run(FileLatents.of_files({"x": rows.x}, meter.host), rows.y, on_latents)
         if found.missing:
             warnings.warn(EdgetrainWarning(f"{self.path}: {found.missing}"), stacklevel=3)
@@ -165,10 +166,10 @@ def predictor_of(
     objective: Objective,
     device: torch.device,
     meter: Meter,
-    micro_batches: list[int],
+    pieces: tuple[list[int], list[int]],
     scratch: Path | None = None,
 ) -> Predictor:
-    """A predictor that reads a run's committed cells."""
+    """A predictor that reads a run's committed cells; ``pieces`` are micro-batches and tiles of each cell."""
     files = folder.files()
     return Predictor(
         nodes=cells,
@@ -176,7 +177,8 @@ def predictor_of(
         device=device,
         meter=meter,
         seed=cells[0].seed,
-        micro_batches=micro_batches,
+        micro_batches=pieces[0],
+        tiles=pieces[1],
         read_cell=partial(_read_cell, folder, files),
         readout=folder.read_unit(files[READOUT], optimizer=False) if READOUT in files else None,
         folder=scratch or folder.latents,
@@ -212,10 +214,8 @@ def _net(settings: Settings, net: Any) -> Any:
     return settings.net
 
 
-def _as_list(micro_batch: int | list[int] | None, cells: int, batch_size: int) -> list[int]:
-    if isinstance(micro_batch, list):
-        return micro_batch
-    return [micro_batch or batch_size] * cells
+def _as_list(sizes: int | list[int] | None, cells: int, otherwise: int) -> list[int]:
+    return sizes if isinstance(sizes, list) else [sizes or otherwise] * cells
 
 
 def read_record(path: Path) -> tuple[RunRecord, Shape]:

@@ -164,7 +164,12 @@ def process_state(settings: Settings) -> Iterator[None]:
 def carry_out(job: Job, plan: Plan, folder: RunFolder, resuming: bool, watcher: Watcher, net: Any) -> Run:
     """Train a planned run from its newest commit (or from the start), evaluate and finish it."""
     device, began = job.work.device, time.monotonic()
-    settings = replace(job.settings, micro_batch=_compact(plan.micro_batches), placement=_placement(job, plan))
+    settings = replace(
+        job.settings,
+        micro_batch=_compact(plan.micro_batches),
+        tiles=_compact(plan.tiles),
+        placement=_placement(job, plan),
+    )
     if not resuming:
         folder.create(settings.to_toml())
     with _removing_if_empty(folder.path), folder.locked(), PeakRss() as host:
@@ -219,7 +224,8 @@ def _evaluate(
 ) -> None:
     cells = trainer.records[: job.work.depth]
     if test is not None:
-        predictor = predictor_of(folder, job.work.nodes, job.work.objective, job.work.device, meter, plan.micro_batches)
+        pieces = plan.micro_batches, plan.tiles
+        predictor = predictor_of(folder, job.work.nodes, job.work.objective, job.work.device, meter, pieces)
         found = predictor.run(FileLatents.of_files({"x": test.x}, meter.host), test.y)
         record.votes = {**found.accuracy, "cells": found.cells}
         record.test_accuracy = found.accuracy.get(job.work.objective.vote)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import psutil
@@ -106,6 +107,7 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None) -
         views=settings.views or 1,
         augmentation=Augmentation.parse(settings.augment, shape.shape) if settings.augment else None,
     )
+    _check_last_batch(work)
     return Job(settings, opened, shape, recipes, work)
 
 
@@ -165,6 +167,8 @@ def constants_of(settings: Settings, method: type[Objective]) -> dict[str, float
             raise InputError(f"--constants {settings.constants!r}: {name}={text!r}; expected a number") from None
         if not 0 <= found[name] < float("inf"):
             raise InputError(f"--constants {settings.constants!r}: {name}={text}; expected a number from 0 on")
+        if name in method.shares and found[name] >= 1:
+            raise InputError(f"--constants {settings.constants!r}: {name}={text}; expected a share from 0 to below 1")
     return found
 
 
@@ -224,6 +228,18 @@ def _check_views(settings: Settings, method: type[Objective], schedule: str | No
         )
 
 
+def _check_last_batch(work: Workload) -> None:
+    """Batch normalisation of one number for each channel has no spread to divide by."""
+    left = work.rows % work.batch_size or min(work.rows, work.batch_size)
+    for node in work.nodes:
+        assert node.recipe is not None
+        if left == 1 and node.recipe.couples_batch and prod(node.shape[1:]) == 1:
+            raise InputError(
+                f"--batch-size {work.batch_size} leaves a last batch of one of the {work.rows} rows, which the batch"
+                f" normalisation of cell {node.index + 1} cannot learn from; state another --batch-size"
+            )
+
+
 def plan_job(job: Job) -> Plan:
     """The plan of a job on this machine.
 
@@ -244,6 +260,7 @@ def plan_job(job: Job) -> Plan:
         budget,
         settings.placement,
         settings.micro_batch,
+        settings.tiles,
         None if settings.max_host_mb is None else from_mb(settings.max_host_mb),
         None if settings.max_disk_gb is None else from_mb(settings.max_disk_gb * 1024),
     )

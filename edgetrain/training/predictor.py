@@ -20,10 +20,11 @@ from edgetrain.errors import CorruptError, StorageError
 from edgetrain.memory.meter import Meter
 from edgetrain.objectives.base import Node, Objective, Streams
 from edgetrain.store.latents import LatentFile
-from edgetrain.stream.cell import LiveCell, OptimizerRecipe, State, copied
+from edgetrain.stream.cell import OptimizerRecipe, State, copied
 from edgetrain.stream.executor import Executor
 from edgetrain.stream.feed import FileFeed, Part, Slice
 from edgetrain.stream.latents import FileLatents
+from edgetrain.stream.tiles import at_hand
 
 _UNUSED = OptimizerRecipe("sgd", 1.0)
 
@@ -59,6 +60,7 @@ class Predictor:
         meter: watches the device side.
         seed: the run's.
         micro_batches: of each cell.
+        tiles: of each cell.
         read_cell: gives a cell's tensors.
         readout: the trained classifier's tensors, if there is one.
         folder: for latents on their way; they are removed.
@@ -71,6 +73,7 @@ class Predictor:
     meter: Meter
     seed: int
     micro_batches: list[int]
+    tiles: list[int]
     read_cell: Callable[[int], State]
     readout: State | None
     folder: Path
@@ -131,11 +134,12 @@ class Predictor:
         scorer: _Scorer,
     ) -> None:
         micro = self.objective.evaluation_batch(self.micro_batches[node.index])
-        work = Slice(source.rows, micro, micro, 0, -(-source.rows // micro))
+        tiles = self.tiles[node.index]
         state = {name: value for name, value in state.items() if "optim." not in name}
         self.meter.start_cell(("evaluate", node.index))
         with self.meter.watch():
-            cell = LiveCell(node, self.objective, _UNUSED, self.device, state, self.meter.host)
+            cell = at_hand(node, self.objective, _UNUSED, self.device, tiles, state, self.meter.host)
+        work = Slice(source.rows, micro, micro, 0, -(-source.rows // micro), phases=cell.tiles)
         scorer.load()
         feed = FileFeed(source, labels, self.device, self.meter.host, self.prefetch)
         sink = None if out is None else out.sink()

@@ -27,6 +27,7 @@ from edgetrain.stream.executor import Executor, Tally
 from edgetrain.stream.feed import DeviceFeed, Feed, FileFeed, Slice
 from edgetrain.stream.latents import DeviceLatents, FileLatents, Latents
 from edgetrain.stream.readout import DeviceCellsFeed, FileCellsFeed, Reading, Readout, train_readout
+from edgetrain.stream.tiles import TiledCell, at_hand, phases_of
 from edgetrain.training.schedule import SCHEDULES, Visit
 from edgetrain.training.watcher import Progress, Watcher
 from edgetrain.units import MIB, show_mb, to_mb
@@ -95,7 +96,13 @@ class Trainer:
         self._device_labels: torch.Tensor | None = None
         self._latent_bytes = self.latents_peak = 0
         self.records = [
-            CellRecord(cell.name, cell.params, predicted_peak_mb=to_mb(cell.peak), micro_batch=cell.micro_batch)
+            CellRecord(
+                cell.name,
+                cell.params,
+                predicted_peak_mb=to_mb(cell.peak),
+                micro_batch=cell.micro_batch,
+                tiles=cell.tiles,
+            )
             for cell in plan.visits
         ]
         self._started = self._last_commit = self._last_shown = time.monotonic()
@@ -163,7 +170,7 @@ class Trainer:
             self._executor.train(
                 cell,
                 feed,
-                self._slice(visit, len(self._work.objective.phases)),
+                self._slice(visit, phases_of(self._work.objective, cell.tiles)),
                 visit.epoch,
                 tally,
                 training_sink,
@@ -177,7 +184,7 @@ class Trainer:
         self._note_peak(visit.node)
         return tally, feed.waited_s
 
-    def _emit(self, cell: LiveCell, feed: Feed, out: Latents) -> None:
+    def _emit(self, cell: LiveCell | TiledCell, feed: Feed, out: Latents) -> None:
         """Latents of the finished cell, in sample order, view by view."""
         sink = out.sink()
         try:
@@ -188,6 +195,7 @@ class Trainer:
 
     def _visit_readout(self, number: int, visits: int, visit: Visit) -> tuple[Tally, float]:
         self._cells.leave()
+        self._meter.start_cell(self._work.depth)
         readout = self._open_readout()
         tally = self._tally(visit)
         feed = self._cells_feed()
@@ -208,7 +216,6 @@ class Trainer:
 
     def _open_readout(self) -> Readout:
         if self._readout is None:
-            self._meter.start_cell(self._work.depth)
             assert self._work.readout is not None
             with self._meter.watch():
                 self._readout = Readout(
@@ -225,9 +232,10 @@ class Trainer:
 
     # -- what a visit needs ------------------------------------------------------------------------
 
-    def _place(self, index: int, state: Mapping[str, torch.Tensor] | None) -> LiveCell:
+    def _place(self, index: int, state: Mapping[str, torch.Tensor] | None) -> LiveCell | TiledCell:
         work = self._work
-        return LiveCell(work.nodes[index], work.objective, work.optimizer, work.device, state, self._meter.host)
+        tiles = self._plan.tiles[index]
+        return at_hand(work.nodes[index], work.objective, work.optimizer, work.device, tiles, state, self._meter.host)
 
     def _slice(self, visit: Visit, phases: int) -> Slice:
         work = self._work
@@ -239,7 +247,8 @@ class Trainer:
     def _in_sample_order(self, index: int, view: int) -> Slice:
         work = self._work
         micro = self._plan.micro_batches[index]
-        return Slice(work.rows, work.batch_size, micro, 0, work.steps, view=view if index else 0)
+        tiles = self._cells.visit(index).tiles
+        return Slice(work.rows, work.batch_size, micro, 0, work.steps, phases=tiles, view=view if index else 0)
 
     def _feed(self, index: int) -> Feed:
         source = self._latents[index]

@@ -67,8 +67,8 @@ def one_thread():
 
 
 def peaks_unknown(monkeypatch):
-    monkeypatch.setattr(planner, "cell_peak", lambda work, index, size: 0)
-    monkeypatch.setattr(planner, "readout_peak", lambda work, size, resident: 0)
+    monkeypatch.setattr(planner, "cell_peak", lambda work, *how: 0)
+    monkeypatch.setattr(planner, "readout_peak", lambda work, *how: 0)
     monkeypatch.setattr(planner, "resident_peak", lambda work, sizes: (0, [0] * len(sizes)))
 
 

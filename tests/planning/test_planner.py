@@ -15,8 +15,11 @@ from edgetrain.baselines.backprop import Backpropagation
 from edgetrain.errors import BudgetError, InputError
 from edgetrain.nets.spec import open_net
 from edgetrain.objectives.base import Objective, nodes
+from edgetrain.objectives.ff import ForwardForward
 from edgetrain.objectives.lbp import AutoencoderCells, DenoisingAutoencoderCells
 from edgetrain.objectives.mf import MonoForward
+from edgetrain.objectives.predsim import PredictionAndSimilarity
+from edgetrain.objectives.sll import StochasticLayerwise
 from edgetrain.planning import dryrun, planner
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import backprop_peak, make_plan, require_fit
@@ -92,8 +95,8 @@ def workload(
 
 
 def real_peaks(work: Workload, plan: Plan) -> list[int]:
-    """Each visit's peak at the plan's micro-batches, found again."""
-    peaks = [cell_peak(work, index, cell.micro_batch) for index, cell in enumerate(plan.cells)]
+    """Each visit's peak at the plan's micro-batches and tiles, found again."""
+    peaks = [cell_peak(work, index, cell.micro_batch, cell.tiles) for index, cell in enumerate(plan.cells)]
     if plan.readout is not None:
         peaks.append(readout_peak(work, plan.readout.micro_batch, plan.readout_resident))
     return peaks
@@ -173,6 +176,32 @@ def test_cells_with_batch_normalisation_are_never_split(method: str) -> None:
     assert make_plan(work, None, micro_batch=32).micro_batches[0] == 32
 
 
+def coupled(batch: int = 32, net: str = "mlp:30,20") -> Workload:
+    """A run of the rule that compares the samples of a batch with each other."""
+    opened = open_net(net, (12,), PredictionAndSimilarity.net_defaults)
+    objective = PredictionAndSimilarity(5, opened.options)
+    cells = tuple(nodes(list(opened.cells), (12,), 0))
+    return replace(workload(batch=batch), nodes=cells, objective=objective)
+
+
+@pytest.mark.parametrize("net", ["mlp:30,20", "mlp:30,20;norm=none"])
+def test_a_batch_whose_samples_are_compared_is_made_smaller_by_the_user_only(net: str) -> None:
+    free = make_plan(coupled(net=net), None)
+    assert free.micro_batches == [32, 32]
+    tight = make_plan(coupled(net=net), int(0.6 * free.predicted_peak))
+    assert tight.micro_batches == [32, 32]
+    assert not tight.fits
+    assert tight.whole_batch is not None
+    with pytest.raises(InputError, match=f"--batch-size is too large.*state --batch-size {tight.whole_batch}$"):
+        require_fit(tight)
+    assert make_plan(coupled(tight.whole_batch, net), tight.budget).fits
+    assert not make_plan(coupled(2 * tight.whole_batch, net), tight.budget).fits
+    hopeless = make_plan(coupled(net=net), 5000)
+    assert hopeless.whole_batch is None
+    with pytest.raises(BudgetError):
+        require_fit(hopeless)
+
+
 def test_a_budget_that_holds_a_whole_batch_does_not_split_it() -> None:
     work = workload(batch=32)
     assert make_plan(work, None).micro_batches == [32, 32]
@@ -194,7 +223,7 @@ def test_micro_batches_that_were_asked_for_are_kept(asked: int | list[int]) -> N
     plan = make_plan(work, None, micro_batch=asked)
     assert plan.micro_batches == (asked if isinstance(asked, list) else [asked, asked])
     assert plan.predicted_peak == max(real_peaks(work, plan))
-    assert not make_plan(work, plan.predicted_peak - 1, micro_batch=asked).fits
+    assert not make_plan(work, plan.predicted_peak - 1, micro_batch=asked, tiles=1).fits
 
 
 def test_a_micro_batch_beyond_the_batch_is_the_batch() -> None:
@@ -210,7 +239,7 @@ def test_a_list_of_another_length_is_refused() -> None:
 
 
 def test_the_refusal_names_what_was_asked_and_what_would_do() -> None:
-    work = workload(net="mlp:400x2")
+    work = workload("lbp-dae", net="mlp:400x2")
     with pytest.raises(BudgetError) as caught:
         require_fit(make_plan(work, MIB))
     said = str(caught.value)
@@ -277,6 +306,43 @@ def test_parameters_and_latents_are_those_of_the_cells() -> None:
         5 * (30 + 20) + 5,
     ]
     assert [cell.latents for cell in plan.visits] == [50 * 30 * 4, 50 * 20 * 4, 0]
+
+
+def test_views_are_latents_several_times_over_but_inputs_lie_there_once() -> None:
+    one, three = (make_plan(replace(workload("lbp-ae"), views=views), None) for views in (1, 3))
+    assert [cell.latents for cell in three.cells] == [3 * cell.latents for cell in one.cells]
+    more = 2 * sum(cell.latents for cell in one.cells)
+    assert three.disk_bytes - one.disk_bytes == three.written_bytes - one.written_bytes == more
+    assert three.predicted_peak == one.predicted_peak
+    assert three.host_bytes == one.host_bytes
+
+
+def test_a_classifier_of_the_last_latents_keeps_no_others() -> None:
+    opened = open_net("mlp:30,20,10", (12,), StochasticLayerwise.net_defaults)
+    cells = tuple(nodes(list(opened.cells), (12,), 0))
+    objective = StochasticLayerwise(5, opened.options, trains_classifier=True)
+    work = replace(workload(), nodes=cells, objective=objective, readout=OptimizerRecipe("adam", 1e-3))
+    plan = make_plan(replace(work, readout_epochs=2, test_rows=0), None)
+    assert work.classifier_reads == (2,)
+    assert work.feature_widths == [10]
+    assert [cell.latents for cell in plan.cells] == [50 * 4 * width for width in (30, 20, 10)]
+    assert plan.readout is not None
+    assert plan.readout.params == 5 * (10 + 1)
+    inputs = (12 * 4 + 8) * 50
+    params = sum(cell.params for cell in plan.visits)
+    assert plan.disk_bytes == inputs + 50 * 4 * (30 + 20) + 2 * 12 * params  # those of two cells at once
+
+
+def test_streams_of_a_rule_are_latents_each_and_all_labels_are_tried_on_disk() -> None:
+    opened = open_net("mlp:30,20", (12,), ForwardForward.net_defaults)
+    cells = tuple(nodes(list(opened.cells), (12,), 0))
+    work = replace(workload(), nodes=cells, objective=ForwardForward(5, opened.options), test_rows=5000)
+    plan = make_plan(work, None)
+    assert [cell.latents for cell in plan.cells] == [2 * 50 * 4 * 30, 0]  # pos and neg
+    labelled = 5000 * 4 * 30 * 6  # five labels, and the neutral one
+    assert plan.disk_bytes > labelled
+    fewer = make_plan(replace(work, test_rows=4000), None)
+    assert plan.disk_bytes - fewer.disk_bytes == 1000 * (4 * 30 * 6 + 12 * 4 + 8)
 
 
 def test_the_last_cell_of_a_chain_without_a_classifier_writes_no_latents() -> None:

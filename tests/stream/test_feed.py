@@ -144,6 +144,38 @@ def test_parts_cover_each_batch_in_each_phase_in_order(work: Slice, tmp_path: Pa
         assert [part[0][1] for part in own] == sorted(part[0][1] for part in own)
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("view", [0, 1, 2])
+def test_views_lie_one_behind_the_other_and_share_their_labels(view: int, ordered: bool, tmp_path: Path) -> None:
+    source, y = latents(tmp_path, 3 * 11), labels(tmp_path, 11)
+    order = np.random.default_rng(0).permutation(11) if ordered else None
+    work = Slice(11, 4, 3, 0, 3, order, view=view)
+    on_device = DeviceLatents.copied(source, CPU, nullcontext)
+    parts = copies(FileFeed(source, y, CPU, nullcontext, 2).parts(work))
+    assert_same(parts, copies(DeviceFeed(on_device, torch.arange(11) * 7).parts(work)))
+    samples = np.arange(11) if order is None else order
+    rows = RowFormat((3,)).decode(on_device.tensors["x"])[torch.from_numpy(samples + 11 * view)]
+    assert torch.equal(torch.cat([part[1]["x"] for part in parts]), rows)
+    assert torch.cat([part[2] for part in parts]).tolist() == (samples * 7).tolist()
+    assert [work.samples(start, stop).tolist() for _, start, stop in work.steps()] == [
+        samples[first : first + 4].tolist() for first in (0, 4, 8)
+    ]
+    source.free()
+    y.delete()
+
+
+def test_latents_in_step_order_have_one_view(tmp_path: Path) -> None:
+    source, y = latents(tmp_path, 11, step_order=True), labels(tmp_path, 11)
+    order = np.random.default_rng(0).permutation(11)
+    found = [
+        copies(FileFeed(source, y, CPU, nullcontext, 0).parts(Slice(11, 4, 3, 0, 3, order, view=view)))
+        for view in (0, 1)
+    ]
+    assert_same(*found)
+    source.free()
+    y.delete()
+
+
 def test_without_labels_all_are_zero(tmp_path: Path) -> None:
     source = latents(tmp_path, 5)
     parts = copies(FileFeed(source, None, CPU, nullcontext, 2).parts(Slice(5, 2, 2, 0, 3)))

@@ -22,7 +22,7 @@ from edgetrain.stream.cell import OptimizerRecipe
 from edgetrain.stream.executor import Tally
 from edgetrain.stream.feed import LABELS, Slice
 from edgetrain.stream.latents import DeviceLatents, FileLatents
-from edgetrain.stream.readout import DeviceCellsFeed, FileCellsFeed, Readout, train_readout
+from edgetrain.stream.readout import DeviceCellsFeed, FileCellsFeed, Reading, Readout, train_readout
 
 CPU = torch.device("cpu")
 ROWS, CLASSES = 22, 4
@@ -176,6 +176,52 @@ def test_a_state_taken_in_the_middle_goes_on_bit_for_bit(
     found, expected = rest.state(), whole.state()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def lengths_and_signs(z: torch.Tensor) -> torch.Tensor:
+    """Features that are others, and fewer, than the latents."""
+    flat = z.flatten(1)
+    return torch.stack([flat.norm(dim=1), flat.sum(1).sign()], 1)
+
+
+@pytest.mark.parametrize("kind", ["device", "files"])
+@pytest.mark.parametrize("micro", [3, 8])
+def test_features_of_the_stream_that_is_read_are_what_the_classifier_sees(
+    kind: str, micro: int, tmp_path: Path
+) -> None:
+    z, y = latents()
+    reading, order = Reading("neutral", lengths_and_signs), np.random.default_rng(1).permutation(ROWS)
+    cells: list[DeviceLatents | FileLatents] = []
+    for index, values in enumerate(z):
+        if kind == "device":
+            made: DeviceLatents | FileLatents = DeviceLatents(ROWS, "float32", False)
+        else:
+            ignored = (nullcontext, lambda size: None, lambda size: None)
+            made = FileLatents(tmp_path, f"{index}", ROWS, "float32", False, *ignored, False)
+        made.sink().put(0, {"pos": values + 1, "neutral": values - 0.5})
+        cells.append(made)
+    labels = LatentFile(tmp_path / "y.rows", ROWS, LABELS).allocate()
+    labels.write(0, LABELS.encode(y))
+    feed = (
+        DeviceCellsFeed(cells, y, reading)  # type: ignore[arg-type]
+        if kind == "device"
+        else FileCellsFeed(cells, labels, CPU, nullcontext, 2, reading)  # type: ignore[arg-type]
+    )
+    found = Readout([2, 2, 2], CLASSES, OptimizerRecipe("sgd", 0.05), CPU, 3, LiveMeter(), True)
+    linear = nn.Linear(6, CLASSES)
+    with torch.no_grad():
+        linear.weight.copy_(torch.cat([found.state()[f"{index}.weight"] for index in range(3)], 1))
+        linear.bias.copy_(found.state()["bias"])
+    updates = torch.optim.SGD(linear.parameters(), lr=0.05)
+    work = Slice(ROWS, 8, micro, 0, 3, order)
+    train_readout(found, feed, work, 3, CLASSES, LiveMeter(), Tally(CPU))
+    for batch in torch.from_numpy(order).split(8):
+        features = torch.cat([lengths_and_signs(values[batch] - 0.5) for values in z], 1)
+        updates.zero_grad()
+        cross_entropy(linear(features), y[batch]).backward()
+        updates.step()
+    for index, block in enumerate(linear.weight.detach().split(2, 1)):
+        torch.testing.assert_close(found.state()[f"{index}.weight"], block, rtol=0, atol=1e-6)
 
 
 def test_first_values_are_keyed_and_bounded_as_a_linear_maps() -> None:
