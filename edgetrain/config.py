@@ -86,6 +86,14 @@ class Settings:
     prefetch: int = _setting(
         2, "Batches gathered ahead by a thread; 0 turns background reading and writing off", flag=False
     )
+    ranges: int | None = _setting(
+        None,
+        "Parts of an epoch of which latents are on disk at once; by default what fits ``--max-disk-gb``",
+        flag=False,
+    )
+    cached: list[int] | None = _setting(
+        None, "Latents that ``separate`` caches whole, the others being emitted again; the plan's choice", flag=False
+    )
     keep_latents: bool = _setting(False, "Leave the latent caches in the run folder")
     meter: Literal["auto", "full"] = _setting(
         "auto", "``full``: measure every step, not only the first two of each kind"
@@ -98,7 +106,7 @@ class Settings:
         hints = get_type_hints(type(self))
         for setting in fields(self):
             _check_type(setting.name, getattr(self, setting.name), hints[setting.name])
-        for name in ("epochs", "batch_size", "classifier_epochs", "threads", "cells", "views"):
+        for name in ("epochs", "batch_size", "classifier_epochs", "threads", "cells", "views", "ranges"):
             _check_least(name, getattr(self, name), 1)
         for name, asked in (("micro_batch", self.micro_batch), ("tiles", self.tiles)):
             for value in asked if isinstance(asked, list) else [asked]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
+from edgetrain.planning.schedule import WHOLE, Cut
 from edgetrain.units import ceil_mb, to_mb
 
 
@@ -41,7 +44,7 @@ class Plan:
         placement: ``stream`` or ``resident``.
         readout_resident: whether all of the classifier stays on the device during its visits.
         budget: device bytes that the run may take; ``None``: no limit.
-        min_budget: the smallest budget that would do, with micro-batches of one sample.
+        least: finds ``min_budget``, which takes longer than the plan itself.
         predicted_peak: of the device.
         host_bytes: host buffers and cells in transit, without the host tier.
         host_budget: host bytes allowed; ``None``: no limit.
@@ -50,6 +53,8 @@ class Plan:
         whole_batch: of a run that does not fit because its batches cannot be split, the largest batch that
             would; else ``None``.
         written_bytes: what the run writes in all.
+        cut: how much of the latents is on disk at once.
+        least_disk: the smallest run folder that would do, in bytes.
     """
 
     cells: tuple[CellPlan, ...]
@@ -57,7 +62,7 @@ class Plan:
     placement: str
     readout_resident: bool
     budget: int | None
-    min_budget: int
+    least: Callable[[], int] = field(repr=False, compare=False)
     predicted_peak: int
     host_bytes: int
     host_budget: int | None
@@ -65,6 +70,13 @@ class Plan:
     disk_budget: int | None
     written_bytes: int
     whole_batch: int | None = None
+    cut: Cut = WHOLE
+    least_disk: int = 0
+
+    @cached_property
+    def min_budget(self) -> int:
+        """The smallest budget in bytes that would do, with the smallest micro-batches and the most tiles."""
+        return self.least()
 
     @property
     def fits(self) -> bool:
@@ -110,6 +122,8 @@ class Plan:
             "host_mb": to_mb(self.host_bytes),
             "disk_mb": to_mb(self.disk_bytes),
             "written_mb": to_mb(self.written_bytes),
+            "ranges": self.cut.ranges,
+            "cached": None if self.cut.cached is None else sorted(self.cut.cached),
             "cells": [_as_dict(cell) for cell in self.visits],
         }
 

@@ -22,6 +22,7 @@ from edgetrain.objectives.base import nodes
 from edgetrain.planning import storage
 from edgetrain.planning.dryrun import cell_peak, readout_peak, resident_peak
 from edgetrain.planning.plan import CellPlan, Plan
+from edgetrain.planning.schedule import Cut
 from edgetrain.planning.workload import Workload
 from edgetrain.stream.tiles import cuts
 from edgetrain.units import MIB, ceil_mb, show_mb
@@ -38,6 +39,7 @@ def make_plan(
     tiles: int | list[int] | None = None,
     host_budget: int | None = None,
     disk_budget: int | None = None,
+    cut: Cut | None = None,
 ) -> Plan:
     """The plan of a run; it may say that the run does not fit.
 
@@ -49,6 +51,7 @@ def make_plan(
         tiles: of cells, asked for by the user; ``None``: one if that fits.
         host_budget: host bytes, or ``None``.
         disk_budget: disk bytes, or ``None``.
+        cut: of the latents, as a run was begun; ``None``: whatever fits the disk.
 
     Raises:
         InputError: micro-batches or tiles were asked for where they cannot be.
@@ -72,19 +75,22 @@ def make_plan(
             readout = None if readout is None else replace(readout, peak=peaks[-1])
     params = [cell.params for cell in visits]
     over = budget is not None and peak > budget
+    cut = cut or storage.cut_for(work, sum(params), chosen, disk_budget)
     return Plan(
         cells=cells,
         readout=readout,
         placement=chosen,
         readout_resident=readout_resident,
         budget=budget,
-        min_budget=chooser.least if chosen == "stream" else peak,
+        least=chooser.least if chosen == "stream" else lambda: peak,
         predicted_peak=peak,
         host_bytes=storage.host_bytes(work, params),
         host_budget=host_budget,
-        disk_bytes=storage.disk_bytes(work, sum(params), chosen),
+        disk_bytes=storage.disk_bytes(work, sum(params), chosen, cut),
         disk_budget=disk_budget,
-        written_bytes=storage.written_bytes(work, sum(params), chosen),
+        written_bytes=storage.written_bytes(work, sum(params), chosen, cut),
+        cut=cut,
+        least_disk=storage.least_disk_bytes(work, sum(params), chosen),
         whole_batch=_whole_batch(work, budget) if over else None,
     )
 
@@ -116,7 +122,7 @@ def require_fit(plan: Plan) -> None:
     if not plan.disk_fits:
         raise BudgetError(
             f"--max-disk-gb {(plan.disk_budget or 0) / (1 << 30):.3g} cannot hold the run folder:"
-            f" {show_mb(plan.disk_bytes)}; raise it or use --latent-dtype uint8"
+            f" {show_mb(plan.disk_bytes)}, at least {show_mb(plan.least_disk)}; raise it or use --latent-dtype uint8"
         )
 
 
@@ -169,10 +175,6 @@ def _backprop(work: Workload, recipes: list[CellRecipe], options: Options) -> in
     return cell_peak(baseline, 0, work.batch_size)
 
 
-def _readout_at(work: Workload, resident: bool, size: int) -> int:
-    return readout_peak(work, size, resident)
-
-
 def _asked(work: Workload, micro_batch: int | list[int] | None) -> list[int] | None:
     if micro_batch is None:
         return None
@@ -207,13 +209,12 @@ def _asked_tiles(work: Workload, tiles: int | list[int] | None) -> list[int] | N
 
 @dataclass(frozen=True)
 class _Choice:
-    """How a kind of cell is trained: peak is that of the choice, least that of the leanest there is."""
+    """How a kind of cell is trained."""
 
     params: int
     micro: int
     tiles: int
     peak: int
-    least: int
 
 
 class _Chooser:
@@ -223,9 +224,10 @@ class _Chooser:
     """
 
     def __init__(self, work: Workload, budget: int | None, asked: list[int] | None, tiles: list[int] | None):
-        self.least = 0
         self._work, self._budget, self._asked, self._tiles = work, budget, asked, tiles
         self._known: dict[Hashable, _Choice] = {}
+        self._nodes: dict[Hashable, int] = {}  # one of each kind
+        self._peaks: dict[tuple[int, int, int], int] = {}  # by node, micro-batch and tiles
 
     def cell(self, index: int) -> CellPlan:
         """The plan of a cell."""
@@ -241,11 +243,40 @@ class _Chooser:
             self._tiles and self._tiles[index],
         )
         if kind not in self._known:
+            self._nodes[kind] = index
             self._known[kind] = self._choose(index)
         found = self._known[kind]
-        self.least = max(self.least, found.least)
         latents, tileable = storage.latent_bytes(work, index), work.objective.tileable(node)
         return CellPlan(node.recipe.name, found.params, found.micro, found.peak, latents, found.tiles, tileable)
+
+    def least(self) -> int:
+        """The smallest budget that would do, all cells streamed."""
+        peaks = [
+            min(self._peak(index, size, tiles) for tiles in self._extremes(index) for size in _ends(self._sizes(index)))
+            for index in self._nodes.values()
+        ]
+        if self._work.readout is not None:
+            peaks.append(min(self._readout_peak(False, size) for size in _ends(self._sizes(self._work.depth))))
+        return max(peaks)
+
+    def readout(self, lean: bool) -> tuple[CellPlan | None, bool]:
+        """The plan of the trained classifier, and whether it stays on the device as a whole."""
+        work = self._work
+        if work.readout is None:
+            return None, False
+        sizes = self._sizes(work.depth)
+        params = work.classes * (sum(work.feature_widths) + 1)
+        micro, peak, resident = 0, 0, not lean
+        if resident:
+            micro, peak = self._largest(sizes, partial(self._readout_peak, True))
+            resident = self.fits(peak)
+        if not resident:
+            micro, peak = self._largest(sizes, partial(self._readout_peak, False))
+        return CellPlan("classifier", params, micro, peak, 0), resident
+
+    def fits(self, peak: int) -> bool:
+        """Whether the budget holds it."""
+        return self._budget is None or peak <= self._budget
 
     def _choose(self, index: int) -> _Choice:
         work, node = self._work, self._work.nodes[index]
@@ -253,89 +284,76 @@ class _Chooser:
         with torch.device("meta"):
             head = work.objective.head(node)
         params = node.recipe.parameters() + (0 if head is None else sum(value.numel() for value in head.parameters()))
-        sizes = self._sizes(self._asked[index] if self._asked else None, work.couples_batch(index))
+        fewest, most = self._extremes(index)
+        better, tiles, leanest = self._sizes(index), fewest, None
+        chosen: _Choice | None = None
+        while better:
+            micro, peak = self._largest(better, partial(self._peak, index, tiles=tiles))
+            found = _Choice(params, micro, tiles, peak)
+            if self.fits(peak):
+                chosen, better = found, [size for size in better if size > micro]
+            elif leanest is None or peak < leanest.peak:
+                leanest = found
+            if tiles == most or (tiles == 1 and chosen):
+                break
+            tiles = len(cuts(prod(node.shape), min(2 * tiles, most)))
+        result = chosen or leanest
+        assert result is not None
+        return result
+
+    def _extremes(self, index: int) -> tuple[int, int]:
+        """The fewest and the most tiles that a cell may be cut into."""
+        node = self._work.nodes[index]
         units = prod(node.shape)
         if self._tiles is not None:
-            tiles = len(cuts(units, self._tiles[index]))
-            return _Choice(params, tiles=tiles, **self._in(index, tiles, sizes))
-        whole = _Choice(params, tiles=1, **self._in(index, 1, sizes))
-        most = len(cuts(units, units))
-        if most == 1 or not work.objective.tileable(node):
-            return whole
-        return self._cut(index, sizes, whole, most)
+            asked = len(cuts(units, self._tiles[index]))
+            return asked, asked
+        return 1, len(cuts(units, units)) if self._work.objective.tileable(node) else 1
 
-    def _cut(self, index: int, sizes: list[int], whole: _Choice, most: int) -> _Choice:
-        """The cell whole if that fits, else in as few tiles as allow the largest micro-batch, at most ``most``."""
-        units, chosen = prod(self._work.nodes[index].shape), None
-        leanest = _Choice(whole.params, tiles=most, **self._in(index, most, sizes))
-        least = min(whole.least, leanest.least)
-        if self.fits(whole.peak):
-            return replace(whole, least=least)
-        asked = 2
-        while asked < 2 * most and (chosen is None or chosen.micro < sizes[0]):
-            tiles = len(cuts(units, min(asked, most)))
-            better = [size for size in sizes if chosen is None or size > chosen.micro]
-            found = _Choice(whole.params, tiles=tiles, **self._in(index, tiles, better))
-            chosen = found if self.fits(found.peak) else chosen
-            asked *= 2
-        return replace(chosen or min(whole, leanest, key=lambda choice: choice.peak), least=least)
+    def _peak(self, index: int, size: int, tiles: int) -> int:
+        key = index, size, tiles
+        if key not in self._peaks:
+            self._peaks[key] = cell_peak(self._work, index, size, tiles)
+        return self._peaks[key]
 
-    def _in(self, index: int, tiles: int, sizes: list[int]) -> dict[str, int]:
-        """Micro-batch, peak and least peak of a cell in so many tiles."""
+    def _readout_peak(self, resident: bool, size: int) -> int:
+        key = self._work.depth, size, int(resident)
+        if key not in self._peaks:
+            self._peaks[key] = readout_peak(self._work, size, resident)
+        return self._peaks[key]
 
-        def peak_at(size: int) -> int:
-            more = (tiles,) if tiles > 1 else ()
-            return cell_peak(self._work, index, size, *more)
-
-        micro, peak, least = self._largest(sizes, peak_at)
-        return {"micro": micro, "peak": peak, "least": least}
-
-    def readout(self, lean: bool) -> tuple[CellPlan | None, bool]:
-        """The plan of the trained classifier, and whether it stays on the device as a whole."""
-        work = self._work
-        if work.readout is None:
-            return None, False
-        sizes = self._sizes(self._asked[-1] if self._asked else None, couples=False)
-        params = work.classes * (sum(work.feature_widths) + 1)
-        streamed = self._largest(sizes, partial(_readout_at, work, False))
-        whole = streamed if lean else self._largest(sizes, partial(_readout_at, work, True))
-        self.least = max(self.least, min(streamed[2], whole[2]))
-        resident = not lean and self.fits(whole[1])
-        micro, peak, _ = whole if resident else streamed
-        return CellPlan("classifier", params, micro, peak, 0), resident
-
-    def _sizes(self, fixed: int | None, couples: bool) -> list[int]:
+    def _sizes(self, index: int) -> list[int]:
         """Micro-batches to try, largest first."""
         size = min(self._work.batch_size, self._work.rows)
-        if fixed is not None:
-            return [fixed]
-        if couples:
+        if self._asked is not None:
+            return [self._asked[index]]
+        if index < self._work.depth and self._work.couples_batch(index):
             return [size]
         halves = [size]
         while halves[-1] > 1:
             halves.append(-(-halves[-1] // 2))
         return halves
 
-    def _largest(self, sizes: list[int], peak_at: Callable[[int], int]) -> tuple[int, int, int]:
-        """The first size that fits (or the leanest), its peak, and the least peak of all sizes.
+    def _largest(self, sizes: list[int], peak_at: Callable[[int], int]) -> tuple[int, int]:
+        """The first size that fits (or the leanest), and its peak.
 
         Splitting a batch first costs memory, because gradients are summed up beside the new ones; from
         there on smaller is leaner. So the least peak is that of the whole batch or of the smallest part.
         """
-        peaks = {size: peak_at(size) for size in {sizes[0], sizes[-1]}}
-        leanest = min(peaks, key=lambda size: (peaks[size], -size))
-        chosen = next((size for size in (sizes[0], sizes[-1]) if self.fits(peaks[size])), leanest)
-        if chosen != sizes[0] and chosen == sizes[-1]:
-            between = sizes[1:-1]
-            while between:
-                middle = len(between) // 2
-                peaks[between[middle]] = peak_at(between[middle])
-                if self.fits(peaks[between[middle]]):
-                    chosen, between = between[middle], between[:middle]
-                else:
-                    between = between[middle + 1 :]
-        return chosen, peaks[chosen], peaks[leanest]
+        if self.fits(peak_at(sizes[0])):
+            return sizes[0], peak_at(sizes[0])
+        leanest = min(_ends(sizes), key=lambda size: (peak_at(size), -size))
+        if not self.fits(peak_at(leanest)):
+            return leanest, peak_at(leanest)
+        chosen, between = sizes[-1], sizes[1:-1]
+        while between:
+            middle = len(between) // 2
+            if self.fits(peak_at(between[middle])):
+                chosen, between = between[middle], between[:middle]
+            else:
+                between = between[middle + 1 :]
+        return chosen, peak_at(chosen)
 
-    def fits(self, peak: int) -> bool:
-        """Whether the budget holds it."""
-        return self._budget is None or peak <= self._budget
+
+def _ends(sizes: list[int]) -> list[int]:
+    return sizes if len(sizes) == 1 else [sizes[0], sizes[-1]]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from math import prod
 
+from edgetrain.planning.cut import choose_cut, latents_held, latents_written, least_room
+from edgetrain.planning.schedule import WHOLE, Cut
 from edgetrain.planning.workload import Workload
 from edgetrain.store.latents import DEFAULT_WINDOW
 
@@ -44,22 +46,32 @@ def evaluation_bytes(work: Workload) -> int:
     return 4 * work.test_rows * len(work.objective.unlabelled_names) * max(map(sum, pairwise(widths)))
 
 
-def disk_bytes(work: Workload, params: int, placement: str) -> int:
-    """The most that the run folder holds: inputs, the latents needed at once, cells, and the model."""
-    latents = [latent_bytes(work, index) for index in range(work.depth)]
-    if placement == "resident":
-        needed = 0
-    else:
-        kept = [latents[index] if index in work.classifier_reads else 0 for index in range(work.depth)]
-        needed = max(sum(kept[:index]) + sum(latents[index : index + 2]) for index in range(work.depth))
-    needed = max(needed, evaluation_bytes(work))
+def fixed_disk_bytes(work: Workload, params: int) -> int:
+    """Disk that a run needs beside its training latents: inputs, cells, and the model."""
     # While a commit replaces cells, both generations exist; then the model joins the last one.
-    cells = 2 * STATE_BYTES_PER_PARAMETER * params
-    return input_bytes(work) + needed + cells
+    return input_bytes(work) + 2 * STATE_BYTES_PER_PARAMETER * params
 
 
-def written_bytes(work: Workload, params: int, placement: str) -> int:
+def disk_bytes(work: Workload, params: int, placement: str, cut: Cut = WHOLE) -> int:
+    """The most that the run folder holds: inputs, the latents needed at once, cells, and the model."""
+    latents = 0 if placement == "resident" else latents_held(work, cut)
+    return fixed_disk_bytes(work, params) + max(latents, evaluation_bytes(work))
+
+
+def written_bytes(work: Workload, params: int, placement: str, cut: Cut = WHOLE) -> int:
     """What the run writes in all when the host tier has room for its cells and it commits twice."""
-    emissions = work.epochs if work.emits_in_training else 1
-    latents = 0 if placement == "resident" else sum(latent_bytes(work, index) for index in range(work.depth))
-    return input_bytes(work) + emissions * latents + 2 * STATE_BYTES_PER_PARAMETER * params + 4 * params
+    latents = 0 if placement == "resident" else latents_written(work, cut)
+    return input_bytes(work) + latents + 2 * STATE_BYTES_PER_PARAMETER * params + 4 * params
+
+
+def cut_for(work: Workload, params: int, placement: str, budget: int | None) -> Cut:
+    """The cut of the latents with which the run folder stays within ``budget``, if there is one."""
+    if budget is None or placement == "resident":
+        return WHOLE
+    return choose_cut(work, budget - fixed_disk_bytes(work, params)) or WHOLE
+
+
+def least_disk_bytes(work: Workload, params: int, placement: str) -> int:
+    """The smallest run folder that would do."""
+    latents = 0 if placement == "resident" else least_room(work)
+    return fixed_disk_bytes(work, params) + max(latents, evaluation_bytes(work))

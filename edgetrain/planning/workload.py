@@ -8,6 +8,7 @@ import torch
 
 from edgetrain.data.augment import Augmentation
 from edgetrain.objectives.base import Node, Objective
+from edgetrain.planning.schedule import Cut
 from edgetrain.store.rows import RowFormat
 from edgetrain.stream.cell import OptimizerRecipe
 
@@ -35,6 +36,7 @@ class Workload:
         prefetch: batches gathered ahead.
         views: of the data set that finished cells cache.
         augmentation: of what the first cell learns from, or ``None``.
+        keep_latents: whether latents stay on disk when nobody reads them any more.
     """
 
     nodes: tuple[Node, ...]
@@ -55,11 +57,17 @@ class Workload:
     prefetch: int
     views: int = 1
     augmentation: Augmentation | None = None
+    keep_latents: bool = False
 
     @property
     def steps(self) -> int:
         """Optimisation steps of an epoch; the short last batch is kept."""
         return -(-self.rows // self.batch_size)
+
+    def range_rows(self, cut: Cut) -> int:
+        """Samples of the largest range of an epoch."""
+        first, last = cut.steps(self.steps)[0]
+        return min((last - first) * self.batch_size, self.rows)
 
     @property
     def depth(self) -> int:

@@ -266,6 +266,7 @@ def _words(plan: Plan, bp_peak: int) -> Iterator[str]:
         yield "Everything stays on the device: data set, latents and all cells."
     else:
         yield "Cells stream one at a time; the data set and latents stream from disk in batches."
+    yield from _cut_in_words(plan)
     smallest = f"the smallest budget that works is {ceil_mb(plan.min_budget):.2f} MiB"
     if plan.budget is None:
         yield f"Peak {show_mb(plan.predicted_peak)}; {smallest}."
@@ -279,6 +280,22 @@ def _words(plan: Plan, bp_peak: int) -> Iterator[str]:
         f" disk {show_mb(plan.disk_bytes)}{'' if plan.disk_fits else ' (over --max-disk-gb)'};"
         f" writes {show_mb(plan.written_bytes)} in all."
     )
+
+
+def _cut_in_words(plan: Plan) -> Iterator[str]:
+    cut = plan.cut
+    if cut.cached is None and cut.ranges > 1:
+        yield (
+            f"The disk does not hold an epoch's latents: visits are cut to 1/{cut.ranges} of an epoch, and cells"
+            " come and go as often."
+        )
+    elif cut.cached is not None:
+        whole = ", ".join(str(index) for index in sorted(cut.cached) if index)
+        kept = f"those of cell {whole} are cached whole; the others" if whole else "they"
+        yield (
+            f"The disk does not hold all latents: {kept} are emitted again when they are needed, in {cut.ranges}"
+            " ranges of an epoch."
+        )
 
 
 def _mb(value: float | None, unknown: str = "unknown") -> str:

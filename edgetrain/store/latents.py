@@ -33,10 +33,11 @@ class LatentFile:
         rows: number of rows.
         format: layout of a row.
         window: bytes that a map of the file may make resident; larger files are not mapped.
+        first: number of the file's first row; such a file is read in runs only.
     """
 
-    def __init__(self, path: Path, rows: int, format: RowFormat, window: int = DEFAULT_WINDOW):
-        self.path, self.rows, self.format, self.window = path, rows, format, window
+    def __init__(self, path: Path, rows: int, format: RowFormat, window: int = DEFAULT_WINDOW, first: int = 0):
+        self.path, self.rows, self.format, self.window, self.first = path, rows, format, window, first
         self._descriptor: int | None = None
         self._map: mmap.mmap | None = None
         self._matrix: NDArray[np.uint8] | None = None
@@ -77,10 +78,10 @@ class LatentFile:
         return self
 
     def write(self, first: int, encoded: torch.Tensor) -> int:
-        """Write encoded rows [B, row_bytes] at row ``first``; returns the bytes written."""
+        """Write encoded rows [B, row_bytes] from row number ``first`` on; returns the bytes written."""
         with storage_errors(self.path):
             left = encoded.numpy().data.cast("B")
-            offset = first * self.format.row_bytes
+            offset = (first - self.first) * self.format.row_bytes
             while left:
                 done = os.pwrite(self._fd, left, offset)
                 left, offset = left[done:], offset + done
@@ -128,7 +129,7 @@ class LatentFile:
 
     def _read_run(self, rows: slice, target: NDArray[np.uint8]) -> None:
         left = target.data.cast("B")
-        offset = rows.start * self.format.row_bytes
+        offset = (rows.start - self.first) * self.format.row_bytes
         with storage_errors(self.path):
             while left:
                 done = os.preadv(self._fd, [left], offset)

@@ -74,28 +74,43 @@ class CellStream:
         self._held: dict[int, _Held] = {}
         self._live: dict[int, LiveCell | TiledCell] = {}
         self._current: int | None = None
+        self._changes = False  # whether the current visit trains
         self._host_used = 0
         self._reader = ThreadPoolExecutor(1, "edgetrain-cells")
         self._coming: tuple[int, Future[State]] | None = None
 
-    def visit(self, index: int) -> LiveCell | TiledCell:
-        """The cell, on the device; the one before it leaves unless cells are kept there."""
+    def visit(self, index: int, changes: bool = True) -> LiveCell | TiledCell:
+        """The cell, on the device; the one before it leaves unless cells are kept there.
+
+        Args:
+            index: of the cell.
+            changes: whether it is trained; of a cell that only emits, the copy at rest stays valid.
+        """
+        held = self._held.get(index)
         if self._current != index:
             self.leave()
             self._meter.start_cell(index)
             if index not in self._live:
                 with self._meter.watch():
-                    self._live[index] = self._place(index, self._fetch(index))
+                    self._live[index] = self._place(index, None if held is None else self._fetch(index, held))
             self._current = index
-        self._held.setdefault(index, _Held()).dirty = True
+        if changes:
+            self._changes = True
+            held = self._held.setdefault(index, _Held())
+            held.dirty = True
+            self._drop_host(held)
         return self._live[index]
 
     def leave(self) -> None:
         """Take the current cell off the device, unless cells are kept there."""
         index, self._current = self._current, None
+        changed, self._changes = self._changes, False
         if index is None or self._keep:
             return
-        self._shelve(index, self._to_host(self._live.pop(index)))
+        cell = self._live.pop(index)
+        if changed:
+            self._shelve(index, self._to_host(cell))
+        del cell
         give_back_free_memory()
 
     def expect(self, index: int) -> None:
@@ -124,9 +139,8 @@ class CellStream:
         """A cell is safe on disk, where ``read`` finds it; one no longer needed leaves the host tier."""
         held = self._held.setdefault(index, _Held())
         held.spilled, held.committed, held.dirty = None, read, False
-        if not needed and held.host is not None:
-            self._host_used -= _size(held.host)
-            held.host = None
+        if not needed:
+            self._drop_host(held)
 
     def close(self) -> None:
         """Drop everything."""
@@ -137,14 +151,14 @@ class CellStream:
         self._live.clear()
         self._held.clear()
 
-    def _fetch(self, index: int) -> State | None:
-        held = self._held.get(index)
-        if held is None:
-            return None
+    def _drop_host(self, held: _Held) -> None:
         if held.host is not None:
-            state, held.host = held.host, None
-            self._host_used -= _size(state)
-            return state
+            self._host_used -= _size(held.host)
+            held.host = None
+
+    def _fetch(self, index: int, held: _Held) -> State:
+        if held.host is not None:
+            return held.host
         if self._coming is not None and self._coming[0] == index:
             future, self._coming = self._coming[1], None
             return future.result()

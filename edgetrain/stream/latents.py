@@ -72,6 +72,7 @@ class FileLatents:
         on_write: told of bytes written.
         background: whether a thread writes while the device computes.
         window: bytes of mapped pages to hold.
+        first: number of the first row, where only a range of an epoch is held.
     """
 
     def __init__(
@@ -86,8 +87,9 @@ class FileLatents:
         on_write: Callable[[int], None],
         background: bool = True,
         window: int = 16 << 20,
+        first: int = 0,
     ):
-        self.rows, self.step_order = rows, step_order
+        self.rows, self.step_order, self.first = rows, step_order, first
         self.files: dict[str, LatentFile] = {}
         self.host, self.on_write, self.background = host, on_write, background
         self._folder, self._name, self._dtype, self._window = folder, name, dtype, window
@@ -114,16 +116,17 @@ class FileLatents:
         """The stream's file, allocated when its first rows come."""
         if stream not in self.files:
             path = self._folder / f"{self._name}.{stream}.rows"
-            file = LatentFile(path, self.rows, RowFormat(shape, self._dtype), self._window).allocate()
+            file = LatentFile(path, self.rows, RowFormat(shape, self._dtype), self._window, self.first).allocate()
             self.files[stream] = file
             self._on_space(file.size)
         return self.files[stream]
 
-    def reused(self, name: str, step_order: bool) -> FileLatents:
+    def reused(self, name: str, step_order: bool, first: int = 0) -> FileLatents:
         """The same files under another name, to be overwritten with other latents of the same shape."""
         for stream, file in self.files.items():
             file.rename(self._folder / f"{name}.{stream}.rows")
-        self._name, self.step_order = name, step_order
+            file.first = first
+        self._name, self.step_order, self.first = name, step_order, first
         return self
 
     def free(self) -> None:

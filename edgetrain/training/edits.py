@@ -151,6 +151,7 @@ class _Finished:
         """
         record, shape = read_record(path)
         settings = Settings().with_values(read_profile(path / "config.toml"))
+        settings = replace(settings, ranges=None, cached=None)  # chosen anew for other cells
         if settings.schedule is None:
             raise InputError(f"{path}: {settings.method} trains the whole net at once; it has no cells to change")
         own = settings.net == "modules" or ".py:" in (settings.net or "")

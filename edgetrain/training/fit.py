@@ -144,7 +144,7 @@ def check_disk(path: Path, plan: Plan) -> None:
     if plan.disk_bytes > free:
         raise StorageError(
             f"{existing}: has {show_mb(free)} free, the run needs {show_mb(plan.disk_bytes)}; make room, choose"
-            " another --run-dir, or use --latent-dtype uint8"
+            " another --run-dir, use --latent-dtype uint8, or state --max-disk-gb: latents are then emitted again"
         )
 
 
@@ -169,6 +169,8 @@ def carry_out(job: Job, plan: Plan, folder: RunFolder, resuming: bool, watcher: 
         micro_batch=_compact(plan.micro_batches),
         tiles=_compact(plan.tiles),
         placement=_placement(job, plan),
+        ranges=plan.cut.ranges,
+        cached=None if plan.cut.cached is None else sorted(plan.cut.cached),
     )
     if not resuming:
         folder.create(settings.to_toml())

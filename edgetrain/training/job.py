@@ -24,6 +24,7 @@ from edgetrain.objectives import OBJECTIVES
 from edgetrain.objectives.base import Node, Objective, nodes
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import make_plan
+from edgetrain.planning.schedule import Cut
 from edgetrain.planning.workload import Workload
 from edgetrain.stream.cell import OptimizerRecipe
 from edgetrain.training.inputs import Shape
@@ -106,6 +107,7 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None) -
         prefetch=settings.prefetch,
         views=settings.views or 1,
         augmentation=Augmentation.parse(settings.augment, shape.shape) if settings.augment else None,
+        keep_latents=settings.keep_latents,
     )
     _check_last_batch(work)
     return Job(settings, opened, shape, recipes, work)
@@ -263,7 +265,12 @@ def plan_job(job: Job) -> Plan:
         settings.tiles,
         None if settings.max_host_mb is None else from_mb(settings.max_host_mb),
         None if settings.max_disk_gb is None else from_mb(settings.max_disk_gb * 1024),
+        None if settings.ranges is None else Cut(settings.ranges, _as_set(settings.cached)),
     )
+
+
+def _as_set(numbers: list[int] | None) -> frozenset[int] | None:
+    return None if numbers is None else frozenset(numbers)
 
 
 def host_tier(job: Job, plan: Plan) -> int:

@@ -17,6 +17,7 @@ from edgetrain.errors import BudgetError
 from edgetrain.keys import epoch_order
 from edgetrain.memory.meter import Meter
 from edgetrain.planning.plan import Plan
+from edgetrain.planning.schedule import SCHEDULES, Visit
 from edgetrain.planning.workload import Workload
 from edgetrain.record import CellRecord
 from edgetrain.store.latents import LatentFile
@@ -28,7 +29,6 @@ from edgetrain.stream.feed import DeviceFeed, Feed, FileFeed, Slice
 from edgetrain.stream.latents import DeviceLatents, FileLatents, Latents
 from edgetrain.stream.readout import DeviceCellsFeed, FileCellsFeed, Reading, Readout, train_readout
 from edgetrain.stream.tiles import TiledCell, at_hand, phases_of
-from edgetrain.training.schedule import SCHEDULES, Visit
 from edgetrain.training.watcher import Progress, Watcher
 from edgetrain.units import MIB, show_mb, to_mb
 
@@ -139,24 +139,41 @@ class Trainer:
 
     def _schedule(self) -> Iterator[Visit]:
         work = self._work
-        return SCHEDULES[work.schedule](work.depth, work.epochs, work.steps, work.readout_epochs, work.classifier_reads)
+        return SCHEDULES[work.schedule](
+            work.depth, work.epochs, work.steps, work.readout_epochs, work.classifier_reads, self._plan.cut
+        )
 
     # -- one visit ---------------------------------------------------------------------------------
 
     def _visit(self, number: int, visits: int, visit: Visit, following: int | None) -> None:
         start = time.monotonic()
+        record = self.records[visit.node]
+        if not visit.trains:
+            self._emit_range(visit, following)
+            self._free(visit.frees)
+            record.seconds += time.monotonic() - start
+            return
         if visit.node == self._work.depth:
             tally, waited = self._visit_readout(number, visits, visit)
         else:
             tally, waited = self._visit_cell(number, visits, visit, following)
         self._free(visit.frees)
         loss, accuracy = self._read(tally, visit)
-        record = self.records[visit.node]
         record.epochs = visit.epoch + 1
-        record.train_loss, record.train_accuracy = loss, accuracy
+        record.train_loss, record.train_accuracy = self._epoch_so_far(visit, loss, accuracy)
         record.seconds += time.monotonic() - start
         record.waited_seconds += waited
         self._watcher.visited(self._progress(number, visits, visit, visit.last, loss, accuracy))
+
+    def _epoch_so_far(self, visit: Visit, loss: float, accuracy: float | None) -> tuple[float, float | None]:
+        """Loss and accuracy with the ranges of the epoch that came before."""
+        record, size = self.records[visit.node], self._work.batch_size
+        before = visit.first * size / min(visit.last * size, self._work.rows)
+        if before == 0 or record.train_loss is None:
+            return loss, accuracy
+        known = None not in (accuracy, record.train_accuracy)
+        mixed = before * (record.train_accuracy or 0.0) + (1 - before) * (accuracy or 0.0)
+        return before * record.train_loss + (1 - before) * loss, mixed if known else None
 
     def _visit_cell(self, number: int, visits: int, visit: Visit, following: int | None) -> tuple[Tally, float]:
         cell = self._cells.visit(visit.node)
@@ -184,12 +201,28 @@ class Trainer:
         self._note_peak(visit.node)
         return tally, feed.waited_s
 
+    def _emit_range(self, visit: Visit, following: int | None) -> None:
+        """Let a finished cell emit a range of its latents again."""
+        work, node = self._work, visit.node
+        cell = self._cells.visit(node, changes=False)
+        if following is not None and following not in (node, work.depth):
+            self._cells.expect(following)
+        order = epoch_order(work.seed, visit.epoch, work.rows) if visit.emit == "again" else None
+        micro = self._plan.micro_batches[node]
+        piece = Slice(work.rows, work.batch_size, micro, visit.first, visit.last, order, phases=cell.tiles)
+        feed, sink = self._feed(node), self._make_latents(visit).sink()
+        try:
+            self._executor.emit(cell, feed, piece, sink)
+        finally:
+            sink.close()
+        self._note_peak(node)
+
     def _emit(self, cell: LiveCell | TiledCell, feed: Feed, out: Latents) -> None:
         """Latents of the finished cell, in sample order, view by view."""
         sink = out.sink()
         try:
             for view in range(self._work.views):
-                self._executor.emit(cell, feed, self._in_sample_order(cell.node.index, view), sink, view)
+                self._executor.emit(cell, feed, self._in_sample_order(cell, view), sink, view)
         finally:
             sink.close()
 
@@ -244,11 +277,10 @@ class Trainer:
         view = visit.epoch % work.views if visit.node else 0  # the inputs lie there once
         return Slice(work.rows, work.batch_size, micro, visit.first, visit.last, order, phases, view)
 
-    def _in_sample_order(self, index: int, view: int) -> Slice:
-        work = self._work
+    def _in_sample_order(self, cell: LiveCell | TiledCell, view: int) -> Slice:
+        work, index = self._work, cell.node.index
         micro = self._plan.micro_batches[index]
-        tiles = self._cells.visit(index).tiles
-        return Slice(work.rows, work.batch_size, micro, 0, work.steps, phases=tiles, view=view if index else 0)
+        return Slice(work.rows, work.batch_size, micro, 0, work.steps, phases=cell.tiles, view=view if index else 0)
 
     def _feed(self, index: int) -> Feed:
         source = self._latents[index]
@@ -271,14 +303,18 @@ class Trainer:
         )
 
     def _make_latents(self, visit: Visit) -> Latents:
-        work, step_order, name = self._work, visit.emit == "training", f"{visit.node + 1:03}"
-        rows = work.rows * work.views
+        work, step_order, name = self._work, visit.emit in ("training", "again"), f"{visit.node + 1:03}"
+        if visit.emit == "cached" and visit.first > 0:
+            return self._latents[visit.node + 1]
         if visit.node + 1 in self._latents:
             self._latents.pop(visit.node + 1).free()
+        whole = visit.emit in ("finished", "cached")
+        rows = work.rows * work.views if whole else self._work.range_rows(self._plan.cut)
+        first = 0 if whole else visit.first * work.batch_size
         if self._resident:
             made: Latents = DeviceLatents(rows, work.latent_dtype, step_order)
-        elif (spare := self._take_spare(work.nodes[visit.node].shape)) is not None:
-            made = spare.reused(name, step_order)
+        elif (spare := self._take_spare(work.nodes[visit.node].shape, rows)) is not None:
+            made = spare.reused(name, step_order, first)
         else:
             made = FileLatents(
                 self._folder.latents,
@@ -290,17 +326,20 @@ class Trainer:
                 self._latent_space,
                 self._folder.wrote,
                 background=self._choices.prefetch > 0,
+                first=first,
             )
         self._latents[visit.node + 1] = made
         return made
 
-    def _take_spare(self, shape: tuple[int, ...]) -> FileLatents | None:
+    def _take_spare(self, shape: tuple[int, ...], rows: int) -> FileLatents | None:
         """Files that nobody reads any more, if latents of this shape fit them; others are deleted.
 
         Overwriting costs a third of writing a new file, whose pages the system must find and clear.
         """
         spare, self._spare = self._spare, None
-        if spare is None or all(layout.shape == shape for layout in spare.formats.values()):
+        if spare is None:
+            return None
+        if spare.rows == rows and all(layout.shape == shape for layout in spare.formats.values()):
             return spare
         spare.free()
         return None
@@ -373,8 +412,10 @@ class Trainer:
     def _replay(self, visit: Visit) -> None:
         """Make again what a committed visit left behind: the latents of a finished cell."""
         if visit.emit == "finished":
-            cell = self._cells.visit(visit.node)
+            cell = self._cells.visit(visit.node, changes=False)
             self._emit(cell, self._feed(visit.node), self._make_latents(visit))
+        elif visit.lasting:
+            self._emit_range(visit, None)
         self._free(tuple(index for index in visit.frees if index in self._latents))
 
     def _commit_due(self, done: int, visits: int, skipped: int) -> bool:

@@ -21,6 +21,6 @@ def one_thread():
 def peaks_unknown(request, monkeypatch):
     """Without a budget no bit depends on predicted peaks, and to predict them takes half of the time."""
     if "budget" not in request.node.name:
-        monkeypatch.setattr(planner, "cell_peak", lambda work, index, size: 0)
+        monkeypatch.setattr(planner, "cell_peak", lambda work, *how: 0)
         monkeypatch.setattr(planner, "readout_peak", lambda work, size, resident: 0)
         monkeypatch.setattr(planner, "resident_peak", lambda work, sizes: (0, [0] * len(sizes)))

@@ -1,9 +1,10 @@
-"""The order of visits, without a tensor. ``pytest tests/training/test_schedule.py``."""
+"""The order of visits, without a tensor. ``pytest tests/planning/test_schedule.py``."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import edgetrain
-from edgetrain.training.schedule import SCHEDULES, Visit
+from edgetrain.planning.schedule import SCHEDULES, Cut, Visit
 
 ROOT = Path(edgetrain.__file__).parents[1]
 INPUTS = 0
@@ -44,7 +45,7 @@ checked = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 def test_importing_the_schedules_does_not_import_torch() -> None:
-    code = "import edgetrain.training.schedule, sys; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = "import edgetrain.planning.schedule, sys; print('torch' in sys.modules, 'numpy' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.split()[0] == "False"
 
@@ -159,6 +160,99 @@ def test_a_cell_that_emits_for_good_is_finished(run: Run) -> None:
     for visit in visits(run):
         if visit.emit == "finished":
             assert visit.final
+
+
+# -- latents that the disk cannot hold ------------------------------------------------------------------
+
+
+@st.composite
+def cuts(draw: st.DrawFn, run: Run) -> Cut:
+    name, depth, _, steps, _, _ = run
+    ranges = draw(st.integers(1, steps))
+    if name == "sequence":
+        return Cut(ranges)
+    return Cut(ranges, frozenset({0, *draw(st.sets(st.integers(1, depth)))}))
+
+
+def cut_runs() -> st.SearchStrategy[tuple[Run, Cut]]:
+    return runs().flatmap(lambda run: st.tuples(st.just(run), cuts(run)))
+
+
+def cut_visits(run: Run, cut: Cut) -> list[Visit]:
+    name, depth, epochs, steps, readout, read = run
+    return list(SCHEDULES[name](depth, epochs, steps, readout, read, cut))
+
+
+class Disk:
+    """Which rows of which latents are there: of steps (epoch, step) or of samples."""
+
+    def __init__(self, run: Run):
+        self.run, self.held = run, {INPUTS: {("sample", step) for step in range(run[3])}}
+
+    def carry_out(self, visit: Visit) -> None:
+        steps = range(visit.first, visit.last)
+        in_order = {("epoch", visit.epoch, step) for step in steps}
+        every = {("sample", step) for step in range(self.run[3])}
+        for index in reads(visit, self.run):
+            samples = {("sample", step) for step in steps} if visit.emit in ("onward", "cached") else every
+            assert self.held[index] >= samples or (
+                visit.emit not in ("onward", "cached") and self.held[index] == in_order
+            )
+        if visit.emit in ("training", "again"):
+            self.held[visit.node + 1] = in_order
+        elif visit.emit == "finished":
+            self.held[visit.node + 1] = every
+        elif visit.emit == "onward":
+            self.held[visit.node + 1] = {("sample", step) for step in steps}
+        elif visit.emit == "cached":
+            known = self.held.get(visit.node + 1, set()) if visit.first else set()
+            self.held[visit.node + 1] = known | {("sample", step) for step in steps}
+        for index in visit.frees:
+            del self.held[index]
+
+
+@checked
+@given(given=cut_runs())
+def test_with_a_cut_every_step_is_trained_once_in_order_from_latents_that_are_there(given: tuple[Run, Cut]) -> None:
+    run, cut = given
+    _, depth, epochs, steps, readout, _ = run
+    done: dict[int, list[tuple[int, int]]] = {}
+    disk = Disk(run)
+    for visit in cut_visits(run, cut):
+        disk.carry_out(visit)
+        if visit.trains:
+            done.setdefault(visit.node, []).extend((visit.epoch, step) for step in range(visit.first, visit.last))
+    for node in range(depth):
+        assert done.pop(node) == [(epoch, step) for epoch in range(epochs) for step in range(steps)]
+    assert done.pop(depth, []) == [(epoch, step) for epoch in range(readout) for step in range(steps)]
+    assert set(disk.held) <= {INPUTS}
+
+
+@checked
+@given(given=cut_runs())
+def test_with_a_cut_a_run_goes_on_from_every_frontier(given: tuple[Run, Cut]) -> None:
+    run, cut = given
+    order = cut_visits(run, cut)
+    assert order[-1].frontier
+    for number in [number for number, visit in enumerate(order, 1) if visit.frontier]:
+        disk = Disk(run)
+        for visit in order[:number]:
+            if visit.lasting:
+                disk.carry_out(replace(visit, frees=()))
+            for index in visit.frees:
+                disk.held.pop(index, None)
+        for visit in order[number:]:
+            disk.carry_out(visit)
+
+
+@checked
+@given(given=cut_runs())
+def test_only_finished_cells_emit_again(given: tuple[Run, Cut]) -> None:
+    finished = set()
+    for visit in cut_visits(*given):
+        assert visit.trains or visit.node in finished
+        if visit.final:
+            finished.add(visit.node)
 
 
 def test_a_separate_run_reads_as_in_the_paper() -> None:
