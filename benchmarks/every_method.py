@@ -1,6 +1,6 @@
 """Every method on the same data, several seeds, next to backpropagation on the same net.
 
-Run: EDGETRAIN_DATA=... python benchmarks/every_method.py --plan digits|mnist|mnist-longer [--seeds 3] [--only WORD] [--out NAME]
+Run: EDGETRAIN_DATA=... python benchmarks/every_method.py --plan digits|mnist|mnist-longer [--seeds 3] [--out NAME]
 
 Each row is `edgetrain fit` with the flags shown and no other choice: optimizer, rate, schedule and vote are
 the method's defaults, and nothing is chosen on test data. `slp`, the linear classifier, is the floor.

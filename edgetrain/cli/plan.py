@@ -16,16 +16,20 @@ EPILOG = "Example: edgetrain plan --data mnist --net mlp:10000x1000 --max-gpu-mb
 @settings_options
 @output_options
 def command(profile: str | None, as_json: bool, **flags: Any) -> None:
-    """Show what a run would take, without training: memory, disk, micro-batches, by cell."""
+    """Show what a run would take, without training: memory, disk, micro-batches, tiles, time, by cell.
+
+    Times need the rates of this machine, which `edgetrain doctor` measures once.
+    """
     settings, _ = given_settings(flags, profile)
     from edgetrain.planning.planner import backprop_peak
     from edgetrain.report.terminal import show_plan
-    from edgetrain.training.job import open_job, plan_job
+    from edgetrain.training.job import open_job, plan_job, times_of
 
     job = open_job(settings)
     plan = plan_job(job)
     bp = backprop_peak(job.work, list(job.net.cells), job.net.options)
+    times = times_of(job, plan)
     if as_json:
-        click.echo(json.dumps(plan.as_dict(bp)))
+        click.echo(json.dumps(plan.as_dict(bp, times)))
     else:
-        show_plan(plan, bp)
+        show_plan(plan, bp, times)

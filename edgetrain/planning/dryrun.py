@@ -157,6 +157,38 @@ class _Excerpt(Slice):
             yield from listed if len(listed) <= 2 else [*listed[: 1 + smaller], listed[-1]]
 
 
+def stepping(
+    work: Workload, index: int, micro_batch: int, table: Bench, cell: LiveCell | TiledCell, steps: int
+) -> None:
+    """Some training steps of cell ``index`` with all their micro-batches, latents going to no file."""
+    feed = _FakeFeed(work.formats_into(index), table.meter, slots_on(work.device))
+    executor = Executor(work.objective, _CPU, table.meter, work.seed, work.augmentation)
+    piece = _whole_steps(work, micro_batch, phases_of(work.objective, cell.tiles), steps)
+    sink = _NoSink() if work.hands_on(index) and work.emits_in_training else None
+    executor.train(cell, feed, piece, 0, Tally(_CPU), sink)
+
+
+def emitting(
+    work: Workload, index: int, micro_batch: int, table: Bench, cell: LiveCell | TiledCell, steps: int
+) -> None:
+    """Some batches of the finished cell ``index``, latents going to no file."""
+    feed = _FakeFeed(work.formats_into(index), table.meter, slots_on(work.device))
+    executor = Executor(work.objective, _CPU, table.meter, work.seed, work.augmentation)
+    executor.emit(cell, feed, _whole_steps(work, micro_batch, cell.tiles, steps), _NoSink())
+
+
+def stepping_readout(work: Workload, micro_batch: int, table: Bench, resident: bool, steps: int) -> None:
+    """Some training steps of the classifier."""
+    feed = _FakeCellsFeed([work.format_into(index + 1) for index in work.classifier_reads], work.objective.features)
+    piece, cells = _whole_steps(work, micro_batch, 1, steps), len(work.classifier_reads)
+    train_readout(_readout(work, table, resident), feed, piece, cells, work.classes, table.meter, Tally(_CPU))
+
+
+def _whole_steps(work: Workload, micro_batch: int, phases: int, steps: int) -> Slice:
+    size = min(work.batch_size, work.rows)
+    return Slice(steps * size, size, min(micro_batch, size), 0, steps, np.zeros(steps * size, np.int64), phases)
+
+
 def _slice(work: Workload, micro_batch: int, phases: int, shuffled: bool = True) -> Slice:
     """Two steps of full batches (or of all rows, if these are fewer)."""
     size = min(work.batch_size, work.rows)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 from edgetrain.planning.schedule import WHOLE, Cut
 from edgetrain.units import ceil_mb, to_mb
+
+
+@dataclass(frozen=True)
+class VisitTime:
+    """Seconds of all visits to a cell or to the classifier, and what bounds them.
+
+    Attributes:
+        seconds: of the whole run.
+        bound: ``compute``, ``bus`` or ``disk``.
+    """
+
+    seconds: float
+    bound: str
 
 
 @dataclass(frozen=True)
@@ -108,8 +121,10 @@ class Plan:
         """Of each cell and of the classifier."""
         return [cell.micro_batch for cell in self.visits]
 
-    def as_dict(self, bp_peak: int | None) -> dict[str, Any]:
-        """What ``plan --json`` prints."""
+    def as_dict(self, bp_peak: int | None, times: Sequence[VisitTime] | None = None) -> dict[str, Any]:
+        """What ``plan --json`` prints; times are unknown where the machine's rates are."""
+        total = None if times is None else round(sum(time.seconds for time in times), 1)
+        each: Sequence[VisitTime | None] = times or [None] * len(self.visits)
         return {
             "fits": self.fits,
             "host_fits": self.host_fits,
@@ -124,11 +139,12 @@ class Plan:
             "written_mb": to_mb(self.written_bytes),
             "ranges": self.cut.ranges,
             "cached": None if self.cut.cached is None else sorted(self.cut.cached),
-            "cells": [_as_dict(cell) for cell in self.visits],
+            "seconds": total,
+            "cells": [_as_dict(cell, time) for cell, time in zip(self.visits, each, strict=True)],
         }
 
 
-def _as_dict(cell: CellPlan) -> dict[str, Any]:
+def _as_dict(cell: CellPlan, time: VisitTime | None) -> dict[str, Any]:
     values = asdict(cell)
     return {
         "name": values["name"],
@@ -137,4 +153,6 @@ def _as_dict(cell: CellPlan) -> dict[str, Any]:
         "micro_batch": values["micro_batch"],
         "tiles": values["tiles"],
         "latents_mb": to_mb(cell.latents),
+        "seconds": None if time is None else round(time.seconds, 1),
+        "bound": None if time is None else time.bound,
     }

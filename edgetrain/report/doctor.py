@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from rich.table import Table
 from edgetrain.data.fetch import locate
 from edgetrain.data.known import KNOWN
 from edgetrain.memory import device as devices
-from edgetrain.memory import host
+from edgetrain.memory import host, rates
+from edgetrain.memory.rates import Rates
+from edgetrain.units import MIB, to_mb
 
-_MATRIX = 2048
 _LOW_DISK_MB = 2048
 _SLOW_DISK_MB_S = 50
 
@@ -25,10 +26,12 @@ def examine(folder: Path) -> dict[str, Any]:
     """Facts about machine, device, disk and data sets, and a list of warnings."""
     devices.configure_cuda()
     device = devices.resolve("auto")
+    found, free = rates.measure(device, folder), shutil.disk_usage(folder).free
+    rates.save(found, device)
     facts: dict[str, Any] = {
         "machine": host.machine_facts(),
-        "device": {**devices.describe(device), "gflops_float32": round(_gflops(device), 1)},
-        "disk": {"folder": str(folder.absolute()), **host.disk_rates(folder)},
+        "device": {**devices.describe(device), **_speeds(found)},
+        "disk": {"folder": str(folder.absolute()), "free_mb": to_mb(free), **_disk(found)},
         "data": {
             name: str(locate(known) or "not on this machine; fetched when asked for") for name, known in KNOWN.items()
         },
@@ -58,13 +61,21 @@ def _show(value: Any) -> str:
     return "unknown" if value is None else str(value)
 
 
-def _gflops(device: torch.device) -> float:
-    """Rate of a float32 matrix product, 10^9 operations per second."""
-    left, right = (torch.randn(_MATRIX, _MATRIX, device=device) for _ in range(2))
-    (left @ right).sum().item()  # warm up
-    start = time.perf_counter()
-    (left @ right).sum().item()
-    return 2 * _MATRIX**3 / (time.perf_counter() - start) / 1e9
+def _speeds(found: Rates) -> dict[str, float | None]:
+    """Rates of the device as people read them."""
+    return {
+        "gflops_float32": round(found.flops / 1e9, 1),
+        "memory_mb_per_s": round(found.memory / MIB),
+        "call_us": round(found.call_s * 1e6, 1),
+        "bus_mb_per_s": None if found.bus is None else round(found.bus / MIB),
+    }
+
+
+def _disk(found: Rates) -> dict[str, float | None]:
+    return {
+        "write_mb_per_s": None if found.disk_write is None else round(found.disk_write / MIB, 1),
+        "read_mb_per_s": None if found.disk_read is None else round(found.disk_read / MIB, 1),
+    }
 
 
 def _warnings(facts: dict[str, Any], device: torch.device) -> Iterator[str]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from operator import itemgetter
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from edgetrain.planning.plan import CellPlan, Plan
+from edgetrain.planning.plan import CellPlan, Plan, VisitTime
 from edgetrain.record import CellRecord, RunRecord
 from edgetrain.training import watcher as watching
 from edgetrain.training.edits import CellState
@@ -150,24 +151,33 @@ def show_run(record: RunRecord) -> None:
         console.print(f"{record.method}: {citation}", soft_wrap=True)
 
 
-def show_plan(plan: Plan, bp_peak: int) -> None:
+def show_plan(plan: Plan, bp_peak: int, times: Sequence[VisitTime] | None) -> None:
     """A plan, on stdout."""
     console = _stdout()
-    table = Table("cell", "parameters", "micro-batch", "peak", "latents on disk", box=None, header_style="bold")
+    names = ["cell", "parameters", "micro-batch", "tiles", "peak", "latents on disk", *(["time"] if times else [])]
+    table = Table(*names, box=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, count, cell in _grouped(plan):
-        label = f"{name} (x{count})" if count > 1 else name
-        table.add_row(
-            label,
-            f"{cell.params:,}",
-            str(cell.micro_batch),
-            show_mb(cell.peak),
-            show_mb(cell.latents) if cell.latents else "-",
-        )
+    each: Sequence[VisitTime | None] = times or [None] * len(plan.visits)
+    for cell, run in groupby(zip(plan.visits, each, strict=True), key=itemgetter(0)):
+        table.add_row(*_plan_row(cell, [time for _, time in run]))
     console.print(table)
-    for line in _words(plan, bp_peak):
+    for line in _words(plan, bp_peak, times):
         console.print(line, soft_wrap=True)
+
+
+def _plan_row(cell: CellPlan, times: list[VisitTime | None]) -> list[str]:
+    """A row for a run of equal cells, so that a thousand stay readable."""
+    known = [time for time in times if time is not None]
+    return [
+        f"{cell.name} (x{len(times)})" if len(times) > 1 else cell.name,
+        f"{cell.params:,}",
+        str(cell.micro_batch),
+        str(cell.tiles),
+        show_mb(cell.peak),
+        show_mb(cell.latents) if cell.latents else "-",
+        *([f"{show_seconds(sum(time.seconds for time in known))} ({known[0].bound})"] if known else []),
+    ]
 
 
 def show_votes(run: Run, found: Predictions, per_cell: bool) -> None:
@@ -255,17 +265,13 @@ def _cells_row(cell: CellRecord) -> list[str]:
     ]
 
 
-def _grouped(plan: Plan) -> Iterator[tuple[str, int, CellPlan]]:
-    """Runs of equal cells as one row, so that a thousand cells stay readable."""
-    for cell, run in groupby(plan.visits):
-        yield cell.name, len(list(run)), cell
-
-
-def _words(plan: Plan, bp_peak: int) -> Iterator[str]:
+def _words(plan: Plan, bp_peak: int, times: Sequence[VisitTime] | None) -> Iterator[str]:
+    """The choices of a plan, and why."""
     if plan.placement == "resident":
         yield "Everything stays on the device: data set, latents and all cells."
     else:
         yield "Cells stream one at a time; the data set and latents stream from disk in batches."
+    yield from _pieces_in_words(plan)
     yield from _cut_in_words(plan)
     smallest = f"the smallest budget that works is {ceil_mb(plan.min_budget):.2f} MiB"
     if plan.budget is None:
@@ -280,6 +286,29 @@ def _words(plan: Plan, bp_peak: int) -> Iterator[str]:
         f" disk {show_mb(plan.disk_bytes)}{'' if plan.disk_fits else ' (over --max-disk-gb)'};"
         f" writes {show_mb(plan.written_bytes)} in all."
     )
+    if times is None:
+        yield "Time: unknown until `edgetrain doctor` has measured this machine once."
+    else:
+        yield f"Time: about {show_seconds(sum(time.seconds for time in times))}, by this machine's measured rates."
+
+
+def _pieces_in_words(plan: Plan) -> Iterator[str]:
+    """Why batches are cut, and cells."""
+    largest = max(plan.micro_batches)
+    smaller = [cell for cell in plan.visits if cell.micro_batch < largest and cell.tiles == 1]
+    tiled = [cell for cell in plan.cells if cell.tiles > 1]
+    if smaller:
+        worst = min(smaller, key=lambda cell: cell.micro_batch)
+        yield (
+            f"{_count(len(smaller))} of {len(plan.visits)} take batches in parts to fit, {worst.name!r} in parts of"
+            f" {worst.micro_batch}: the result is the same up to rounding."
+        )
+    if tiled:
+        most = max(tiled, key=lambda cell: cell.tiles)
+        yield (
+            f"{_count(len(tiled))} of {len(plan.cells)} do not fit whole: they wait on the host and come in tiles,"
+            f" {most.name!r} in {most.tiles}, each twice a step."
+        )
 
 
 def _cut_in_words(plan: Plan) -> Iterator[str]:

@@ -26,7 +26,7 @@ from edgetrain.store.run import RunFolder
 from edgetrain.stream.latents import FileLatents
 from edgetrain.training.finished import Run, predictor_of
 from edgetrain.training.inputs import pack, scaling_of
-from edgetrain.training.job import Job, global_threads, host_tier, open_job, plan_job
+from edgetrain.training.job import Job, host_tier, open_job, plan_job, threads_of
 from edgetrain.training.trainer import Choices, Trainer
 from edgetrain.training.watcher import Silent, Watcher
 from edgetrain.units import show_mb, to_mb
@@ -152,12 +152,11 @@ def check_disk(path: Path, plan: Plan) -> None:
 def process_state(settings: Settings) -> Iterator[None]:
     """Threads and torch's global generators are as before when a run is over."""
     devices.configure_cuda()
-    threads, random = torch.get_num_threads(), torch.random.get_rng_state()
+    random = torch.random.get_rng_state()
     try:
-        global_threads(settings.threads)
-        yield
+        with threads_of(settings):
+            yield
     finally:
-        torch.set_num_threads(threads)
         torch.random.set_rng_state(random)
 
 

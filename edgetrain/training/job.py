@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -17,12 +18,13 @@ from edgetrain.data.base import DataSet
 from edgetrain.data.specs import open_data
 from edgetrain.errors import InputError
 from edgetrain.memory import device as devices
-from edgetrain.memory.host import cores
+from edgetrain.memory import rates
 from edgetrain.nets.base import Net
 from edgetrain.nets.spec import open_net
 from edgetrain.objectives import OBJECTIVES
 from edgetrain.objectives.base import Node, Objective, nodes
-from edgetrain.planning.plan import Plan
+from edgetrain.planning.cost import visit_times
+from edgetrain.planning.plan import Plan, VisitTime
 from edgetrain.planning.planner import make_plan
 from edgetrain.planning.schedule import Cut
 from edgetrain.planning.workload import Workload
@@ -192,7 +194,7 @@ def with_defaults(settings: Settings, method: type[Objective]) -> Settings:
         "optimizer": settings.optimizer or prefers.optimizer,
         "lr": _or(settings.lr, prefers.lr),
         "weight_decay": _or(settings.weight_decay, prefers.weight_decay),
-        "threads": settings.threads or cores(),
+        "threads": settings.threads or torch.get_num_threads(),
         "like": settings.like or method.like,
         **_classifier(settings, method, schedule),
     }
@@ -269,6 +271,13 @@ def plan_job(job: Job) -> Plan:
     )
 
 
+def times_of(job: Job, plan: Plan) -> list[VisitTime] | None:
+    """What each cell and the classifier will take on this machine, if ``doctor`` measured its rates."""
+    with threads_of(job.settings):
+        known = rates.load(job.work.device)
+        return None if known is None else visit_times(job.work, plan, known, psutil.virtual_memory().available // 2)
+
+
 def _as_set(numbers: list[int] | None) -> frozenset[int] | None:
     return None if numbers is None else frozenset(numbers)
 
@@ -304,7 +313,13 @@ def _readout(settings: Settings) -> OptimizerRecipe | None:
     )
 
 
-def global_threads(threads: int | None) -> None:
-    """Use this many CPU threads from now on."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+@contextmanager
+def threads_of(settings: Settings) -> Iterator[None]:
+    """A scope in which torch uses as many CPU threads as the settings say."""
+    before = torch.get_num_threads()
+    try:
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        yield
+    finally:
+        torch.set_num_threads(before)

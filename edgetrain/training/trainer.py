@@ -29,6 +29,7 @@ from edgetrain.stream.feed import DeviceFeed, Feed, FileFeed, Slice
 from edgetrain.stream.latents import DeviceLatents, FileLatents, Latents
 from edgetrain.stream.readout import DeviceCellsFeed, FileCellsFeed, Reading, Readout, train_readout
 from edgetrain.stream.tiles import TiledCell, at_hand, phases_of
+from edgetrain.training.caches import Caches
 from edgetrain.training.watcher import Progress, Watcher
 from edgetrain.units import MIB, show_mb, to_mb
 
@@ -91,10 +92,10 @@ class Trainer:
         self._readout: Readout | None = None
         self._readout_state: State | None = None
         self._files: FileLatents = inputs
-        self._latents: dict[int, Latents] = {}
-        self._spare: FileLatents | None = None
+        self._caches = Caches(
+            work, plan.cut, folder, self._resident, meter.host, choices.prefetch > 0, choices.keep_latents
+        )
         self._device_labels: torch.Tensor | None = None
-        self._latent_bytes = self.latents_peak = 0
         self.records = [
             CellRecord(
                 cell.name,
@@ -107,6 +108,11 @@ class Trainer:
         ]
         self._started = self._last_commit = self._last_shown = time.monotonic()
         self._commits = 0
+
+    @property
+    def latents_peak(self) -> int:
+        """The most bytes of latents in files at once."""
+        return self._caches.peak
 
     def run(self) -> None:
         """Train from the newest commit to the end, and commit that.
@@ -150,14 +156,14 @@ class Trainer:
         record = self.records[visit.node]
         if not visit.trains:
             self._emit_range(visit, following)
-            self._free(visit.frees)
+            self._caches.free(visit.frees)
             record.seconds += time.monotonic() - start
             return
         if visit.node == self._work.depth:
             tally, waited = self._visit_readout(number, visits, visit)
         else:
             tally, waited = self._visit_cell(number, visits, visit, following)
-        self._free(visit.frees)
+        self._caches.free(visit.frees)
         loss, accuracy = self._read(tally, visit)
         record.epochs = visit.epoch + 1
         record.train_loss, record.train_accuracy = self._epoch_so_far(visit, loss, accuracy)
@@ -181,7 +187,7 @@ class Trainer:
             self._cells.expect(following)
         feed = self._feed(visit.node)
         tally = self._tally(visit)
-        out = None if visit.emit == "none" else self._make_latents(visit)
+        out = None if visit.emit == "none" else self._caches.make(visit)
         training_sink = out.sink() if out is not None and visit.emit == "training" else None
         try:
             self._executor.train(
@@ -210,7 +216,7 @@ class Trainer:
         order = epoch_order(work.seed, visit.epoch, work.rows) if visit.emit == "again" else None
         micro = self._plan.micro_batches[node]
         piece = Slice(work.rows, work.batch_size, micro, visit.first, visit.last, order, phases=cell.tiles)
-        feed, sink = self._feed(node), self._make_latents(visit).sink()
+        feed, sink = self._feed(node), self._caches.make(visit).sink()
         try:
             self._executor.emit(cell, feed, piece, sink)
         finally:
@@ -283,7 +289,7 @@ class Trainer:
         return Slice(work.rows, work.batch_size, micro, 0, work.steps, phases=cell.tiles, view=view if index else 0)
 
     def _feed(self, index: int) -> Feed:
-        source = self._latents[index]
+        source = self._caches[index]
         if isinstance(source, DeviceLatents):
             assert self._device_labels is not None
             return DeviceFeed(source, self._device_labels)
@@ -291,7 +297,7 @@ class Trainer:
         return FileFeed(source, self._labels, self._work.device, self._meter.host, self._choices.prefetch)
 
     def _cells_feed(self) -> FileCellsFeed | DeviceCellsFeed:
-        sources = [self._latents[index + 1] for index in self._work.classifier_reads]
+        sources = [self._caches[index + 1] for index in self._work.classifier_reads]
         reading = Reading(self._work.objective.classifier_stream, self._work.objective.features)
         on_device = [source for source in sources if isinstance(source, DeviceLatents)]
         if on_device:
@@ -302,63 +308,6 @@ class Trainer:
             in_files, self._labels, self._work.device, self._meter.host, self._choices.prefetch, reading
         )
 
-    def _make_latents(self, visit: Visit) -> Latents:
-        work, step_order, name = self._work, visit.emit in ("training", "again"), f"{visit.node + 1:03}"
-        if visit.emit == "cached" and visit.first > 0:
-            return self._latents[visit.node + 1]
-        if visit.node + 1 in self._latents:
-            self._latents.pop(visit.node + 1).free()
-        whole = visit.emit in ("finished", "cached")
-        rows = work.rows * work.views if whole else self._work.range_rows(self._plan.cut)
-        first = 0 if whole else visit.first * work.batch_size
-        if self._resident:
-            made: Latents = DeviceLatents(rows, work.latent_dtype, step_order)
-        elif (spare := self._take_spare(work.nodes[visit.node].shape, rows)) is not None:
-            made = spare.reused(name, step_order, first)
-        else:
-            made = FileLatents(
-                self._folder.latents,
-                name,
-                rows,
-                work.latent_dtype,
-                step_order,
-                self._meter.host,
-                self._latent_space,
-                self._folder.wrote,
-                background=self._choices.prefetch > 0,
-                first=first,
-            )
-        self._latents[visit.node + 1] = made
-        return made
-
-    def _take_spare(self, shape: tuple[int, ...], rows: int) -> FileLatents | None:
-        """Files that nobody reads any more, if latents of this shape fit them; others are deleted.
-
-        Overwriting costs a third of writing a new file, whose pages the system must find and clear.
-        """
-        spare, self._spare = self._spare, None
-        if spare is None:
-            return None
-        if spare.rows == rows and all(layout.shape == shape for layout in spare.formats.values()):
-            return spare
-        spare.free()
-        return None
-
-    def _latent_space(self, size: int) -> None:
-        self._folder.space(size)
-        self._latent_bytes += size
-        self.latents_peak = max(self.latents_peak, self._latent_bytes)
-
-    def _free(self, indices: tuple[int, ...]) -> None:
-        if not self._choices.keep_latents:
-            for index in indices:
-                if index:  # the inputs cost nothing to keep, and resuming wants them
-                    freed = self._latents.pop(index)
-                    if isinstance(freed, FileLatents) and self._spare is None:
-                        self._spare = freed
-                    else:
-                        freed.free()
-
     def _tally(self, visit: Visit) -> Tally:
         name = self.records[visit.node].name
         with self._meter.watch():
@@ -368,10 +317,10 @@ class Trainer:
 
     def _begin(self) -> None:
         if not self._resident:
-            self._latents[0] = self._files
+            self._caches.begin(self._files)
             return
         with self._meter.watch():
-            self._latents[0] = DeviceLatents.copied(self._files, self._work.device, self._meter.host)
+            self._caches.begin(DeviceLatents.copied(self._files, self._work.device, self._meter.host))
             labels = DeviceLatents.copied(
                 FileLatents.of_files({"y": self._labels}, self._meter.host),
                 self._work.device,
@@ -413,10 +362,10 @@ class Trainer:
         """Make again what a committed visit left behind: the latents of a finished cell."""
         if visit.emit == "finished":
             cell = self._cells.visit(visit.node, changes=False)
-            self._emit(cell, self._feed(visit.node), self._make_latents(visit))
+            self._emit(cell, self._feed(visit.node), self._caches.make(visit))
         elif visit.lasting:
             self._emit_range(visit, None)
-        self._free(tuple(index for index in visit.frees if index in self._latents))
+        self._caches.free(tuple(index for index in visit.frees if index in self._caches))
 
     def _commit_due(self, done: int, visits: int, skipped: int) -> bool:
         now = time.monotonic()
@@ -445,12 +394,7 @@ class Trainer:
 
     def _end(self) -> None:
         self._readout = None
-        for index, latents in self._latents.items():
-            if index and isinstance(latents, DeviceLatents):
-                latents.free()
-        self._latents.clear()
-        if self._spare is not None:
-            self._spare.free()
+        self._caches.close()
         self._device_labels = None
         self._cells.close()
 

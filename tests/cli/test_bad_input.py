@@ -33,7 +33,7 @@ MISTAKES = {
     "zero epochs": (["fit", "--epochs", "0"], 2, ["--epochs", "at least 1"]),
     "zero budget": (["fit", "--max-gpu-mb", "0"], 2, ["--max-gpu-mb"]),
     "negative budget": (["fit", "--max-gpu-mb", "-5"], 2, ["--max-gpu-mb"]),
-    "budget that cannot hold": (["fit", "--max-gpu-mb", "0.2"], 6, ["smallest budget", "MiB"]),
+    "budget that cannot hold": (["fit", "--max-gpu-mb", "0.01"], 6, ["smallest budget", "MiB"]),
     "host budget that cannot hold": (["fit", "--max-host-mb", "1"], 6, ["--max-host-mb"]),
     "disk budget that cannot hold": (["fit", "--max-disk-gb", "0.0001"], 6, ["--max-disk-gb"]),
     "unknown device": (["fit", "--device", "abacus"], 2, ["abacus", "cpu"]),

@@ -58,13 +58,24 @@ def test_plan_says_what_fit_measures(edgetrain: Command) -> None:
 
 def test_plan_exits_0_where_nothing_fits_and_its_smallest_budget_works(edgetrain: Command) -> None:
     flags = ("--net", "mlp:64x2", "--epochs", "1", "--json")
-    done = edgetrain("plan", *flags, "--max-gpu-mb", "0.05")
+    done = edgetrain("plan", *flags, "--max-gpu-mb", "0.01")
     assert done.returncode == 0
     plan = json.loads(done.stdout)
     assert plan["fits"] is False
     smallest = str(plan["min_budget_mb"])
     record = json.loads(edgetrain("fit", *flags, "--max-gpu-mb", smallest).stdout)
     assert record["peak_gpu_mb"] <= float(smallest)
+
+
+def test_a_plan_tells_times_once_doctor_has_measured_the_machine(edgetrain: Command) -> None:
+    flags = ("plan", "--net", "mlp:64x2", "--epochs", "1")
+    assert json.loads(edgetrain(*flags, "--json").stdout)["seconds"] is None
+    assert "`edgetrain doctor`" in edgetrain(*flags).stdout
+    assert edgetrain("doctor").returncode == 0
+    plan = json.loads(edgetrain(*flags, "--json").stdout)
+    assert plan["seconds"] >= 0
+    assert {cell["bound"] for cell in plan["cells"]} <= {"compute", "bus", "disk"}
+    assert "(compute)" in edgetrain(*flags).stdout
 
 
 def test_evaluate_and_predict_agree_with_the_run(edgetrain: Command, tmp_path: Path) -> None:
