@@ -40,7 +40,7 @@ PLANS: dict[str, list[tuple[list[str], str]]] = {
         (["slp", "ff", "symba"], "--net mlp:300x2 --epochs 10 --batch-size 128 --threads 1"),
         (
             ["lbp-ae", "lbp-dae", "lbp-gan"],
-            "--net mlp:300x2 --epochs 5 --classifier-epochs 30 --batch-size 128 --threads 1",
+            "--net mlp:1024x2 --epochs 5 --classifier-epochs 30 --batch-size 128 --threads 1",
         ),
     ],
 }
