@@ -76,6 +76,9 @@ class Settings:
     threads: int | None = _setting(None, "CPU threads")
     device: str = _setting("auto", "``auto``, ``cuda``, ``cuda:1``, ``mps`` or ``cpu``")
     max_gpu_mb: float | None = _setting(None, "Device memory that the run may take, in MiB")
+    count_context: bool = _setting(
+        False, "Take the CUDA context, which lies outside PyTorch's allocator, off the budget too"
+    )
     max_host_mb: float | None = _setting(None, "Host memory for buffers and waiting cells, in MiB")
     max_disk_gb: float | None = _setting(None, "Disk that the run folder may take, in GiB")
     latent_dtype: Literal["float32", "float16", "bfloat16", "uint8"] = _setting("float32", "How latents lie on disk")

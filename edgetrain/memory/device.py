@@ -171,6 +171,15 @@ def _cuda_free_and_total(device: torch.device) -> tuple[int, int] | None:
     return int(free), int(total)
 
 
+def reserved_bytes(device: torch.device) -> int:
+    """What PyTorch's allocator holds on a CUDA device; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    import torch
+
+    return int(torch.cuda.memory_reserved(device))
+
+
 def default_budget(device: torch.device) -> int | None:
     """The budget of a run that states none: 90% of what is free on CUDA, no limit elsewhere."""
     if device.type != "cuda":
@@ -368,7 +377,7 @@ def describe(device: torch.device) -> dict[str, object]:
         "free_mb": to_mb(free_bytes(device)),
         "default_budget_mb": to_mb(default_budget(device)),
         "context_mb": to_mb(context_bytes(device)),
-        "power_mode": _jetson_power_mode(),
+        "power_mode": power_mode(),
     }
     return facts | _cuda_facts(device)
 
@@ -405,7 +414,7 @@ def _driver_version(nvml: Any) -> str:
     return version.decode() if isinstance(version, bytes) else str(version)
 
 
-def _jetson_power_mode(root: Path = Path("/")) -> str | None:
+def power_mode(root: Path = Path("/")) -> str | None:
     """A Jetson's power mode, ``2 (25W)``, or without its name ``2``; ``None`` off a Jetson.
 
     nvpmodel itself would have to run as root; its files are readable.

@@ -21,13 +21,17 @@ def latent_bytes(work: Workload, index: int) -> int:
 
 def host_bytes(work: Workload, params: list[int]) -> int:
     """Host memory for batches on their way, for mapped pages, and for two cells in transit."""
+    order = work.rows * _LABEL_BYTES
+    transit = 2 * STATE_BYTES_PER_PARAMETER * max(params)
+    return staging_bytes(work) + order + transit + DEFAULT_WINDOW
+
+
+def staging_bytes(work: Workload) -> int:
+    """Host memory for batches on their way to the device and back."""
     size = min(work.batch_size, work.rows)
     nodes = range(work.depth)
     readers = (work.prefetch + 2) * size * (_LABEL_BYTES + max(work.row_bytes_into(index) for index in nodes))
-    writers = 3 * size * max(_float_bytes(work, index + 1) for index in nodes)
-    order = work.rows * _LABEL_BYTES
-    transit = 2 * STATE_BYTES_PER_PARAMETER * max(params)
-    return readers + writers + order + transit + DEFAULT_WINDOW
+    return readers + 3 * size * max(_float_bytes(work, index + 1) for index in nodes)
 
 
 def _float_bytes(work: Workload, index: int) -> int:

@@ -102,6 +102,10 @@ class RunFolder:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
 
+    def reconfigure(self, config: str) -> None:
+        """Write ``config.toml`` anew."""
+        write_text(self.path / "config.toml", config)
+
     def is_run(self) -> bool:
         """Whether the folder holds a run of ours."""
         return (self.path / "config.toml").is_file() or (self.path / "journal.jsonl").is_file()

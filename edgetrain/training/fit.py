@@ -15,7 +15,7 @@ import torch
 from edgetrain.config import Settings, read_profile
 from edgetrain.data.base import DataSet
 from edgetrain.data.prepare import Prepared, prepare
-from edgetrain.errors import InputError, StorageError
+from edgetrain.errors import BudgetError, InputError, StorageError
 from edgetrain.memory import device as devices
 from edgetrain.memory.host import PeakRss
 from edgetrain.memory.meter import Meter, meter_of
@@ -163,24 +163,14 @@ def process_state(settings: Settings) -> Iterator[None]:
 def carry_out(job: Job, plan: Plan, folder: RunFolder, resuming: bool, watcher: Watcher, net: Any) -> Run:
     """Train a planned run from its newest commit (or from the start), evaluate and finish it."""
     device, began = job.work.device, time.monotonic()
-    settings = replace(
-        job.settings,
-        micro_batch=_compact(plan.micro_batches),
-        tiles=_compact(plan.tiles),
-        placement=_placement(job, plan),
-        ranges=plan.cut.ranges,
-        cached=None if plan.cut.cached is None else sorted(plan.cut.cached),
-    )
     if not resuming:
-        folder.create(settings.to_toml())
+        folder.create(_as_planned(job, plan).to_toml())
     with _removing_if_empty(folder.path), folder.locked(), PeakRss() as host:
         try:
             folder.clear_working_files()
             devices.cap(device, plan.budget)
             meter = meter_of(device, job.settings.meter == "full")
-            record = _record(job, plan, folder)
-            watcher.planned(plan, record)
-            trainer, test = _train(job, plan, folder, meter, watcher)
+            plan, record, trainer, test = _train_or_retry(job, plan, folder, meter, watcher)
             _evaluate(job, folder, plan, test, meter, record, trainer)
             _complete(folder, record, trainer, host, began, job)
         except BaseException:
@@ -194,6 +184,63 @@ def carry_out(job: Job, plan: Plan, folder: RunFolder, resuming: bool, watcher: 
             devices.cap(device, None)
     watcher.finished(record)
     return Run.open(folder.path, _named(job.settings, net))
+
+
+def _train_or_retry(
+    job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher
+) -> tuple[Plan, RunRecord, Trainer, Prepared | None]:
+    """Train; if memory runs out all the same, say so and go on once with half the micro-batches.
+
+    Raises:
+        BudgetError: memory ran out, and there is nothing smaller to try.
+    """
+    for retried in (False, True):
+        record = _record(job, plan, folder)
+        watcher.planned(plan, record)
+        try:
+            return plan, record, *_train(job, plan, folder, meter, watcher)
+        except Exception as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            smaller = None if retried else _smaller(job, plan)
+            said = (
+                f"memory ran out, though the plan foresees a peak of {show_mb(plan.predicted_peak)}"
+                f" ({_budget_in_words(plan)}): {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            )
+            if smaller is None:
+                raise BudgetError(f"{said}; state a smaller --max-gpu-mb, --batch-size or --micro-batch") from error
+        watcher.note(f"{said}; trying once more, with micro-batches of {_compact(smaller.micro_batches)}")
+        plan = smaller
+        folder.reconfigure(_as_planned(job, plan).to_toml())
+        folder.clear_working_files()
+    raise AssertionError("the second try returns or raises")
+
+
+def _smaller(job: Job, plan: Plan) -> Plan | None:
+    """The plan with micro-batches of half the size, where batches may be split and are not single samples."""
+    sizes = [
+        size if index < job.work.depth and job.work.couples_batch(index) else -(-size // 2)
+        for index, size in enumerate(plan.micro_batches)
+    ]
+    if sizes == plan.micro_batches:
+        return None
+    return plan_job(replace(job, settings=replace(_as_planned(job, plan), micro_batch=sizes)))
+
+
+def _as_planned(job: Job, plan: Plan) -> Settings:
+    """The settings with the plan's choices, so that a resumed run makes the same."""
+    return replace(
+        job.settings,
+        micro_batch=_compact(plan.micro_batches),
+        tiles=_compact(plan.tiles),
+        placement=_placement(job, plan),
+        ranges=plan.cut.ranges,
+        cached=None if plan.cut.cached is None else sorted(plan.cut.cached),
+    )
+
+
+def _budget_in_words(plan: Plan) -> str:
+    return "no budget" if plan.budget is None else f"budget {show_mb(plan.budget)}"
 
 
 def _train(job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher) -> tuple[Trainer, Prepared | None]:

@@ -23,6 +23,7 @@ from edgetrain.nets.base import Net
 from edgetrain.nets.spec import open_net
 from edgetrain.objectives import OBJECTIVES
 from edgetrain.objectives.base import Node, Objective, nodes
+from edgetrain.planning import storage
 from edgetrain.planning.cost import visit_times
 from edgetrain.planning.plan import Plan, VisitTime
 from edgetrain.planning.planner import make_plan
@@ -30,7 +31,7 @@ from edgetrain.planning.schedule import Cut
 from edgetrain.planning.workload import Workload
 from edgetrain.stream.cell import OptimizerRecipe
 from edgetrain.training.inputs import Shape
-from edgetrain.units import from_mb
+from edgetrain.units import MIB, from_mb, show_mb
 
 METHODS: Mapping[str, type[Objective]] = {**OBJECTIVES, **BASELINES}
 _HOST_SHARE = 0.5  # of available host memory, for cells between visits, when nothing is said
@@ -244,13 +245,15 @@ def _check_last_batch(work: Workload) -> None:
             )
 
 
-def plan_job(job: Job) -> Plan:
-    """The plan of a job on this machine.
+def budget_of(settings: Settings, work: Workload) -> int | None:
+    """Bytes that PyTorch's allocator may reserve; ``None``: no limit.
+
+    Where device and host share one memory, batches on their way on the host come off the budget as well.
 
     Raises:
-        InputError: a limit is larger than what there is.
+        InputError: the device does not have so much, or its context is unknown, or nothing is left.
     """
-    settings, device = job.settings, job.work.device
+    device = work.device
     budget = devices.default_budget(device)
     if settings.max_gpu_mb is not None:
         budget = from_mb(settings.max_gpu_mb)
@@ -259,9 +262,32 @@ def plan_job(job: Job) -> Plan:
             raise InputError(
                 f"--max-gpu-mb {settings.max_gpu_mb:g}: the device has {total >> 20} MiB; state a smaller budget"
             )
+    outside = {}
+    if settings.count_context:
+        context = devices.context_bytes(device)
+        if context is None:
+            raise InputError(f"--count-context: what a context takes on {device} is unknown here; leave the flag out")
+        outside["the CUDA context"] = context
+    if devices.is_integrated(device):
+        outside["batches in the memory that device and host share"] = storage.staging_bytes(work)
+    if budget is None or not outside:
+        return budget
+    if budget <= sum(outside.values()):
+        taken = " and ".join(f"{what} ({show_mb(size)})" for what, size in outside.items())
+        raise InputError(f"--max-gpu-mb {budget / MIB:.4g} is taken up by {taken}; state a larger one")
+    return budget - sum(outside.values())
+
+
+def plan_job(job: Job) -> Plan:
+    """The plan of a job on this machine.
+
+    Raises:
+        InputError: a limit is larger than what there is.
+    """
+    settings = job.settings
     return make_plan(
         job.work,
-        budget,
+        budget_of(settings, job.work),
         settings.placement,
         settings.micro_batch,
         settings.tiles,

@@ -30,11 +30,13 @@ from edgetrain.stream.latents import DeviceLatents, FileLatents, Latents
 from edgetrain.stream.readout import DeviceCellsFeed, FileCellsFeed, Reading, Readout, train_readout
 from edgetrain.stream.tiles import TiledCell, at_hand, phases_of
 from edgetrain.training.caches import Caches
+from edgetrain.training.conditions import Conditions
 from edgetrain.training.watcher import Progress, Watcher
 from edgetrain.units import MIB, show_mb, to_mb
 
 _SHOW_EVERY_S = 0.25
 _COMMIT_EVERY_S = 60.0
+_COMMIT_IN_NEED_S = 10.0  # while the system's memory runs out
 _COMMIT_SHARE = 0.05  # of the run's expected time, where that is longer
 READOUT = "readout"
 INPUTS = "inputs"
@@ -86,6 +88,7 @@ class Trainer:
     ):
         self._work, self._plan, self._folder, self._meter = work, plan, folder, meter
         self._labels, self._input_state, self._watcher, self._choices = labels, input_state, watcher, choices
+        self._conditions = Conditions(work.device, plan.budget, watcher.note)
         self._resident = plan.placement == "resident"
         self._executor = Executor(work.objective, work.device, meter, work.seed, work.augmentation)
         self._cells = CellStream(self._place, work.device, meter, folder, choices.host_tier, self._resident)
@@ -167,8 +170,10 @@ class Trainer:
         loss, accuracy = self._read(tally, visit)
         record.epochs = visit.epoch + 1
         record.train_loss, record.train_accuracy = self._epoch_so_far(visit, loss, accuracy)
-        record.seconds += time.monotonic() - start
+        seconds = time.monotonic() - start
+        record.seconds += seconds
         record.waited_seconds += waited
+        self._conditions.visited(visit.node, visit.last - visit.first, seconds)
         self._watcher.visited(self._progress(number, visits, visit, visit.last, loss, accuracy))
 
     def _epoch_so_far(self, visit: Visit, loss: float, accuracy: float | None) -> tuple[float, float | None]:
@@ -369,6 +374,8 @@ class Trainer:
 
     def _commit_due(self, done: int, visits: int, skipped: int) -> bool:
         now = time.monotonic()
+        if self._conditions.look() and now - self._last_commit >= _COMMIT_IN_NEED_S:
+            return True
         if self._choices.checkpoint_every is not None:
             return now - self._last_commit >= self._choices.checkpoint_every
         expected = (now - self._started) * (visits - skipped) / max(done - skipped, 1)

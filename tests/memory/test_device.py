@@ -417,15 +417,15 @@ def test_the_processors_name_is_read_from_the_system(tmp_path: Path, path: str, 
 
 def test_a_jetsons_power_mode_is_read_from_nvpmodels_files(tmp_path: Path) -> None:
     """Simulated Jetson files."""
-    assert devices._jetson_power_mode(tmp_path) is None
+    assert devices.power_mode(tmp_path) is None
     status = tmp_path / "var/lib/nvpmodel/status"
     status.parent.mkdir(parents=True)
     status.write_text("pmode:0002\n")
-    assert devices._jetson_power_mode(tmp_path) == "2"
+    assert devices.power_mode(tmp_path) == "2"
     modes = tmp_path / "etc/nvpmodel.conf"
     modes.parent.mkdir()
     modes.write_text("< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n")
-    assert devices._jetson_power_mode(tmp_path) == "2 (MAXN_SUPER)"
+    assert devices.power_mode(tmp_path) == "2 (MAXN_SUPER)"
 
 
 # --- on a GPU ---------------------------------------------------------------------------------
