@@ -33,9 +33,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         data = excerpt(asked.rows, Path(folder) / "mnist.npz")
-        for method in ("mf", "sll", "lbp-ae", "ff"):
-            whole = run(data, method, asked.width, None, Path(folder) / f"{method}-whole")
-            tiled = run(data, method, asked.width, asked.budget, Path(folder) / f"{method}-tiled")
+        for method, lr in (("mf", 1e-3), ("sll", 1e-3), ("lbp-ae", 1e-3), ("ff", 1e-4)):
+            whole = run(data, method, asked.width, None, Path(folder) / f"{method}-whole", lr)
+            tiled = run(data, method, asked.width, asked.budget, Path(folder) / f"{method}-tiled", lr)
             cell, plain = tiled["cells"][0], whole["cells"][0]
             rows.append(
                 {
@@ -69,10 +69,10 @@ def excerpt(rows: int, path: Path) -> Path:
     return path
 
 
-def run(data: Path, method: str, width: int, budget: int | None, folder: Path) -> dict[str, Any]:
+def run(data: Path, method: str, width: int, budget: int | None, folder: Path, lr: float) -> dict[str, Any]:
     """The record of one epoch."""
     command = [sys.executable, "-m", "edgetrain", "fit", "--data", str(data), "--net", f"mlp:{width}", "--epochs", "1"]
-    command += ["--method", method, "--threads", "1", "--json", "--quiet", "--run-dir", str(folder)]
+    command += ["--method", method, "--threads", "1", "--lr", str(lr), "--json", "--quiet", "--run-dir", str(folder)]
     command += [] if budget is None else ["--max-gpu-mb", str(budget)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
