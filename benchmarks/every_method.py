@@ -9,15 +9,11 @@ the method's defaults, and nothing is chosen on test data. `slp`, the linear cla
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 from typing import Any
 
-from reporting import publish
+from reporting import edgetrain, publish
 
 DENSE = [
     *("mf", "lbp-ae", "lbp-dae", "lbp-gan", "ff", "symba", "sll", "predsim"),
@@ -85,12 +81,7 @@ def measure(method: str, flags: str, seeds: int) -> dict[str, object]:
 def run(flags: str) -> dict[str, Any]:
     """The record of one run."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "edgetrain", "fit", *shlex.split(flags), "--json", "--quiet"]
-        done = subprocess.run([*command, "--run-dir", f"{folder}/run"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{flags}: {done.stderr.strip()}")
-    record: dict[str, Any] = json.loads(done.stdout)
-    return record
+        return edgetrain(f"fit {flags} --quiet --run-dir {folder}/run")
 
 
 if __name__ == "__main__":

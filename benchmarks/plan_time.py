@@ -8,15 +8,10 @@ Run: EDGETRAIN_DATA=... python benchmarks/plan_time.py [--out NAME]
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shlex
-import subprocess
-import sys
 import tempfile
-from typing import Any
 
-from reporting import publish
+from reporting import edgetrain, publish
 
 RUNS = [
     "--data mnist --net mlp:1000x2 --epochs 2",
@@ -56,16 +51,6 @@ def main() -> None:
             )
             print(rows[-1], flush=True)
     publish(asked.out, "Planned and measured times", {"edgetrain plan and edgetrain fit": rows})
-
-
-def edgetrain(words: str, environment: dict[str, str]) -> dict[str, Any]:
-    """What a command prints."""
-    command = [sys.executable, "-m", "edgetrain", *shlex.split(words), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{words}: {done.stderr.strip()}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 if __name__ == "__main__":

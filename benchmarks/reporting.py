@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -41,6 +42,16 @@ def publish(name: str | None, title: str, sections: Mapping[str, Sequence[Mappin
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.md").write_text(text)
         (RESULTS / f"{name}.json").write_text(json.dumps({"facts": facts, "sections": sections}, indent=1) + "\n")
+
+
+def edgetrain(words: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a command prints with ``--json``; ends the benchmark if it fails."""
+    command = [sys.executable, "-m", "edgetrain", *shlex.split(words), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{words}: {done.stderr.strip()}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def highest_rss(child: subprocess.Popen[str]) -> int:

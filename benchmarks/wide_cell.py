@@ -10,15 +10,12 @@ the time for mf and sll, and the weights and moments of every tile come from the
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reporting import publish
+from reporting import edgetrain, publish
 
 from edgetrain.data.specs import open_data
 
@@ -71,14 +68,9 @@ def excerpt(rows: int, path: Path) -> Path:
 
 def run(data: Path, method: str, width: int, budget: int | None, folder: Path, lr: float) -> dict[str, Any]:
     """The record of one epoch."""
-    command = [sys.executable, "-m", "edgetrain", "fit", "--data", str(data), "--net", f"mlp:{width}", "--epochs", "1"]
-    command += ["--method", method, "--threads", "1", "--lr", str(lr), "--json", "--quiet", "--run-dir", str(folder)]
-    command += [] if budget is None else ["--max-gpu-mb", str(budget)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{method}: {done.stderr.strip()}")
-    record: dict[str, Any] = json.loads(done.stdout)
-    return record
+    limit = "" if budget is None else f"--max-gpu-mb {budget}"
+    flags = f"--data {data} --net mlp:{width} --epochs 1 --method {method} --lr {lr} --threads 1 --quiet {limit}"
+    return edgetrain(f"fit {flags} --run-dir {folder}")
 
 
 if __name__ == "__main__":

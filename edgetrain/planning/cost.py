@@ -111,11 +111,13 @@ def visit_times(work: Workload, plan: Plan, rates: Rates, page_cache: int) -> li
 
 def _cell_work(work: Workload, index: int, cell: CellPlan, plan: Plan, rates: Rates) -> _Work:
     emits, phases = work.hands_on(index), phases_of(work.objective, cell.tiles)
-    training = _per_step(work, cell.micro_batch, lambda of, steps: _train(of, index, cell, steps, rates))
+    training = _per_step(work, cell.micro_batch, lambda of, steps: _seconds(of, index, cell, steps, rates, stepping))
     passes = _passes(work, index, plan)
     compute = work.epochs * training
     if passes:
-        compute += passes * _per_step(work, cell.micro_batch, lambda of, steps: _emit(of, index, cell, steps, rates))
+        compute += passes * _per_step(
+            work, cell.micro_batch, lambda of, steps: _seconds(of, index, cell, steps, rates, emitting)
+        )
     compute *= cell.tiles / min(cell.tiles, _LOOKED_AT_TILES) * work.rows / work.batch_size
     row, out = work.row_bytes_into(index), work.row_bytes_into(index + 1) if emits else 0
     emissions = passes + (work.epochs if emits and work.emits_in_training else 0)
@@ -153,21 +155,15 @@ def _readout_work(work: Workload, readout: CellPlan, plan: Plan, rates: Rates) -
     return _Work(compute, moved, moved, 0)
 
 
-def _train(work: Workload, index: int, cell: CellPlan, steps: int, rates: Rates) -> float:
+def _seconds(
+    work: Workload, index: int, cell: CellPlan, steps: int, rates: Rates, carry_out: Callable[..., None]
+) -> float:
+    """Of some steps of a cell, training or emitting."""
     clock = _clock(work, rates)
     with bench(work.device) as table:
         placed = place(work, index, table, cell.tiles)
         with clock:
-            stepping(work, index, cell.micro_batch, table, placed, steps)
-    return clock.seconds
-
-
-def _emit(work: Workload, index: int, cell: CellPlan, steps: int, rates: Rates) -> float:
-    clock = _clock(work, rates)
-    with bench(work.device) as table:
-        placed = place(work, index, table, cell.tiles)
-        with clock:
-            emitting(work, index, cell.micro_batch, table, placed, steps)
+            carry_out(work, index, cell.micro_batch, table, placed, steps)
     return clock.seconds
 
 
