@@ -106,7 +106,7 @@ def test_rates_are_measured_kept_by_device_and_read_again(tmp_path: Path, monkey
     assert found.bus is None
     rates.save(found, CPU)
     assert rates.load(CPU) == found
-    job = open_job(asked("mf"), data=table())
+    job = open_job(asked("mf", threads=torch.get_num_threads()), data=table())
     times = times_of(job, plan_job(job))
     assert times is not None
     assert plan_job(job).as_dict(None, times)["seconds"] == round(sum(time.seconds for time in times), 1)
