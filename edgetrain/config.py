@@ -104,6 +104,7 @@ class Settings:
     checkpoint_every: float | None = _setting(
         None, "Seconds between commits; by default a minute or 5% of the run, whichever is longer"
     )
+    time_limit: float | None = _setting(None, "Seconds after which the run commits and stops, to be resumed later")
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -116,7 +117,7 @@ class Settings:
                 _check_least(name, value, 1)
         for name in ("weight_decay", "classifier_weight_decay", "prefetch", "checkpoint_every", "seed"):
             _check_least(name, getattr(self, name), 0)
-        for name in ("lr", "classifier_lr", "max_gpu_mb", "max_host_mb", "max_disk_gb"):
+        for name in ("lr", "classifier_lr", "max_gpu_mb", "max_host_mb", "max_disk_gb", "time_limit"):
             _check_positive(name, getattr(self, name))
         for name, limit in (
             ("seed", 1 << 63),
@@ -165,10 +166,22 @@ def read_profile(path: Path) -> dict[str, Any]:
             raise InputError(f"profile {path}: is no file; expected a short TOML file")
         if path.stat().st_size > _PROFILE_LIMIT:
             raise InputError(f"profile {path}: larger than 1 MiB; expected a short TOML file")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_profile(path.read_text(encoding="utf-8"), path)
     except OSError as error:
         raise InputError(f"profile {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+    except UnicodeDecodeError as error:
+        raise InputError(f"profile {path}: not valid TOML: {error}") from error
+
+
+def parse_profile(text: str, path: Path) -> dict[str, Any]:
+    """The values of a profile's text, which came from ``path``.
+
+    Raises:
+        InputError: it is no TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"profile {path}: not valid TOML: {error}") from error
 
 

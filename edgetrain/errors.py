@@ -30,6 +30,10 @@ class CorruptError(EdgetrainError):
     exit_code = 4
 
 
+class DamagedLatentsError(CorruptError):
+    """Latents are not as they were written; finished cells can make them again."""
+
+
 class BusyError(EdgetrainError):
     """Another process works in this run folder."""
 
@@ -46,6 +50,17 @@ class DivergedError(EdgetrainError):
     """Training produced a loss that is not finite."""
 
     exit_code = 7
+
+
+class Stopped(BaseException):
+    """Training was asked to stop, by a signal or a time limit; what was done is committed.
+
+    Like ``KeyboardInterrupt`` it is no ``Exception``: code that goes on after errors must not go on after this.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class EdgetrainWarning(UserWarning):

@@ -5,10 +5,26 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+_TRAINED = (
+    "epochs",
+    "train_loss",
+    "train_accuracy",
+    "losses",
+    "accuracies",
+    "seconds",
+    "waited_seconds",
+    "peak_gpu_mb",
+)
+
 
 @dataclass
 class CellRecord:
-    """Of one cell. Memory in MiB, times in seconds; ``None`` is unknown or does not apply."""
+    """Of one cell. Memory in MiB, times in seconds; ``None`` is unknown or does not apply.
+
+    Attributes:
+        train_loss: mean loss of the last epoch, as it was trained; ``losses`` of every epoch.
+        train_accuracy: likewise, where the rule has scores; ``accuracies`` of every epoch.
+    """
 
     name: str
     params: int
@@ -22,6 +38,34 @@ class CellRecord:
     waited_seconds: float = 0.0
     tiles: int = 1
     micro_batch: int = 0
+    losses: list[float] = field(default_factory=list)
+    accuracies: list[float | None] = field(default_factory=list)
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """Take up what training had measured when it was committed.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        for name in _TRAINED:
+            setattr(self, name, values[name])
+
+    def add(self, epoch: int, share_before: float, loss: float, accuracy: float | None) -> None:
+        """Take in a visit's mean loss and accuracy.
+
+        Args:
+            epoch: from 0.
+            share_before: of the epoch's samples that earlier visits have seen.
+            loss: mean.
+            accuracy: fraction right, or ``None``.
+        """
+        if share_before and len(self.losses) > epoch:
+            loss = share_before * self.losses[epoch] + (1 - share_before) * loss
+            before = self.accuracies[epoch]
+            known = accuracy is not None and before is not None
+            accuracy = share_before * (before or 0.0) + (1 - share_before) * (accuracy or 0.0) if known else None
+        self.losses[epoch:], self.accuracies[epoch:] = [loss], [accuracy]
+        self.epochs, self.train_loss, self.train_accuracy = epoch + 1, loss, accuracy
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from edgetrain import __version__
-from edgetrain.errors import EdgetrainError, EdgetrainWarning
+from edgetrain.errors import EdgetrainError, EdgetrainWarning, Stopped
 
 COMMANDS = {
     "fit": "Train a network one cell at a time, within a memory budget.",
@@ -26,7 +26,7 @@ COMMANDS = {
 EPILOG = """\b
 Exit codes: 0 done; 2 wrong input; 3 disk or I/O; 4 corrupt file; 5 run folder in use;
   6 the budget cannot hold it; 7 training diverged; 70 a bug of ours;
-  130, 143 stopped by a signal.
+  130, 143 stopped by a signal, or 143 by --time-limit, after committing.
 
 Example: edgetrain fit --data mnist --net mlp:1000x2 --max-gpu-mb 64"""
 
@@ -100,6 +100,8 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, click.ClickException):
         return 2, error.format_message()
     if isinstance(error, EdgetrainError):
+        return error.exit_code, str(error)
+    if isinstance(error, Stopped):
         return error.exit_code, str(error)
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return 130, "stopped"

@@ -141,6 +141,7 @@ def _run(
     with table.meter.watch():
         tally = Tally(_CPU)
     executor.train(cell, feed, piece, 0, tally, emitting if work.emits_in_training else None)
+    del tally
     if not work.emits_in_training:
         executor.emit(cell, feed, _slice(work, micro_batch, cell.tiles, shuffled=False), emitting)
 

@@ -38,6 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     with storage_errors(path):
         try:
+            temporary.unlink(missing_ok=True)  # it could be a link to somewhere else
             yield temporary
             sync_file(temporary)
             temporary.replace(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +42,22 @@ class Journal:
             if fresh:
                 sync_folder(self.path.parent)
 
-    def entries(self) -> list[Entry]:
-        """All entries, oldest first; none if there is no journal.
+    def entries(self) -> Iterator[Entry]:
+        """All entries, oldest first, one at a time; none if there is no journal.
 
         Raises:
             CorruptError: a line that was written whole is damaged.
         """
         if not self.path.exists():
-            return []
-        with storage_errors(self.path):
-            *lines, _torn = self.path.read_bytes().split(b"\n")
-        found = []
-        for number, line in enumerate(lines, start=1):
-            entry = _parse(line)
-            if entry is None:
-                raise CorruptError(f"{self.path}: line {number} is damaged")
-            found.append(entry)
-        return found
+            return
+        with storage_errors(self.path), self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return
+                entry = _parse(line)
+                if entry is None:
+                    raise CorruptError(f"{self.path}: line {number} is damaged")
+                yield entry
 
     def _whole(self) -> int:
         """Bytes up to the end of the last whole line."""

@@ -5,6 +5,9 @@ whose space was allocated first. Runs are read with ``pread``. Scattered rows co
 while the file is small; from a larger file they are read one by one: where the page cache uses large
 folios, a fault maps a whole folio, so that gathering 128 rows of 3 KiB made 170 MiB resident, and
 dropping the pages afterwards is too late.
+
+Each block of rows has a checksum, taken as it is written and compared when the block is first read again
+in an epoch, so that the medium's errors are found before anything is learned from them.
 """
 
 from __future__ import annotations
@@ -15,18 +18,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 
-from edgetrain.errors import CorruptError, StorageError
-from edgetrain.store.atomic import storage_errors
+from edgetrain.errors import CorruptError, DamagedLatentsError, StorageError
+from edgetrain.store.atomic import checksum, storage_errors, write_bytes
 from edgetrain.store.rows import RowFormat
+from edgetrain.store.tensors import FileEntry
 
 DEFAULT_WINDOW = 16 << 20  # bytes of the largest file that is mapped
+BLOCK_BYTES = 256 << 10  # of the rows that share a checksum, unless one row is larger
 Rows = slice | NDArray[np.int64]
 
 
 class LatentFile:
     """``rows`` rows of one stream in one file; safe for one writer and one reader thread.
+
+    Rows are written in order, from the first on.
 
     Args:
         path: the file.
@@ -41,6 +49,12 @@ class LatentFile:
         self._descriptor: int | None = None
         self._map: mmap.mmap | None = None
         self._matrix: NDArray[np.uint8] | None = None
+        self.written = 0
+        self._block = max(1, BLOCK_BYTES // format.row_bytes)  # rows
+        self._sums = np.zeros(-(-rows // self._block), np.uint64)
+        self._verified = np.zeros(len(self._sums), bool)
+        self._sums_files: list[Path] = []
+        self._running = xxhash.xxh3_64()  # over the block that is being written
 
     @property
     def size(self) -> int:
@@ -54,7 +68,7 @@ class LatentFile:
             StorageError: the disk is full, read-only, or failed.
         """
         with storage_errors(self.path):
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
             try:
                 _reserve(self._descriptor, self.size)
             except OSError:
@@ -63,47 +77,104 @@ class LatentFile:
                 raise
         return self
 
-    def open(self) -> LatentFile:
-        """Open an existing file.
+    def commit(self, number: int) -> FileEntry:
+        """Make the rows written so far durable, and their checksums in a file beside them.
+
+        Args:
+            number: of the commit; the checksums of the one before stay until ``settle``.
 
         Raises:
-            CorruptError: its size is not that of the rows it should hold.
-            StorageError: it is missing or unreadable.
+            StorageError: the disk refused.
         """
         with storage_errors(self.path):
-            self._descriptor = os.open(self.path, os.O_RDONLY)
+            os.fsync(self._fd)
+        content = self._sums[: self._blocks()].tobytes()
+        path = self.path.with_suffix(f".{number}.sums")
+        self._sums_files.append(path)
+        write_bytes(path, content)
+        return FileEntry(path.name, xxhash.xxh3_128_hexdigest(content), len(content))
+
+    def settle(self) -> None:
+        """Remove the checksums of all commits but the newest."""
+        *old, newest = self._sums_files
+        for path in old:
+            with storage_errors(path):
+                path.unlink(missing_ok=True)
+        self._sums_files = [newest]
+
+    def reopen(self, written: int, sums: FileEntry) -> LatentFile:
+        """Open and verify a file that was committed with so many rows.
+
+        Raises:
+            CorruptError: it does not hold what was committed.
+            StorageError: it is missing or unreadable.
+        """
+        path = self.path.with_name(sums.name)
+        if checksum(path) != sums.checksum:
+            raise CorruptError(f"{path}: the checksums of {self.path.name} are damaged themselves")
+        with storage_errors(self.path):
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
             found = os.fstat(self._descriptor).st_size
-        if found != self.size:
-            raise CorruptError(f"{self.path}: holds {found} bytes, expected {self.size}; delete it and rerun")
+            content = path.read_bytes()
+        self._sums_files, self.written = [path], written
+        if found != self.size or len(content) != 8 * self._blocks():
+            raise CorruptError(f"{self.path}: holds {found} bytes, expected {self.size}")
+        self._sums[: self._blocks()] = np.frombuffer(content, np.uint64)
+        self._verify(np.arange(self._blocks()))
+        if written % self._block:
+            self._running.update(self._rows_of(self._blocks() - 1))
         return self
 
-    def write(self, first: int, encoded: torch.Tensor) -> int:
-        """Write encoded rows [B, row_bytes] from row number ``first`` on; returns the bytes written."""
+    def restart(self, path: Path, first: int) -> None:
+        """Give the open file another name, to be written anew from row number ``first`` on."""
         with storage_errors(self.path):
-            left = encoded.numpy().data.cast("B")
-            offset = (first - self.first) * self.format.row_bytes
+            self.path.rename(path)
+        self._remove_sums()
+        self.path, self.first, self.written = path, first, 0
+        self._sums[:], self._verified[:] = 0, False
+
+    def write(self, first: int, encoded: torch.Tensor) -> int:
+        """Write encoded rows [B, row_bytes] from row number ``first`` on; returns the bytes written.
+
+        Raises:
+            ValueError: ``first`` is not the row behind the last.
+            StorageError: the disk refused.
+        """
+        if first - self.first != self.written:
+            raise ValueError(f"{self.path}: row {first} written after {self.written} rows from {self.first} on")
+        rows = encoded.numpy()
+        with storage_errors(self.path):
+            left = rows.data.cast("B")
+            offset = self.written * self.format.row_bytes
             while left:
                 done = os.pwrite(self._fd, left, offset)
                 left, offset = left[done:], offset + done
+        self._add_sums(rows)
         return encoded.numel()
+
+    def digest(self) -> str:
+        """The checksum of all rows, in hex."""
+        return xxhash.xxh3_64_hexdigest(self._sums.tobytes())
+
+    def distrust(self) -> None:
+        """Verify every block again when it is next read."""
+        self._verified[:] = False
 
     def read(self, rows: Rows, out: torch.Tensor) -> None:
         """Copy rows, a slice or an int64 index array [B], into ``out`` [B, row_bytes], uint8.
 
         Raises:
+            DamagedLatentsError: a block does not hold what was written to it.
             StorageError: the medium failed or the file ended early.
         """
         target = out.numpy()
         if isinstance(rows, slice):
-            self._read_run(rows, target)
+            start, stop = rows.start - self.first, rows.stop - self.first
+            self._verify(np.arange(start // self._block, -(-stop // self._block)))
+            self._read_run(start, target)
         else:
+            self._verify(rows // self._block)
             self._gather(rows, target)
-
-    def rename(self, path: Path) -> None:
-        """Give the open file another name."""
-        with storage_errors(self.path):
-            self.path.rename(path)
-        self.path = path
 
     def close(self) -> None:
         """Unmap and close; closing twice is harmless."""
@@ -120,6 +191,45 @@ class LatentFile:
         self.close()
         with storage_errors(self.path):
             self.path.unlink(missing_ok=True)
+        self._remove_sums()
+
+    def _remove_sums(self) -> None:
+        for path in self._sums_files:
+            with storage_errors(path):
+                path.unlink(missing_ok=True)
+        self._sums_files.clear()
+
+    def _blocks(self) -> int:
+        """How many blocks have rows, the last maybe not all of them."""
+        return -(-self.written // self._block)
+
+    def _add_sums(self, rows: NDArray[np.uint8]) -> None:
+        while len(rows):
+            block, begun = divmod(self.written, self._block)
+            if begun == 0:
+                self._running.reset()
+            count = min(self._block - begun, len(rows))
+            self._running.update(rows[:count].data)
+            self._sums[block], self._verified[block] = self._running.intdigest(), False
+            self.written += count
+            rows = rows[count:]
+
+    def _verify(self, blocks: NDArray[np.int64]) -> None:
+        for block in np.unique(blocks[~self._verified[blocks]]).tolist():
+            if xxhash.xxh3_64_intdigest(self._rows_of(block)) != self._sums[block]:
+                first = block * self._block
+                last = min(first + self._block, self.written) - 1
+                raise DamagedLatentsError(
+                    f"{self.path}: rows {first} to {last} are not as they were written; the disk or the memory of this"
+                    " machine may be failing"
+                )
+            self._verified[block] = True
+
+    def _rows_of(self, block: int) -> memoryview:
+        first = block * self._block
+        rows = np.empty((min(self._block, self.written - first), self.format.row_bytes), np.uint8)
+        self._read_run(first, rows)
+        return rows.data
 
     @property
     def _fd(self) -> int:
@@ -127,9 +237,9 @@ class LatentFile:
             raise StorageError(f"{self.path}: read or written after it was closed")
         return self._descriptor
 
-    def _read_run(self, rows: slice, target: NDArray[np.uint8]) -> None:
+    def _read_run(self, first: int, target: NDArray[np.uint8]) -> None:
         left = target.data.cast("B")
-        offset = (rows.start - self.first) * self.format.row_bytes
+        offset = first * self.format.row_bytes
         with storage_errors(self.path):
             while left:
                 done = os.preadv(self._fd, [left], offset)

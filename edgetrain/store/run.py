@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from filelock import FileLock, Timeout
 
-from edgetrain.errors import BusyError, CorruptError, InputError
-from edgetrain.store.atomic import storage_errors, sync_folder, write_text
+from edgetrain.errors import BusyError, CorruptError, InputError, StorageError
+from edgetrain.store.atomic import checksum, storage_errors, sync_folder, write_bytes, write_text
 from edgetrain.store.journal import Entry, Journal
 from edgetrain.store.tensors import FileEntry, join, move_durably, read_tensors, write_plain, write_tensors
 
@@ -31,9 +33,11 @@ class Spilled:
     paths: dict[str, Path]
 
 
-_RESULTS = ("record.json", "model.safetensors", "report.html")  # of a finished run
+RECORD, MODEL = "record.json", "model.safetensors"
+_RESULTS = (RECORD, MODEL, "report.html")  # of a finished run
 _MEMBERS = ("config.toml", "journal.jsonl", "lock", *_RESULTS)
 _FOLDERS = ("cells", "latents", "scratch", "figures")
+_PLAIN_NAME = re.compile(r"\w[\w@.-]*", re.ASCII)
 Files = dict[str, dict[str, FileEntry]]  # by unit ("000", "readout"), then kind ("weights", "optim")
 
 
@@ -45,7 +49,7 @@ class RunFolder:
         self.journal = Journal(path / "journal.jsonl")
         self.written = 0
         self.peak_space = self._space = 0
-        self._lock: FileLock | None = None
+        self._lock = FileLock(path / "lock", timeout=0)  # may be taken again by who holds it
 
     @property
     def latents(self) -> Path:
@@ -62,78 +66,114 @@ class RunFolder:
         self._space += size
         self.peak_space = max(self.peak_space, self._space)
 
+    @property
+    def occupied(self) -> int:
+        """Bytes that are allocated on disk now."""
+        return self._space
+
     def wrote(self, size: int) -> None:
         """Count bytes written to disk."""
         self.written += size
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Work in the folder alone; the lock of a dead process is void.
+        """Work in the folder alone, which is made if it is missing; the lock of a dead process is void.
 
         Raises:
             BusyError: another process works in it.
+            CorruptError: a member is a link, which may lead out of the folder.
+            StorageError: the disk refused.
         """
-        lock = FileLock(self.path / "lock", timeout=0)
+        for name in (*_FOLDERS, *_MEMBERS):
+            if (self.path / name).is_symlink():
+                raise CorruptError(f"{self.path / name}: is a link; a run folder holds none")
         with storage_errors(self.path / "lock"):
+            self.path.mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire()
+                self._lock.acquire()
             except Timeout:  # which is an OSError too
                 raise BusyError(f"{self.path}: another edgetrain works in this run folder; wait for it") from None
         try:
             yield
         finally:
-            lock.release()  # the file stays: removing it could take it from under the next holder
+            self._lock.release()  # the file stays: removing it could take it from under the next holder
 
     def create(self, config: str) -> None:
-        """Make the folder and write ``config.toml``.
+        """Begin a run in the folder: its ``config.toml``, and that in the journal.
 
         Raises:
             StorageError: the disk refused; nothing is left behind.
         """
-        made = not self.path.exists()
         try:
             with storage_errors(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-                (self.path / "cells").mkdir(exist_ok=True)
+                (self.path / "cells").mkdir(parents=True, exist_ok=True)
                 sync_folder(self.path.parent)
-            write_text(self.path / "config.toml", config)
+            self.reconfigure(config)
         except BaseException:
-            if made:
-                shutil.rmtree(self.path, ignore_errors=True)
+            self.clear()
+            self.remove_if_free()
             raise
 
     def reconfigure(self, config: str) -> None:
-        """Write ``config.toml`` anew."""
+        """Write ``config.toml`` anew; what the journal says of it counts."""
+        self.journal.append({"config": config})
         write_text(self.path / "config.toml", config)
+
+    def config(self) -> str | None:
+        """The run's ``config.toml`` as it was written, or ``None`` if there is no run."""
+        found = [entry["config"] for entry in self.journal.entries() if "config" in entry]
+        if found and not isinstance(found[-1], str):
+            raise CorruptError(f"{self.journal.path}: its configuration is no text")
+        return found[-1] if found else None
+
+    def restore_config(self) -> bool:
+        """Write ``config.toml`` again if it is not as it was written; whether it was not."""
+        config, path = self.config(), self.path / "config.toml"
+        with storage_errors(path):
+            if config is None or (path.is_file() and path.read_bytes() == config.encode()):
+                return False
+        write_text(path, config)
+        return True
 
     def is_run(self) -> bool:
         """Whether the folder holds a run of ours."""
         return (self.path / "config.toml").is_file() or (self.path / "journal.jsonl").is_file()
 
     def is_free(self) -> bool:
-        """Whether a new run may go here: nothing is there, or an empty folder."""
+        """Whether a new run may go here: nothing is there, or a folder with no more than a run's first, empty files."""
         if self.path.is_file():
             return False
-        return not self.path.exists() or not any(self.path.iterdir())
+        return not self.path.exists() or all(_is_bare(member) for member in self.path.iterdir())
 
     def clear(self) -> None:
-        """Remove a run of ours, and nothing else.
+        """Remove a run of ours, and nothing else; its lock stays, which is held.
 
         Raises:
             InputError: the folder holds something that is no run.
         """
-        if not self.is_run():
+        if not (self.is_run() or self.is_free()):
             raise InputError(f"{self.path}: holds no edgetrain run, so --force does not remove it")
         with storage_errors(self.path):
             for name in _FOLDERS:
                 shutil.rmtree(self.path / name, ignore_errors=True)
             for name in _MEMBERS:
-                (self.path / name).unlink(missing_ok=True)
+                if name != "lock":
+                    (self.path / name).unlink(missing_ok=True)
 
-    def clear_working_files(self) -> None:
-        """Remove latents and scratch cells, which the journal does not know."""
-        for folder in (self.latents, self.scratch):
-            shutil.rmtree(folder, ignore_errors=True)
+    def remove_if_free(self) -> None:
+        """Remove the folder if no run was begun in it."""
+        if self.path.is_dir() and self.is_free():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def clear_working_files(self, keep: Container[str] = ()) -> None:
+        """Remove scratch cells and all latents but ``keep``, by file name."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        for path in self.latents.glob("*"):
+            if path.name not in keep:
+                with storage_errors(path):
+                    path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.latents.rmdir()
 
     def commit(
         self, number: int, units: Iterable[tuple[str, Mapping[str, torch.Tensor] | Spilled]], entry: Entry
@@ -193,31 +233,78 @@ class RunFolder:
         last = self.last()
         number = 0 if last is None else int(last["commit"])
         kept = {unit: kinds for unit, kinds in self.files().items() if unit in units}
+        self._append(number + 1, kept, {**entry, "config": config})
+        write_text(self.path / "config.toml", config)
         with storage_errors(self.path):
             for name in _RESULTS:
                 (self.path / name).unlink(missing_ok=True)
-        write_text(self.path / "config.toml", config)
-        self._append(number + 1, kept, entry)
 
     def last(self) -> Entry | None:
         """The newest commit's entry, or ``None``."""
-        entries = [entry for entry in self.journal.entries() if "files" in entry]
-        return entries[-1] if entries else None
+        newest = None
+        for entry in self.journal.entries():
+            if "files" in entry:
+                newest = entry
+        return newest
 
     def files(self) -> Files:
         """The files of the newest commit.
 
         Raises:
-            CorruptError: the journal's entry does not name files.
+            CorruptError: the journal's entry does not name files in this folder.
         """
         last = self.last()
         try:
             return {
-                unit: {kind: FileEntry(**file) for kind, file in kinds.items()}
+                _plain(unit): {_plain(kind): file_entry(file) for kind, file in kinds.items()}
                 for unit, kinds in (last["files"] if last else {}).items()
             }
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ValueError) as error:
             raise CorruptError(f"{self.journal.path}: the newest commit names no files ({error})") from error
+
+    def results(self) -> dict[str, FileEntry]:
+        """The model and the record of a finished run; empty while it is unfinished.
+
+        Raises:
+            CorruptError: the journal's entry does not name files in this folder.
+        """
+        found: Entry = {}
+        for entry in self.journal.entries():
+            if "files" in entry:
+                found = {}
+            if "results" in entry:
+                found = entry["results"]
+        try:
+            return {name: file_entry(file) for name, file in found.items()}
+        except (TypeError, AttributeError, ValueError) as error:
+            raise CorruptError(f"{self.journal.path}: names no results ({error})") from error
+
+    def is_finished(self) -> bool:
+        """Whether the run is finished, and model and record are as they were written."""
+        found = self.results()
+        try:
+            return bool(found) and all(checksum(self.path / name) == file.checksum for name, file in found.items())
+        except StorageError:
+            return False
+
+    def read_record(self) -> str:
+        """What ``record.json`` holds.
+
+        Raises:
+            CorruptError: it is damaged.
+            InputError: the run is unfinished, or there is none.
+        """
+        known, path = self.results().get(RECORD), self.path / RECORD
+        if known is None or not path.exists():
+            unfinished = "an unfinished run; finish it with fit --resume" if self.is_run() else "no run"
+            raise InputError(f"{self.path}: holds {unfinished}")
+        if (found := checksum(path)) != known.checksum:
+            raise CorruptError(
+                f"{path}: checksum {found}, expected {known.checksum}: the file is damaged; fit --resume --run-dir"
+                f" {self.path} makes it again"
+            )
+        with storage_errors(path):
+            return path.read_text(encoding="utf-8")
 
     def cell_path(self, file: FileEntry) -> Path:
         """Where a committed file is: under its own name, or its plain one if finishing was cut short."""
@@ -227,6 +314,17 @@ class RunFolder:
             plain = self.path / "cells" / f"{stem}.{rest.partition('.')[2]}"
             if rest and plain.exists():
                 return plain
+        return path
+
+    def _verified(self, file: FileEntry) -> Path:
+        """Where a committed file is, which is as it was written.
+
+        Raises:
+            CorruptError: it is not.
+        """
+        path = self.cell_path(file)
+        if (found := checksum(path)) != file.checksum:
+            raise CorruptError(f"{path}: checksum {found}, expected {file.checksum}: the file is damaged")
         return path
 
     def read_unit(self, files: Mapping[str, FileEntry], optimizer: bool = True) -> dict[str, torch.Tensor]:
@@ -241,15 +339,21 @@ class RunFolder:
                 tensors |= read_tensors(self.cell_path(file), file.checksum)
         return tensors
 
-    def write_model(self, files: Files, metadata: Mapping[str, Any]) -> None:
-        """Write ``model.safetensors`` from the cells' files without gathering it in memory."""
-        parts = [(f"{unit}.", self.cell_path(kinds["weights"])) for unit, kinds in sorted(files.items())]
-        entry = join(self.path / "model.safetensors", parts, metadata)
-        self._took(entry.size)
+    def write_results(self, model: Mapping[str, Any], record: Callable[[], Mapping[str, Any]]) -> None:
+        """Write ``model.safetensors`` from the cells' files without gathering it in memory, then ``record.json``.
 
-    def write_record(self, record: Mapping[str, Any]) -> None:
-        """Write ``record.json``."""
-        write_text(self.path / "record.json", json.dumps(record, indent=2) + "\n")
+        Args:
+            model: metadata of the model.
+            record: what the run measured, asked for when the model is written.
+        """
+        weights = [(unit, kinds["weights"]) for unit, kinds in sorted(self.files().items())]
+        parts = [(f"{unit}.", self._verified(file)) for unit, file in weights]
+        files = [join(self.path / MODEL, parts, model)]
+        self._took(files[0].size)
+        content = json.dumps(record(), indent=2).encode() + b"\n"
+        write_bytes(self.path / RECORD, content)
+        files.append(FileEntry(RECORD, xxhash.xxh3_128_hexdigest(content), len(content)))
+        self.journal.append({"results": {file.name: asdict(file) for file in files}})
 
     def spill(self, unit: str, tensors: Mapping[str, torch.Tensor]) -> Spilled:
         """Put a unit on disk for a while, as it would be committed but without waiting for the medium.
@@ -314,9 +418,37 @@ class RunFolder:
                     path.unlink()
 
     def _remove(self, kinds: Mapping[str, FileEntry]) -> None:
+        """Remove files that the newest commit replaced; what cannot be removed goes when the run is finished."""
         for file in kinds.values():
-            (self.path / "cells" / file.name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self.path / "cells" / file.name).unlink(missing_ok=True)
             self.space(-file.size)
+
+
+def _is_bare(member: Path) -> bool:
+    """Whether a file or folder is what a run that has not begun may leave."""
+    if member.is_dir():
+        return member.name == "cells" and not member.is_symlink() and not any(member.iterdir())
+    return member.name in ("lock", "journal.jsonl") and member.stat().st_size == 0
+
+
+def file_entry(values: Any) -> FileEntry:
+    """A file that the journal names; one outside of its folder is refused.
+
+    Raises:
+        TypeError: these are no file's values.
+        ValueError: the name leads elsewhere.
+    """
+    entry = FileEntry(**values)
+    _plain(entry.name)
+    return entry
+
+
+def _plain(name: Any) -> str:
+    """A name that leads nowhere else."""
+    if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a file")
+    return name
 
 
 def _by_kind(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:

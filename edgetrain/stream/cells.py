@@ -142,6 +142,11 @@ class CellStream:
         if not needed:
             self._drop_host(held)
 
+    def changes_on(self, index: int) -> None:
+        """The current cell goes on being trained after it was committed."""
+        if index in self._held:
+            self._held[index].dirty = True
+
     def close(self) -> None:
         """Drop everything."""
         self._reader.shutdown(cancel_futures=True)

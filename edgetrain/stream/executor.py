@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,20 +27,38 @@ from edgetrain.stream.tiles import Sweeps, TiledCell
 _KEPT_STEPS = 1024  # losses that stay on the device before they are read, so that no step waits
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What a visit's steps have come to: summed loss over ``samples``, and right answers among ``scored``."""
+
+    loss: float = 0.0
+    samples: int = 0
+    correct: int = 0
+    scored: int = 0
+
+    @property
+    def means(self) -> tuple[float, float | None]:
+        """Mean loss, and accuracy where there are scores."""
+        return self.loss / max(self.samples, 1), self.correct / self.scored if self.scored else None
+
+
+_NO_SUMS = Sums()
+
+
 class Tally:
     """Loss and training accuracy of a visit, summed on the device and read now and then.
 
     Args:
         device: where losses are made.
         where: names the cell and epoch if a loss is not finite.
+        before: what the visit's earlier steps came to.
     """
 
-    def __init__(self, device: torch.device, where: str = ""):
-        self.samples = self.scored = self._correct_read = 0
-        self._where = where
+    def __init__(self, device: torch.device, where: str = "", before: Sums = _NO_SUMS):
+        self._where, self._read = where, before
+        self._samples, self._scored = before.samples, before.scored
         self._losses = torch.zeros(_KEPT_STEPS, device=device)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
-        self._loss_read = 0.0
         self._steps: list[int] = []
 
     def add(self, part: Part, loss: Tensor, scores: Tensor | None) -> None:
@@ -50,13 +69,13 @@ class Tally:
             self._steps.append(part.step)
         slot = len(self._steps) - 1
         self._losses[slot : slot + 1] += loss.detach()
-        self.samples += part.last - part.first
+        self._samples += part.last - part.first
         if scores is not None:
             self._correct += (scores.argmax(1) == part.y).sum()
-            self.scored += part.last - part.first
+            self._scored += part.last - part.first
 
-    def read(self) -> tuple[float, float | None]:
-        """Mean loss and accuracy so far; this waits for the device.
+    def read(self) -> Sums:
+        """The sums so far; this waits for the device.
 
         Raises:
             DivergedError: a loss is not finite; the message names the first such step.
@@ -68,12 +87,19 @@ class Tally:
                     f"{self._where} step {step}: the loss is {loss}; try a smaller --lr, and look for extreme"
                     " values in the inputs"
                 )
-        self._loss_read += math.fsum(losses)
         self._losses.zero_()
         # A step whose parts are not all in goes on in the same slot.
         self._steps.clear()
-        accuracy = int(self._correct.item()) / self.scored if self.scored else None
-        return self._loss_read / max(self.samples, 1), accuracy
+        correct = int(self._correct.item())
+        self._correct.zero_()
+        before = self._read
+        loss, correct = before.loss + math.fsum(losses), before.correct + correct
+        self._read = Sums(loss, self._samples, correct, self._scored)
+        return self._read
+
+
+def _never(step: int) -> bool:
+    return False
 
 
 class Executor:
@@ -106,9 +132,22 @@ class Executor:
         epoch: int,
         tally: Tally,
         sink: Sink | None = None,
-        after_step: Callable[[int], None] = lambda step: None,
-    ) -> None:
-        """Train the cell on a range of steps, emitting its latents from before each update to ``sink``."""
+        pause: Callable[[int], bool] = _never,
+    ) -> int:
+        """Train the cell on a range of steps, emitting its latents from before each update to ``sink``.
+
+        Args:
+            cell: on the device.
+            feed: of what it reads.
+            work: the steps.
+            epoch: of the cell.
+            tally: takes losses.
+            sink: where latents go, or ``None``.
+            pause: asked after each step, given its number, whether to end before the next.
+
+        Returns:
+            One behind the last step that was done.
+        """
         if isinstance(cell, LiveCell):
             cell.train()
         parts = feed.parts(work)
@@ -121,11 +160,21 @@ class Executor:
                         sweeps.train(cell, parts, work, stop - start, draws, tally.add, sink)
                     else:
                         self._train_step(cell, parts, work, stop - start, draws, tally, sink)
-                after_step(step)
+                if pause(step):
+                    return step + 1
         finally:
             _close(parts)
+        return work.last
 
-    def emit(self, cell: LiveCell | TiledCell, feed: Feed, work: Slice, sink: Sink | None, view: int = 0) -> None:
+    def emit(
+        self,
+        cell: LiveCell | TiledCell,
+        feed: Feed,
+        work: Slice,
+        sink: Sink | None,
+        view: int = 0,
+        pause: Callable[[int], bool] = _never,
+    ) -> int:
         """Run the finished cell over the training samples, latents to ``sink``.
 
         Args:
@@ -134,6 +183,10 @@ class Executor:
             work: the steps, in sample order.
             sink: where latents go; views lie there one behind the other.
             view: of the data set; the first cell makes it, drawing what an epoch of that number draws.
+            pause: asked after each step, given its number, whether to end before the next.
+
+        Returns:
+            One behind the last step that was done.
         """
         base = view * work.rows
 
@@ -154,7 +207,7 @@ class Executor:
                     sink.put(base + part.start + part.first, latents)
                 part.streams = {}
 
-        self._without_gradients("emit", cell, feed, work, emit)
+        return self._without_gradients("emit", cell, feed, work, emit, pause)
 
     def read(
         self,
@@ -198,16 +251,20 @@ class Executor:
         feed: Feed,
         work: Slice,
         use: Callable[[Iterator[Part], int], None],
-    ) -> None:
+        pause: Callable[[int], bool] = _never,
+    ) -> int:
         if isinstance(cell, LiveCell):
             cell.eval()
         parts = feed.parts(work)
         try:
-            for _, start, stop in work.steps():
+            for step, start, stop in work.steps():
                 with self._meter.watch((kind, stop - start)), torch.no_grad():
                     use(parts, stop - start)
+                if pause(step):
+                    return step + 1
         finally:
             _close(parts)
+        return work.last
 
     def _train_step(
         self,

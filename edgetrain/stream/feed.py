@@ -157,6 +157,8 @@ class FileFeed:
         for _ in range(self._depth + 2):  # one being filled, one in use
             free.put(self._buffers(min(work.batch_size, work.rows)))
         formats = {**self._source.formats, "y": LABELS}
+        for file in filter(None, (*self._source.files.values(), self._labels)):
+            file.distrust()
         with Prefetcher(lambda: self._gather(work, free), self._depth) as batches:
             try:
                 transfer = Transfer(formats, self._device, work.micro_batch, slots_on(self._device))

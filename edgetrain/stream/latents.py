@@ -8,8 +8,9 @@ straight through).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,11 @@ from torch import Tensor
 
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.rows import RowFormat
-from edgetrain.stream.cell import Host
+from edgetrain.store.tensors import FileEntry
+from edgetrain.stream.cell import Host, copied
+
+_COPIED_ROWS = 4096  # at once, between files and the device
+_HOST = torch.device("cpu")
 
 
 class Latents(Protocol):
@@ -45,6 +50,10 @@ class Latents(Protocol):
         """Give the space back."""
         ...
 
+    def alive(self) -> bool:
+        """Whether any number that was written is not zero."""
+        ...
+
 
 class Sink(Protocol):
     """Takes emitted latents in the order in which they come."""
@@ -56,6 +65,25 @@ class Sink(Protocol):
     def close(self) -> None:
         """Wait until all rows are written; raises what went wrong."""
         ...
+
+
+@dataclass(frozen=True)
+class CommittedStream:
+    """One stream's latents as a commit left them.
+
+    Attributes:
+        stream: its name.
+        file: of its rows.
+        shape: of a row.
+        written: rows that are there.
+        sums: the file of their checksums.
+    """
+
+    stream: str
+    file: str
+    shape: list[int]
+    written: int
+    sums: FileEntry
 
 
 class FileLatents:
@@ -89,10 +117,11 @@ class FileLatents:
         window: int = 16 << 20,
         first: int = 0,
     ):
-        self.rows, self.step_order, self.first = rows, step_order, first
+        self.rows, self.step_order, self.first, self._alive = rows, step_order, first, False
         self.files: dict[str, LatentFile] = {}
         self.host, self.on_write, self.background = host, on_write, background
-        self._folder, self._name, self._dtype, self._window = folder, name, dtype, window
+        self.dtype = dtype
+        self._folder, self._name, self._window = folder, name, window
         self._on_space = on_space
 
     @classmethod
@@ -116,7 +145,7 @@ class FileLatents:
         """The stream's file, allocated when its first rows come."""
         if stream not in self.files:
             path = self._folder / f"{self._name}.{stream}.rows"
-            file = LatentFile(path, self.rows, RowFormat(shape, self._dtype), self._window, self.first).allocate()
+            file = LatentFile(path, self.rows, RowFormat(shape, self.dtype), self._window, self.first).allocate()
             self.files[stream] = file
             self._on_space(file.size)
         return self.files[stream]
@@ -124,10 +153,57 @@ class FileLatents:
     def reused(self, name: str, step_order: bool, first: int = 0) -> FileLatents:
         """The same files under another name, to be overwritten with other latents of the same shape."""
         for stream, file in self.files.items():
-            file.rename(self._folder / f"{name}.{stream}.rows")
-            file.first = first
-        self._name, self.step_order, self.first = name, step_order, first
+            file.restart(self._folder / f"{name}.{stream}.rows", first)
+        self._name, self.step_order, self.first, self._alive = name, step_order, first, False
         return self
+
+    def commit(self, number: int) -> list[CommittedStream]:
+        """Make what was written durable, as part of the commit of that number.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        return [
+            CommittedStream(stream, file.path.name, list(file.format.shape), file.written, file.commit(number))
+            for stream, file in self.files.items()
+        ]
+
+    def settle(self) -> None:
+        """The newest commit counts; what only the one before it needed may go."""
+        for file in self.files.values():
+            file.settle()
+
+    def reopen(self, streams: Iterable[CommittedStream]) -> FileLatents:
+        """Open and verify files that were committed.
+
+        Raises:
+            CorruptError: a file does not hold what was committed.
+            StorageError: one is missing or unreadable.
+        """
+        for known in streams:
+            layout = RowFormat(tuple(known.shape), self.dtype)
+            file = LatentFile(self._folder / known.file, self.rows, layout, self._window, self.first)
+            self.files[known.stream] = file
+            file.reopen(known.written, known.sums)
+            self._on_space(file.size)
+        return self
+
+    def digest(self) -> str:
+        """A checksum of all rows of all streams, in hex."""
+        return "".join(file.digest() for _, file in sorted(self.files.items()))
+
+    def see(self, rows: Tensor) -> None:
+        """Look at rows that are about to be written, until a number is not zero."""
+        self._alive = self._alive or bool(rows.any())
+
+    def alive(self) -> bool:
+        """See ``Latents``."""
+        return self._alive
+
+    def close(self) -> None:
+        """Close the files and leave them."""
+        for file in self.files.values():
+            file.close()
 
     def free(self) -> None:
         """Delete the files."""
@@ -190,6 +266,7 @@ class FileSink:
 
     def _write(self, stream: str, first: int, rows: Tensor) -> None:
         file = self._latents.file(stream, tuple(rows.shape[1:]))
+        self._latents.see(rows)
         self._latents.on_write(file.write(first, file.format.encode(rows)))
 
 
@@ -197,7 +274,7 @@ class DeviceLatents:
     """Latents that stay on the device, encoded as they would be in a file."""
 
     def __init__(self, rows: int, dtype: str, step_order: bool):
-        self.rows, self.step_order = rows, step_order
+        self.rows, self.step_order, self.written = rows, step_order, 0
         self.formats: dict[str, RowFormat] = {}
         self.tensors: dict[str, Tensor] = {}
         self._dtype = dtype
@@ -205,10 +282,11 @@ class DeviceLatents:
     @classmethod
     def copied(cls, source: FileLatents, device: torch.device, host: Host) -> DeviceLatents:
         """The device's copy of latents in files."""
-        latents = cls(source.rows, "float32", source.step_order)
+        latents = cls(source.rows, source.dtype, source.step_order)
         for stream, file in source.files.items():
             latents.formats[stream] = file.format
             latents.tensors[stream] = _load(file, device, host)
+            latents.written = file.written
         return latents
 
     def sink(self) -> DeviceLatents:
@@ -223,7 +301,8 @@ class DeviceLatents:
                 self.formats[stream] = layout
                 self.tensors[stream] = torch.empty(self.rows, layout.row_bytes, dtype=torch.uint8, device=values.device)
             encoded = self.formats[stream].encode(values)
-            self.tensors[stream][first : first + values.shape[0]].copy_(encoded)
+            self.written = first + values.shape[0]
+            self.tensors[stream][first : self.written].copy_(encoded)
 
     def close(self) -> None:
         """See ``Sink``: there is nothing to wait for."""
@@ -232,13 +311,28 @@ class DeviceLatents:
         """Give the device's memory back."""
         self.tensors.clear()
 
+    def alive(self) -> bool:
+        """See ``Latents``; this waits for the device."""
+        return any(bool(rows.any()) for rows in self.tensors.values())
 
-def _load(file: LatentFile, device: torch.device, host: Host, step: int = 4096) -> Tensor:
+    def copy_to(self, target: FileLatents) -> FileLatents:
+        """Write the rows that are there to files, as they lie here."""
+        for stream, values in self.tensors.items():
+            file = target.file(stream, self.formats[stream].shape)
+            for first in range(0, self.written, _COPIED_ROWS):
+                with target.host():
+                    part = copied(values[first : min(first + _COPIED_ROWS, self.written)], _HOST)
+                target.on_write(file.write(target.first + first, part))
+        return target
+
+
+def _load(file: LatentFile, device: torch.device, host: Host) -> Tensor:
+    """A file's rows on the device; those that are not written yet have room."""
     out = torch.empty(file.rows, file.format.row_bytes, dtype=torch.uint8, device=device)
     with host():
-        buffer = torch.empty(min(step, file.rows), file.format.row_bytes, dtype=torch.uint8)
-    for first in range(0, file.rows, step):
-        last = min(first + step, file.rows)
-        file.read(slice(first, last), buffer[: last - first])
+        buffer = torch.empty(min(_COPIED_ROWS, file.rows), file.format.row_bytes, dtype=torch.uint8)
+    for first in range(0, file.written, _COPIED_ROWS):
+        last = min(first + _COPIED_ROWS, file.written)
+        file.read(slice(file.first + first, file.first + last), buffer[: last - first])
         out[first:last].copy_(buffer[: last - first])
     return out

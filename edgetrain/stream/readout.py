@@ -200,6 +200,8 @@ class FileCellsFeed:
         free: queue.Queue[tuple[Tensor, Tensor] | None] = queue.Queue()
         for _ in range(self._depth + 2):
             free.put(self._buffers(min(work.batch_size, work.rows)))
+        for file in (*(file for file, _ in self._files), self._labels):
+            file.distrust()
         with Prefetcher(lambda: self._gather(work, sweeps, free), self._depth) as batches:
             try:
                 yield from self._transfer(work, batches, free)
@@ -299,17 +301,33 @@ def train_readout(
     classes: int,
     meter: Meter,
     tally: Tally,
-    after_step: Callable[[int], None] = lambda step: None,
-) -> None:
-    """Train the classifier on a range of steps."""
+    pause: Callable[[int], bool] = lambda step: False,
+) -> int:
+    """Train the classifier on a range of steps.
+
+    Args:
+        readout: the classifier.
+        feed: of the cells' latents.
+        work: the steps.
+        cells: how many it reads.
+        classes: C.
+        meter: watches the device side.
+        tally: takes losses.
+        pause: asked after each step, given its number, whether to end before the next.
+
+    Returns:
+        One behind the last step that was done.
+    """
     portions = feed.portions(work, sweeps=2)
     try:
         for step, start, stop in work.steps():
             with meter.watch(("readout", stop - start)), torch.no_grad():
                 _step(readout, portions, work, step, stop - start, cells, classes, tally)
-            after_step(step)
+            if pause(step):
+                return step + 1
     finally:
         portions.close()  # type: ignore[attr-defined]
+    return work.last
 
 
 def _step(

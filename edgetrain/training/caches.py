@@ -1,14 +1,23 @@
-"""The latents that exist at the moment, by number: latents 0 are the inputs, latents i+1 are what cell i emits."""
+"""The latents that exist at the moment, by number: latents 0 are the inputs, latents i+1 are what cell i emits.
+
+A commit in the middle of a range of ``sequence`` includes the latents that are still to be read, since the
+weights that they came from are gone. Until the next commit they are neither overwritten nor deleted.
+"""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import asdict
 from typing import Any
 
+import torch
+
+from edgetrain.errors import CorruptError
 from edgetrain.planning.schedule import Cut, Visit
 from edgetrain.planning.workload import Workload
-from edgetrain.store.run import RunFolder
+from edgetrain.store.run import RunFolder, file_entry
 from edgetrain.stream.cell import Host
-from edgetrain.stream.latents import DeviceLatents, FileLatents, Latents
+from edgetrain.stream.latents import CommittedStream, DeviceLatents, FileLatents, Latents
 
 
 class Caches:
@@ -28,8 +37,10 @@ class Caches:
         self, work: Workload, cut: Cut, folder: RunFolder, resident: bool, host: Host, background: bool, keep: bool
     ):
         self._work, self._cut, self._folder, self._resident = work, cut, folder, resident
-        self._keep, self._files = keep, {"host": host, "background": background}
+        self._keep, self._host, self._background = keep, host, background
         self._held: dict[int, Latents] = {}
+        self._committed: list[FileLatents] = []
+        self._committing: list[FileLatents] = []
         self._spare: FileLatents | None = None
         self._bytes = self.peak = 0
 
@@ -43,13 +54,13 @@ class Caches:
         """Take up the prepared inputs."""
         self._held[0] = inputs
 
-    def make(self, visit: Visit) -> Latents:
-        """Where the visit's cell emits to."""
+    def make(self, visit: Visit, goes_on: bool = False) -> Latents:
+        """Where the visit's cell emits to; a visit that goes on emits behind what it emitted before."""
         number = visit.node + 1
-        if visit.emit == "cached" and visit.first > 0:
+        if goes_on or (visit.emit == "cached" and visit.first > 0):
             return self._held[number]
         if number in self._held:
-            self._held.pop(number).free()
+            self._let_go(number)
         work, step_order = self._work, visit.emit in ("training", "again")
         whole = visit.emit in ("finished", "cached")
         rows = work.rows * work.views if whole else work.range_rows(self._cut)
@@ -57,7 +68,7 @@ class Caches:
             self._held[number] = DeviceLatents(rows, work.latent_dtype, step_order)
         else:
             first = 0 if whole else visit.first * work.batch_size
-            self._held[number] = self._in_files(visit.node, rows, step_order, first)
+            self._held[number] = self._in_files(number, rows, step_order, first)
         return self._held[number]
 
     def free(self, numbers: tuple[int, ...]) -> None:
@@ -66,27 +77,116 @@ class Caches:
             return
         for number in numbers:
             if number:  # the inputs cost nothing to keep, and resuming wants them
-                freed = self._held.pop(number)
-                if isinstance(freed, FileLatents) and self._spare is None:
-                    self._spare = freed
-                else:
-                    freed.free()
+                self._let_go(number)
+
+    # -- commits -----------------------------------------------------------------------------------
+
+    def has_room(self, budget: int | None) -> bool:
+        """Whether the disk has room for what a commit keeps from being overwritten."""
+        needed = sum(_size(latents) for number, latents in self._held.items() if number)
+        if budget is not None:
+            return self._folder.occupied + needed <= budget
+        return shutil.disk_usage(self._folder.path).free > 2 * needed
+
+    def commit(self, number: int) -> dict[str, Any]:
+        """Make all latents but the inputs durable, for the commit of that number; what its entry says of them.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        found = {}
+        for latents, held in self._held.items():
+            if latents:
+                files = held if isinstance(held, FileLatents) else self._copied(latents, held)
+                self._committing.append(files)
+                found[str(latents)] = {
+                    "rows": files.rows,
+                    "first": files.first,
+                    "step_order": files.step_order,
+                    "streams": [asdict(stream) for stream in files.commit(number)],
+                }
+        return found
+
+    def settle(self) -> None:
+        """The newest commit counts: what only the one before it needed may go."""
+        needed, before = self._committing, self._committed
+        self._committing, self._committed = [], needed
+        for files in needed:
+            files.settle()
+        for files in before:
+            if files not in needed and files not in self._held.values():
+                files.free()
+
+    def reopen(self, entry: dict[str, Any], device: torch.device) -> None:
+        """Take up the latents that a commit holds, as its entry says.
+
+        Raises:
+            CorruptError: a file does not hold what was committed, or the entry names none.
+            StorageError: one is missing or unreadable.
+        """
+        for name, values in entry.items():
+            own = self._free_name(int(name))
+            files = self._files(values["rows"], values["step_order"], values["first"], own)
+            self._committed.append(files)
+            files.reopen(streams_of(values))
+            held = DeviceLatents.copied(files, device, self._host) if self._resident else files
+            self._held[int(name)] = held
 
     def close(self) -> None:
-        """Give the device's room back, and files that wait to be used again."""
-        for number, latents in self._held.items():
-            if number and isinstance(latents, DeviceLatents):
+        """Give the device's room back, and files that no commit needs."""
+        needed = [*self._committed, *self._committing]  # which of them counts only the journal knows
+        for number in [number for number in self._held if number]:
+            latents = self._held.pop(number)
+            if isinstance(latents, DeviceLatents) or not (self._keep or latents in needed):
                 latents.free()
+        for files in needed:
+            files.close()
         self._held.clear()
         if self._spare is not None:
             self._spare.free()
 
-    def _in_files(self, node: int, rows: int, step_order: bool, first: int) -> FileLatents:
-        name, folder = f"{node + 1:03}", self._folder
-        if (spare := self._take_spare(self._work.nodes[node].shape, rows)) is not None:
+    # ----------------------------------------------------------------------------------------------
+
+    def _let_go(self, number: int) -> None:
+        freed = self._held.pop(number)
+        if freed in self._committed:
+            return
+        if isinstance(freed, FileLatents) and self._spare is None:
+            self._spare = freed
+        else:
+            freed.free()
+
+    def _copied(self, number: int, latents: Latents) -> FileLatents:
+        assert isinstance(latents, DeviceLatents)
+        target = self._files(latents.rows, latents.step_order, 0, self._free_name(number))
+        return latents.copy_to(target)
+
+    def _in_files(self, number: int, rows: int, step_order: bool, first: int) -> FileLatents:
+        name = self._free_name(number)
+        if (spare := self._take_spare(self._work.nodes[number - 1].shape, rows)) is not None:
             return spare.reused(name, step_order, first)
-        more: dict[str, Any] = {"on_space": self._space, "on_write": folder.wrote, "first": first, **self._files}
-        return FileLatents(folder.latents, name, rows, self._work.latent_dtype, step_order, **more)
+        return self._files(rows, step_order, first, name)
+
+    def _files(self, rows: int, step_order: bool, first: int, name: str) -> FileLatents:
+        folder = self._folder
+        return FileLatents(
+            folder.latents,
+            name,
+            rows,
+            self._work.latent_dtype,
+            step_order,
+            self._host,
+            self._space,
+            folder.wrote,
+            self._background,
+            first=first,
+        )
+
+    def _free_name(self, number: int) -> str:
+        """A name that no latents have which the newest commit needs."""
+        taken = {path.name.partition(".")[0] for path in self._folder.latents.glob(f"{number:03}*")}
+        names = (f"{number:03}{letter}" for letter in ("", "b", "c"))
+        return next(name for name in names if name not in taken)
 
     def _take_spare(self, shape: tuple[int, ...], rows: int) -> FileLatents | None:
         """Files that nobody reads any more, if latents of this shape fit them; others are deleted.
@@ -105,3 +205,22 @@ class Caches:
         self._folder.space(size)
         self._bytes += size
         self.peak = max(self.peak, self._bytes)
+
+
+def streams_of(values: dict[str, Any]) -> list[CommittedStream]:
+    """The files of latents in a journal's entry.
+
+    Raises:
+        CorruptError: it names none.
+    """
+    try:
+        found = [CommittedStream(**{**stream, "sums": file_entry(stream["sums"])}) for stream in values["streams"]]
+        for stream in found:
+            file_entry({"name": stream.file, "checksum": "", "size": 0})
+    except (TypeError, ValueError, KeyError) as error:
+        raise CorruptError(f"the journal's newest commit names no latents ({error})") from error
+    return found
+
+
+def _size(latents: Latents) -> int:
+    return latents.rows * sum(layout.row_bytes for layout in latents.formats.values())

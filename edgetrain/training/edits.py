@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from edgetrain.config import Settings, read_profile
+from edgetrain.config import Settings
 from edgetrain.data.arrays import ARRAYS
 from edgetrain.data.base import DataSet
 from edgetrain.errors import CorruptError, InputError, StorageError
@@ -25,11 +25,11 @@ from edgetrain.planning.planner import require_fit
 from edgetrain.record import CellRecord, RunRecord
 from edgetrain.store.journal import Entry
 from edgetrain.store.run import RunFolder
-from edgetrain.training.finished import Run, read_record
+from edgetrain.training.commits import INPUTS
+from edgetrain.training.finished import Run, read_record, settings_of
 from edgetrain.training.fit import carry_out, check_disk, process_state
 from edgetrain.training.inputs import Shape
 from edgetrain.training.job import Job, open_job, plan_job
-from edgetrain.training.trainer import INPUTS
 from edgetrain.training.watcher import Silent, Watcher
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -150,8 +150,7 @@ class _Finished:
             InputError: there is none, it is unfinished, or it has no cells to change.
         """
         record, shape = read_record(path)
-        settings = Settings().with_values(read_profile(path / "config.toml"))
-        settings = replace(settings, ranges=None, cached=None)  # chosen anew for other cells
+        settings = replace(settings_of(path), ranges=None, cached=None)  # chosen anew for other cells
         if settings.schedule is None:
             raise InputError(f"{path}: {settings.method} trains the whole net at once; it has no cells to change")
         own = settings.net == "modules" or ".py:" in (settings.net or "")
@@ -202,8 +201,8 @@ class _Edit:
             require_fit(plan)
             check_disk(path, plan)
             with folder.locked():
-                folder.reopen([INPUTS, *map(_unit, range(self.kept))], self._entry(job), job.settings.to_toml())
-            return carry_out(job, plan, folder, True, looking, net)
+                folder.reopen([INPUTS, *map(_unit, range(self.kept))], self._entry(job, folder), job.settings.to_toml())
+                return carry_out(job, plan, folder, looking, net)
 
     def _separate(self) -> Settings:
         """The settings for the new cells; micro-batches that were planned are planned anew."""
@@ -231,13 +230,14 @@ class _Edit:
                     f" {self.kept} cells stay as they are"
                 )
 
-    def _entry(self, job: Job) -> Entry:
+    def _entry(self, job: Job, folder: RunFolder) -> Entry:
         """What the journal remembers: that the kept cells' visits are done."""
         kept = [vars(record) for record in self.before.record.cells[: self.kept]]
         to_come = job.work.depth - self.kept + (job.work.readout is not None)
         return {
             "visits": self.kept * job.work.epochs,
             "cells": [*kept, *(vars(CellRecord("", 0)) for _ in range(to_come))],
+            **{name: value for name, value in (folder.last() or {}).items() if name in ("data", "seconds", "written")},
             "edit": f"{self.word}: kept {self.kept} cells of {self.before.depth}, net {job.net.spec}",
         }
 

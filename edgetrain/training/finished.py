@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from edgetrain.config import Settings, read_profile
+from edgetrain.config import Settings, parse_profile
 from edgetrain.data.arrays import from_rows
 from edgetrain.data.base import DataSet, Part
 from edgetrain.data.prepare import prepare
@@ -29,10 +29,10 @@ from edgetrain.record import CellRecord, RunRecord
 from edgetrain.store.run import Files, RunFolder
 from edgetrain.stream.cell import LiveCell, OptimizerRecipe, State
 from edgetrain.stream.latents import FileLatents
+from edgetrain.training.commits import INPUTS, READOUT
 from edgetrain.training.inputs import Shape, unpack
 from edgetrain.training.job import cells_of, method_of, net_of, objective_of, with_defaults
 from edgetrain.training.predictor import Predictions, Predictor
-from edgetrain.training.trainer import INPUTS, READOUT
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Run:
             CorruptError: its record is damaged.
         """
         record, shape = read_record(path)
-        settings = Settings().with_values(read_profile(path / "config.toml"))
+        settings = settings_of(path)
         method = method_of(settings)
         settings = with_defaults(settings, method)
         opened = net_of(settings, method, shape, _net(settings, net))
@@ -218,6 +218,19 @@ def _as_list(sizes: int | list[int] | None, cells: int, otherwise: int) -> list[
     return sizes if isinstance(sizes, list) else [sizes or otherwise] * cells
 
 
+def settings_of(path: Path) -> Settings:
+    """The settings of the run in a folder, as the journal keeps them.
+
+    Raises:
+        InputError: there is no run.
+        CorruptError: the journal is damaged.
+    """
+    config = RunFolder(path).config()
+    if config is None:
+        raise InputError(f"{path}: holds no run")
+    return Settings().with_values(parse_profile(config, path / "config.toml"))
+
+
 def read_record(path: Path) -> tuple[RunRecord, Shape]:
     """What a finished run measured, and what its data were like.
 
@@ -225,16 +238,13 @@ def read_record(path: Path) -> tuple[RunRecord, Shape]:
         InputError: the folder holds no finished run.
         CorruptError: the record is damaged.
     """
-    file = path / "record.json"
-    if not file.is_file():
-        unfinished = "an unfinished run; finish it with fit --resume" if (path / "config.toml").is_file() else "no run"
-        raise InputError(f"{path}: holds {unfinished}")
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(RunFolder(path).read_record())
         shape = Shape.from_dict(values.pop("data"))
         cells = [CellRecord(**cell) for cell in values.pop("cells")]
         readout = values.pop("readout")
         record = RunRecord(**values, cells=cells, readout=CellRecord(**readout) if readout else None)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{file}: is not a record of edgetrain ({type(error).__name__}: {error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CorruptError(f"{path / 'record.json'}: is not a record of edgetrain ({reason})") from error
     return replace(record, run=str(path)), shape

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from edgetrain.config import Settings, read_profile
+from edgetrain.config import Settings, parse_profile
 from edgetrain.data.base import DataSet
 from edgetrain.data.prepare import Prepared, prepare
-from edgetrain.errors import BudgetError, InputError, StorageError
+from edgetrain.errors import BudgetError, DamagedLatentsError, InputError, StorageError
 from edgetrain.memory import device as devices
 from edgetrain.memory.host import PeakRss
 from edgetrain.memory.meter import Meter, meter_of
@@ -24,15 +24,17 @@ from edgetrain.planning.planner import require_fit
 from edgetrain.record import RunRecord
 from edgetrain.store.run import RunFolder
 from edgetrain.stream.latents import FileLatents
+from edgetrain.training.commits import working_files
 from edgetrain.training.finished import Run, predictor_of
 from edgetrain.training.inputs import pack, scaling_of
 from edgetrain.training.job import Job, host_tier, open_job, plan_job, threads_of
+from edgetrain.training.stopping import Stop
 from edgetrain.training.trainer import Choices, Trainer
 from edgetrain.training.watcher import Silent, Watcher
 from edgetrain.units import show_mb, to_mb
 
 # What may differ when a run is resumed, because it changes no bit of the result.
-_FREE_ON_RESUME = {"max_host_mb", "max_disk_gb", "keep_latents", "meter", "checkpoint_every", "prefetch"}
+_FREE_ON_RESUME = {"max_host_mb", "max_disk_gb", "keep_latents", "meter", "checkpoint_every", "prefetch", "time_limit"}
 
 
 def fit(
@@ -59,22 +61,32 @@ def fit(
         InputError: settings, data or folder are not as they must be.
         BudgetError: the budget cannot hold the run.
         StorageError: the disk refused.
+        CorruptError: a file of the run is damaged, and cannot be made again.
+        BusyError: another process works in the folder.
         DivergedError: a loss is not finite.
+        Stopped: by a signal or the time limit; what was done is committed.
     """
     folder, watcher = RunFolder(path), watcher or Silent()
-    resuming = _check_folder(folder, resume, force)
-    if resuming and (last := folder.last()) is not None and last.get("finished"):
-        watcher.note(f"{path}: this run is finished")
-        return Run.open(path, _named(settings, net))
+    if _check_folder(folder, resume, force) and folder.is_finished():
+        return _as_it_is(folder, settings, net, watcher)
     with process_state(settings):
         job = open_job(settings, net, data)
         plan = plan_job(job)
         require_fit(plan)
         check_disk(path, plan)
-        if not resuming and not folder.is_free():
-            with folder.locked():
+        with working_in(folder):
+            resuming = _check_folder(folder, resume, force)  # another process may have been here meanwhile
+            if resuming and folder.is_finished():
+                return _as_it_is(folder, settings, net, watcher)
+            if not resuming:
                 folder.clear()
-        return carry_out(job, plan, folder, resuming, watcher, net)
+                folder.create(_as_planned(job, plan).to_toml())
+            return carry_out(job, plan, folder, watcher, net)
+
+
+def _as_it_is(folder: RunFolder, settings: Settings, net: Any, watcher: Watcher) -> Run:
+    watcher.note(f"{folder.path}: this run is finished")
+    return Run.open(folder.path, _named(settings, net))
 
 
 def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> Settings:
@@ -88,9 +100,10 @@ def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> S
     Raises:
         InputError: something was stated that would change the run.
     """
-    if not (path / "config.toml").is_file():
+    config = RunFolder(path).config()
+    if config is None:
         return settings
-    kept = Settings().with_values(read_profile(path / "config.toml"))
+    kept = Settings().with_values(parse_profile(config, path / "config.toml"))
     if ".py:" in (kept.net or "") and "net" not in given:
         raise InputError(f"{path}: this run's net is your own code; name it again: --net {kept.net}")
     for name, value in given.items():
@@ -160,25 +173,36 @@ def process_state(settings: Settings) -> Iterator[None]:
         torch.random.set_rng_state(random)
 
 
-def carry_out(job: Job, plan: Plan, folder: RunFolder, resuming: bool, watcher: Watcher, net: Any) -> Run:
-    """Train a planned run from its newest commit (or from the start), evaluate and finish it."""
-    device, began = job.work.device, time.monotonic()
-    if not resuming:
-        folder.create(_as_planned(job, plan).to_toml())
-    with _removing_if_empty(folder.path), folder.locked(), PeakRss() as host:
+@contextmanager
+def working_in(folder: RunFolder) -> Iterator[None]:
+    """A scope in which the folder is this process's; if no run was begun there it is as before."""
+    try:
+        with folder.locked():
+            yield
+    finally:
+        folder.remove_if_free()
+
+
+def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: Any) -> Run:
+    """Train a planned run from its newest commit (or from the start), evaluate and finish it; the folder is locked."""
+    device = job.work.device
+    stop = Stop(watcher.note, job.settings.time_limit)
+    if folder.restore_config():
+        watcher.note(f"{folder.path / 'config.toml'}: was not as it was written; it was made again from the journal")
+    with PeakRss() as host:
         try:
-            folder.clear_working_files()
+            folder.clear_working_files(working_files(folder.last()))
             devices.cap(device, plan.budget)
             meter = meter_of(device, job.settings.meter == "full")
-            plan, record, trainer, test = _train_or_retry(job, plan, folder, meter, watcher)
+            plan, record, trainer, test = _train_or_retry(job, plan, folder, meter, watcher, stop)
             _evaluate(job, folder, plan, test, meter, record, trainer)
-            _complete(folder, record, trainer, host, began, job)
+            _complete(folder, record, trainer, host, job, plan)
         except BaseException:
             if folder.last() is None:
                 folder.clear()
                 watcher.note("nothing was committed yet, so the run folder was removed")
             else:
-                watcher.note(f"what was committed is kept; go on with: edgetrain fit --resume --run-dir {folder.path}")
+                watcher.note(f"what was committed is kept; go on with: {_resuming(folder.path, job.settings)}")
             raise
         finally:
             devices.cap(device, None)
@@ -186,19 +210,30 @@ def carry_out(job: Job, plan: Plan, folder: RunFolder, resuming: bool, watcher: 
     return Run.open(folder.path, _named(job.settings, net))
 
 
+def _resuming(path: Path, settings: Settings) -> str:
+    """The command that goes on with a run."""
+    own = f" --net {shlex.quote(settings.net)}" if settings.net and ".py:" in settings.net else ""
+    return f"edgetrain fit --resume --run-dir {shlex.quote(str(path))}{own}"
+
+
 def _train_or_retry(
-    job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher
+    job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher, stop: Stop
 ) -> tuple[Plan, RunRecord, Trainer, Prepared | None]:
-    """Train; if memory runs out all the same, say so and go on once with half the micro-batches.
+    """Train; if memory runs out all the same, or latents are damaged, say so and go on once from the newest commit.
 
     Raises:
         BudgetError: memory ran out, and there is nothing smaller to try.
+        DamagedLatentsError: latents are damaged again, or belong to the newest commit.
     """
     for retried in (False, True):
         record = _record(job, plan, folder)
         watcher.planned(plan, record)
         try:
-            return plan, record, *_train(job, plan, folder, meter, watcher)
+            return plan, record, *_train(job, plan, folder, meter, watcher, stop)
+        except DamagedLatentsError as error:
+            if retried:
+                raise
+            watcher.note(f"{error}; going on from the newest commit, with latents made anew")
         except Exception as error:
             if not devices.is_out_of_memory(error):
                 raise
@@ -209,10 +244,10 @@ def _train_or_retry(
             )
             if smaller is None:
                 raise BudgetError(f"{said}; state a smaller --max-gpu-mb, --batch-size or --micro-batch") from error
-        watcher.note(f"{said}; trying once more, with micro-batches of {_compact(smaller.micro_batches)}")
-        plan = smaller
-        folder.reconfigure(_as_planned(job, plan).to_toml())
-        folder.clear_working_files()
+            watcher.note(f"{said}; trying once more, with micro-batches of {_compact(smaller.micro_batches)}")
+            plan = smaller
+            folder.reconfigure(_as_planned(job, plan).to_toml())
+        folder.clear_working_files(working_files(folder.last()))
     raise AssertionError("the second try returns or raises")
 
 
@@ -236,6 +271,7 @@ def _as_planned(job: Job, plan: Plan) -> Settings:
         placement=_placement(job, plan),
         ranges=plan.cut.ranges,
         cached=None if plan.cut.cached is None else sorted(plan.cut.cached),
+        time_limit=None,
     )
 
 
@@ -243,7 +279,9 @@ def _budget_in_words(plan: Plan) -> str:
     return "no budget" if plan.budget is None else f"budget {show_mb(plan.budget)}"
 
 
-def _train(job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher) -> tuple[Trainer, Prepared | None]:
+def _train(
+    job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher, stop: Stop
+) -> tuple[Trainer, Prepared | None]:
     assert job.data.train is not None
     scaling = scaling_of(job.data, job.data.train, job.work.objective.nonnegative_input)
     train = prepare(job.data, job.data.train, folder.latents, "000", scaling)
@@ -252,13 +290,30 @@ def _train(job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watch
         folder.space(part.written)
         folder.wrote(part.written)
     assert train.y is not None
+    _check_data(job, folder, train)
     choices = Choices(
         host_tier(job, plan), job.settings.prefetch, job.settings.keep_latents, job.settings.checkpoint_every
     )
     inputs = FileLatents.of_files({"x": train.x}, meter.host)
-    trainer = Trainer(job.work, plan, folder, inputs, train.y, pack(scaling), meter, watcher, choices)
-    trainer.run()
+    trainer = Trainer(job.work, plan, folder, inputs, train.y, pack(scaling), meter, watcher, choices, stop)
+    with stop.listening():
+        trainer.run()
     return trainer, test
+
+
+def _check_data(job: Job, folder: RunFolder, train: Prepared) -> None:
+    """Refuse to go on with other rows than the run was begun with.
+
+    Raises:
+        InputError: they differ.
+    """
+    assert train.y is not None
+    begun = (folder.last() or {}).get("data")
+    if begun is not None and begun != train.x.digest() + train.y.digest():
+        raise InputError(
+            f"data {job.data.name!r}: its training rows are not those that {folder.path} was begun with; give the same"
+            " again, or start another run"
+        )
 
 
 def _evaluate(
@@ -274,7 +329,7 @@ def _evaluate(
     if test is not None:
         pieces = plan.micro_batches, plan.tiles
         predictor = predictor_of(folder, job.work.nodes, job.work.objective, job.work.device, meter, pieces)
-        found = predictor.run(FileLatents.of_files({"x": test.x}, meter.host), test.y)
+        found = predictor.run(FileLatents.of_files({"x": test.x}, meter.host), test.y, whole=True)
         record.votes = {**found.accuracy, "cells": found.cells}
         record.test_accuracy = found.accuracy.get(job.work.objective.vote)
         for cell, accuracy, peak in zip(cells, found.cells, found.peaks, strict=True):
@@ -286,22 +341,28 @@ def _evaluate(
         record.readout.test_accuracy = record.test_accuracy
 
 
-def _complete(folder: RunFolder, record: RunRecord, trainer: Trainer, host: PeakRss, began: float, job: Job) -> None:
-    number = (folder.last() or {"commit": 0})["commit"] + 1
-    files = folder.finish(number, {**{k: v for k, v in (folder.last() or {}).items() if k in ("visits", "cells")}})
-    record.seconds = round(time.monotonic() - began, 3)
+def _complete(folder: RunFolder, record: RunRecord, trainer: Trainer, host: PeakRss, job: Job, plan: Plan) -> None:
+    last = folder.last()
+    assert last is not None
+    if not last.get("finished"):
+        kept = ("visits", "cells", "data", "seconds", "written")
+        folder.finish(last["commit"] + 1, {name: value for name, value in last.items() if name in kept})
     record.waited_seconds = round(sum(cell.waited_seconds for cell in trainer.records), 3)
-    folder.write_model(files, {"format": 1, "settings": asdict(job.settings), "data": asdict(job.shape)})
     peaks = [cell.peak_gpu_mb for cell in trainer.records if cell.peak_gpu_mb is not None]
     record.peak_gpu_mb = max(peaks) if peaks else None
     record.context_mb = to_mb(devices.context_bytes(job.work.device))
     record.peak_host_mb = to_mb(host.peak_bytes)
-    record.disk_mb = to_mb(folder.peak_space)
     record.latents_mb = to_mb(trainer.latents_peak)
-    record.written_mb = to_mb(folder.written)
+
+    def measured() -> dict[str, Any]:
+        record.disk_mb = to_mb(folder.peak_space)
+        totals = trainer.commits.totals()
+        record.seconds, record.written_mb = totals["seconds"], to_mb(int(totals["written"]))
+        return {**record.as_dict(), "data": asdict(job.shape)}
+
+    folder.write_results({"format": 1, "settings": asdict(_as_planned(job, plan)), "data": asdict(job.shape)}, measured)
     if not job.settings.keep_latents:
         folder.clear_working_files()
-    folder.write_record({**record.as_dict(), "data": asdict(job.shape)})
 
 
 def _record(job: Job, plan: Plan, folder: RunFolder) -> RunRecord:
@@ -332,13 +393,3 @@ def _compact(sizes: list[int]) -> int | list[int]:
 def _placement(job: Job, plan: Plan) -> Any:
     """What ``auto`` came out as on a GPU is kept, so that a resumed run is placed the same."""
     return plan.placement if plan.placement == "resident" else job.settings.placement
-
-
-@contextmanager
-def _removing_if_empty(path: Path) -> Iterator[None]:
-    """A run that failed before its first commit leaves no folder behind."""
-    try:
-        yield
-    finally:
-        if path.exists() and not any(path.iterdir()):
-            path.rmdir()

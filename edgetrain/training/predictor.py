@@ -84,18 +84,21 @@ class Predictor:
         inputs: FileLatents,
         labels: LatentFile | None,
         on_latents: Callable[[int, NDArray[np.float32]], None] | None = None,
+        whole: bool = False,
     ) -> Predictions:
         """Scores of all rows of ``inputs``.
 
-        Where a cell cannot be read, the cells before it vote without it and those behind it.
+        Where a cell cannot be read, the cells before it vote without it and those behind it, unless the net is
+        asked for as a ``whole``.
 
         Args:
             inputs: prepared rows.
             labels: of the rows, or ``None``.
             on_latents: given the last cell's latents [B, ...] with the number of their first row.
+            whole: refuse to go without a cell.
 
         Raises:
-            EdgetrainError: the first cell cannot be read, or one whose latents are asked for.
+            EdgetrainError: the first cell cannot be read, or one that is needed.
         """
         truth = None if labels is None else _all_labels(labels)
         found = Predictions()
@@ -105,7 +108,7 @@ class Predictor:
             try:
                 state = self.read_cell(node.index)
             except (CorruptError, StorageError) as error:
-                if node.index == 0 or on_latents is not None:
+                if whole or node.index == 0 or on_latents is not None:
                     raise
                 number = node.index + 1
                 found.missing = f"the {node.index} cells before cell {number} predict without it: {error}"

@@ -6,14 +6,14 @@ Read `_visit` first: it is the whole of training.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
+from typing import NoReturn
 
 import torch
 
-from edgetrain.errors import BudgetError
+from edgetrain.errors import BudgetError, Stopped
 from edgetrain.keys import epoch_order
 from edgetrain.memory.meter import Meter
 from edgetrain.planning.plan import Plan
@@ -21,25 +21,23 @@ from edgetrain.planning.schedule import SCHEDULES, Visit
 from edgetrain.planning.workload import Workload
 from edgetrain.record import CellRecord
 from edgetrain.store.latents import LatentFile
-from edgetrain.store.run import RunFolder, Spilled
+from edgetrain.store.run import RunFolder
 from edgetrain.stream.cell import LiveCell, State
 from edgetrain.stream.cells import CellStream
-from edgetrain.stream.executor import Executor, Tally
+from edgetrain.stream.executor import Executor, Sums, Tally
 from edgetrain.stream.feed import DeviceFeed, Feed, FileFeed, Slice
 from edgetrain.stream.latents import DeviceLatents, FileLatents, Latents
 from edgetrain.stream.readout import DeviceCellsFeed, FileCellsFeed, Reading, Readout, train_readout
 from edgetrain.stream.tiles import TiledCell, at_hand, phases_of
 from edgetrain.training.caches import Caches
+from edgetrain.training.commits import Commits, Position
 from edgetrain.training.conditions import Conditions
+from edgetrain.training.stopping import Stop
+from edgetrain.training.symptoms import Symptoms
 from edgetrain.training.watcher import Progress, Watcher
 from edgetrain.units import MIB, show_mb, to_mb
 
 _SHOW_EVERY_S = 0.25
-_COMMIT_EVERY_S = 60.0
-_COMMIT_IN_NEED_S = 10.0  # while the system's memory runs out
-_COMMIT_SHARE = 0.05  # of the run's expected time, where that is longer
-READOUT = "readout"
-INPUTS = "inputs"
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,7 @@ class Trainer:
         meter: watches the device side.
         watcher: is told of progress.
         choices: see ``Choices``.
+        stop: asked whether to end early.
     """
 
     def __init__(
@@ -85,10 +84,11 @@ class Trainer:
         meter: Meter,
         watcher: Watcher,
         choices: Choices,
+        stop: Stop,
     ):
-        self._work, self._plan, self._folder, self._meter = work, plan, folder, meter
-        self._labels, self._input_state, self._watcher, self._choices = labels, input_state, watcher, choices
-        self._conditions = Conditions(work.device, plan.budget, watcher.note)
+        self._work, self._plan, self._meter = work, plan, meter
+        self._labels, self._watcher, self._choices, self._stop = labels, watcher, choices, stop
+        conditions = Conditions(work.device, plan.budget, watcher.note)
         self._resident = plan.placement == "resident"
         self._executor = Executor(work.objective, work.device, meter, work.seed, work.augmentation)
         self._cells = CellStream(self._place, work.device, meter, folder, choices.host_tier, self._resident)
@@ -109,8 +109,14 @@ class Trainer:
             )
             for cell in plan.visits
         ]
-        self._started = self._last_commit = self._last_shown = time.monotonic()
-        self._commits = 0
+        self._conditions, self._symptoms = conditions, Symptoms(work, self.records, watcher.note)
+        self.commits = Commits(
+            folder, work.nodes, self._cells, self._caches, self.records, self._current_readout, input_state,
+            inputs.digest() + labels.digest(), conditions, choices.checkpoint_every,
+        )  # fmt: skip
+        self._visits = list(self._schedule())
+        self._done_before = 0
+        self._started = self._last_shown = self._visit_began = time.monotonic()
 
     @property
     def latents_peak(self) -> int:
@@ -123,28 +129,42 @@ class Trainer:
         Raises:
             DivergedError: a loss is not finite.
             StorageError: the disk refused; the newest commit holds.
+            Stopped: it was asked for; what was done is committed.
         """
         try:
-            self._carry_out(list(self._schedule()))
+            self._carry_out()
         finally:
             self._end()
 
-    def _carry_out(self, visits: list[Visit]) -> None:
-        done = self._restore(visits)
-        if done:
-            self._watcher.note(f"going on after visit {done} of {len(visits)}; finished cells emit their latents again")
-        self._begin()
+    def _carry_out(self) -> None:
+        visits = self._visits
+        position = self.commits.restore(visits)
+        if position.done == len(visits):
+            return
+        self._take_up(position)
         for number, (visit, following) in enumerate(pairwise([*visits, None])):
-            assert visit is not None
-            if number < done:
-                self._replay(visit)
+            if number < position.done:
                 continue
-            self._visit(number, len(visits), visit, None if following is None else following.node)
-            if following is not None and visit.frontier and self._commit_due(number + 1, len(visits), done):
-                self._commit(number + 1, visits)
+            assert visit is not None
+            begun = position if number == position.visit else Position.before(number, visits)
+            self._visit(begun, visit, None if following is None else following.node)
+            if following is not None and visit.frontier and self.commits.due(self._share(number + 1, 0.0)):
+                self._commit(Position.before(number + 1, visits))
         self._cells.leave()
-        if done < len(visits):
-            self._commit(len(visits), visits)
+        self._commit(Position.before(len(visits), visits))
+
+    def _take_up(self, position: Position) -> None:
+        """Bring everything to where the newest commit stood."""
+        self._done_before = position.done
+        if position != Position.before(0, self._visits):
+            self._readout_state = self.commits.readout_state()
+            self._watcher.note(f"going on {self._where(position)}; finished cells emit their latents again")
+        self._begin()
+        for visit in self._visits[: position.done]:
+            if not self._replay(visit):
+                raise self._stopped("while latents were emitted again")
+        with self._meter.watch():
+            self.commits.restore_latents(self._work.device)
 
     def _schedule(self) -> Iterator[Visit]:
         work = self._work
@@ -154,66 +174,92 @@ class Trainer:
 
     # -- one visit ---------------------------------------------------------------------------------
 
-    def _visit(self, number: int, visits: int, visit: Visit, following: int | None) -> None:
-        start = time.monotonic()
-        record = self.records[visit.node]
+    def _visit(self, begun: Position, visit: Visit, following: int | None) -> None:
+        self._visit_began = start = time.monotonic()
         if not visit.trains:
-            self._emit_range(visit, following)
+            if not self._emit_range(visit, following):
+                self._halt(Position.before(self._frontier(begun.visit), self._visits))
             self._caches.free(visit.frees)
-            record.seconds += time.monotonic() - start
+            self._clock(visit)
             return
         if visit.node == self._work.depth:
-            tally, waited = self._visit_readout(number, visits, visit)
+            sums, waited = self._visit_readout(begun, visit)
         else:
-            tally, waited = self._visit_cell(number, visits, visit, following)
+            sums, waited = self._visit_cell(begun, visit, following)
         self._caches.free(visit.frees)
-        loss, accuracy = self._read(tally, visit)
-        record.epochs = visit.epoch + 1
-        record.train_loss, record.train_accuracy = self._epoch_so_far(visit, loss, accuracy)
-        seconds = time.monotonic() - start
-        record.seconds += seconds
-        record.waited_seconds += waited
-        self._conditions.visited(visit.node, visit.last - visit.first, seconds)
-        self._watcher.visited(self._progress(number, visits, visit, visit.last, loss, accuracy))
-
-    def _epoch_so_far(self, visit: Visit, loss: float, accuracy: float | None) -> tuple[float, float | None]:
-        """Loss and accuracy with the ranges of the epoch that came before."""
+        loss, accuracy = sums.means
         record, size = self.records[visit.node], self._work.batch_size
-        before = visit.first * size / min(visit.last * size, self._work.rows)
-        if before == 0 or record.train_loss is None:
-            return loss, accuracy
-        known = None not in (accuracy, record.train_accuracy)
-        mixed = before * (record.train_accuracy or 0.0) + (1 - before) * (accuracy or 0.0)
-        return before * record.train_loss + (1 - before) * loss, mixed if known else None
+        record.add(visit.epoch, visit.first * size / min(visit.last * size, self._work.rows), loss, accuracy)
+        record.waited_seconds += waited
+        self._clock(visit)
+        if visit.last > begun.step:
+            self._conditions.visited(visit.node, visit.last - begun.step, time.monotonic() - start)
+        self._symptoms.visited(visit)
+        self._watcher.visited(self._progress(begun.visit, visit, visit.last, sums))
 
-    def _visit_cell(self, number: int, visits: int, visit: Visit, following: int | None) -> tuple[Tally, float]:
+    def _visit_cell(self, begun: Position, visit: Visit, following: int | None) -> tuple[Sums, float]:
         cell = self._cells.visit(visit.node)
         if following is not None and following != visit.node:
             self._cells.expect(following)
         feed = self._feed(visit.node)
-        tally = self._tally(visit)
-        out = None if visit.emit == "none" else self._caches.make(visit)
-        training_sink = out.sink() if out is not None and visit.emit == "training" else None
-        try:
-            self._executor.train(
-                cell,
-                feed,
-                self._slice(visit, phases_of(self._work.objective, cell.tiles)),
-                visit.epoch,
-                tally,
-                training_sink,
-                lambda step: self._show(number, visits, visit, step, tally),
-            )
-        finally:
-            if training_sink is not None:
-                training_sink.close()
-        if out is not None and visit.emit == "finished":
-            self._emit(cell, feed, out)
-        self._note_peak(visit.node)
-        return tally, feed.waited_s
+        phases = phases_of(self._work.objective, cell.tiles)
+        emits = visit.emit == "training"
+        out = self._caches.make(visit, goes_on=begun.step > visit.first) if emits else None
+        self._symptoms.begins(visit, cell, begun.step == visit.first)
 
-    def _emit_range(self, visit: Visit, following: int | None) -> None:
-        """Let a finished cell emit a range of its latents again."""
+        def train(first: int, tally: Tally, pause: Callable[[int], bool]) -> int:
+            sink = None if out is None else out.sink()
+            try:
+                piece = self._slice(visit, phases, first)
+                return self._executor.train(cell, feed, piece, visit.epoch, tally, sink, pause)
+            finally:
+                if sink is not None:
+                    sink.close()
+
+        sums = self._in_pieces(begun, visit, train)
+        self._symptoms.trained(visit, cell)
+        if visit.emit == "finished":
+            out = self._caches.make(visit)
+            if not self._emit(cell, feed, out):
+                self._halt(Position(self._frontier(begun.visit), begun.visit, visit.last, sums))
+        if out is not None:
+            self._symptoms.emitted(visit, out)
+        self._note_peak(visit.node)
+        return sums, feed.waited_s
+
+    def _in_pieces(
+        self, begun: Position, visit: Visit, train: Callable[[int, Tally, Callable[[int], bool]], int]
+    ) -> Sums:
+        """Train all steps of a visit, with commits between them when they are due.
+
+        Args:
+            begun: where the visit begins, or goes on.
+            visit: which.
+            train: does steps from one on until the visit ends or it is told to pause; returns where it stands.
+
+        Raises:
+            Stopped: it was asked for; the steps that were done are committed.
+        """
+        step, tally = begun.step, self._tally(visit, begun.sums)
+
+        def pause(done: int) -> bool:
+            self._show(begun.visit, visit, done + 1, tally)
+            return self._stop.asked() or self._commit_due_within(begun.visit, visit, done + 1)
+
+        while step < visit.last:
+            step = train(step, tally, pause)
+            stopping, unfinished = self._stop.asked(), step < visit.last or visit.emit == "finished"
+            if stopping or (unfinished and self._commit_due_within(begun.visit, visit, step)):
+                self._clock(visit)
+                position = Position(self._frontier(begun.visit), begun.visit, step, self._read(tally, visit))
+                if stopping:
+                    self._halt(position)
+                self._commit(position)
+                self._cells.changes_on(visit.node)
+        return self._read(tally, visit)
+
+    def _emit_range(self, visit: Visit, following: int | None) -> bool:
+        """Let a finished cell emit a range of its latents again; whether it came to the end."""
         work, node = self._work, visit.node
         cell = self._cells.visit(node, changes=False)
         if following is not None and following not in (node, work.depth):
@@ -221,42 +267,38 @@ class Trainer:
         order = epoch_order(work.seed, visit.epoch, work.rows) if visit.emit == "again" else None
         micro = self._plan.micro_batches[node]
         piece = Slice(work.rows, work.batch_size, micro, visit.first, visit.last, order, phases=cell.tiles)
-        feed, sink = self._feed(node), self._caches.make(visit).sink()
-        try:
-            self._executor.emit(cell, feed, piece, sink)
-        finally:
-            sink.close()
+        whole = self._emit_piece(cell, self._feed(node), self._caches.make(visit), piece)
         self._note_peak(node)
+        return whole
 
-    def _emit(self, cell: LiveCell | TiledCell, feed: Feed, out: Latents) -> None:
-        """Latents of the finished cell, in sample order, view by view."""
+    def _emit(self, cell: LiveCell | TiledCell, feed: Feed, out: Latents) -> bool:
+        """Latents of the finished cell, in sample order, view by view; whether all were emitted."""
+        views = range(self._work.views)
+        return all(self._emit_piece(cell, feed, out, self._in_sample_order(cell, view), view) for view in views)
+
+    def _emit_piece(self, cell: LiveCell | TiledCell, feed: Feed, out: Latents, piece: Slice, view: int = 0) -> bool:
+        """Emit until the end, or until the run is to stop; whether it came to the end."""
         sink = out.sink()
         try:
-            for view in range(self._work.views):
-                self._executor.emit(cell, feed, self._in_sample_order(cell, view), sink, view)
+            return self._executor.emit(cell, feed, piece, sink, view, lambda step: self._stop.asked()) == piece.last
         finally:
             sink.close()
 
-    def _visit_readout(self, number: int, visits: int, visit: Visit) -> tuple[Tally, float]:
+    def _visit_readout(self, begun: Position, visit: Visit) -> tuple[Sums, float]:
         self._cells.leave()
         self._meter.start_cell(self._work.depth)
-        readout = self._open_readout()
-        tally = self._tally(visit)
-        feed = self._cells_feed()
-        train_readout(
-            readout,
-            feed,
-            self._slice(visit, 1),
-            len(self._work.classifier_reads),
-            self._work.classes,
-            self._meter,
-            tally,
-            lambda step: self._show(number, visits, visit, step, tally),
-        )
+        readout, feed = self._open_readout(), self._cells_feed()
+        cells, classes = len(self._work.classifier_reads), self._work.classes
+
+        def train(first: int, tally: Tally, pause: Callable[[int], bool]) -> int:
+            piece = self._slice(visit, 1, first)
+            return train_readout(readout, feed, piece, cells, classes, self._meter, tally, pause)
+
+        sums = self._in_pieces(begun, visit, train)
         self._note_peak(visit.node)
         if self._work.emits_in_training and not self._resident:  # cells come next, and need the room
             self._readout_state, self._readout = readout.state(), None
-        return tally, feed.waited_s
+        return sums, feed.waited_s
 
     def _open_readout(self) -> Readout:
         if self._readout is None:
@@ -281,12 +323,12 @@ class Trainer:
         tiles = self._plan.tiles[index]
         return at_hand(work.nodes[index], work.objective, work.optimizer, work.device, tiles, state, self._meter.host)
 
-    def _slice(self, visit: Visit, phases: int) -> Slice:
+    def _slice(self, visit: Visit, phases: int, first: int) -> Slice:
         work = self._work
         order = epoch_order(work.seed, visit.epoch, work.rows)
         micro = self._plan.micro_batches[visit.node]
         view = visit.epoch % work.views if visit.node else 0  # the inputs lie there once
-        return Slice(work.rows, work.batch_size, micro, visit.first, visit.last, order, phases, view)
+        return Slice(work.rows, work.batch_size, micro, first, visit.last, order, phases, view)
 
     def _in_sample_order(self, cell: LiveCell | TiledCell, view: int) -> Slice:
         work, index = self._work, cell.node.index
@@ -313,10 +355,10 @@ class Trainer:
             in_files, self._labels, self._work.device, self._meter.host, self._choices.prefetch, reading
         )
 
-    def _tally(self, visit: Visit) -> Tally:
+    def _tally(self, visit: Visit, before: Sums) -> Tally:
         name = self.records[visit.node].name
         with self._meter.watch():
-            return Tally(self._work.device, f"cell {visit.node + 1} ({name}), epoch {visit.epoch + 1},")
+            return Tally(self._work.device, f"cell {visit.node + 1} ({name}), epoch {visit.epoch + 1},", before)
 
     # -- beginning, commits, end -------------------------------------------------------------------
 
@@ -333,71 +375,64 @@ class Trainer:
             )
             self._device_labels = labels.tensors["y"].view(torch.int64).view(-1)
 
-    def _restore(self, visits: list[Visit]) -> int:
-        """Take up the newest commit; returns the number of visits that it holds."""
-        last = self._folder.last()
-        if last is None:
-            return 0
-        self._commits = last["commit"]
-        for record, values in zip(self.records, last["cells"], strict=True):
-            for name in (
-                "epochs",
-                "train_loss",
-                "train_accuracy",
-                "seconds",
-                "waited_seconds",
-                "peak_gpu_mb",
-            ):
-                setattr(record, name, values[name])
-        files = self._folder.files()
-        if READOUT in files:
-            self._readout_state = self._folder.read_unit(files[READOUT])
-        self._adopt(visits, last["visits"])
-        return int(last["visits"])
-
-    def _adopt(self, visits: list[Visit], done: int) -> None:
-        """Let cells be found in the newest commit's files."""
-        finished = {visit.node for visit in visits[:done] if visit.final}
-        for unit, kinds in self._folder.files().items():
-            if unit not in (READOUT, INPUTS):
-                read = partial(self._folder.read_unit, kinds)
-                self._cells.committed(int(unit), read, needed=int(unit) not in finished)
-
-    def _replay(self, visit: Visit) -> None:
-        """Make again what a committed visit left behind: the latents of a finished cell."""
+    def _replay(self, visit: Visit) -> bool:
+        """Make again what a committed visit left behind, the latents of a finished cell; whether it came to the end."""
+        whole = True
         if visit.emit == "finished":
             cell = self._cells.visit(visit.node, changes=False)
-            self._emit(cell, self._feed(visit.node), self._caches.make(visit))
+            whole = self._emit(cell, self._feed(visit.node), self._caches.make(visit))
         elif visit.lasting:
-            self._emit_range(visit, None)
+            whole = self._emit_range(visit, None)
         self._caches.free(tuple(index for index in visit.frees if index in self._caches))
+        return whole
 
-    def _commit_due(self, done: int, visits: int, skipped: int) -> bool:
+    def _commit_due_within(self, number: int, visit: Visit, step: int) -> bool:
+        """Whether to commit within a visit; latents that must then be kept need room on the disk."""
+        share = self._share(number, (step - visit.first) / (visit.last - visit.first))
+        if not self.commits.due(share):
+            return False
+        return not self._work.emits_in_training or self._caches.has_room(self._plan.disk_budget)
+
+    def _commit(self, position: Position) -> None:
+        """Make the run durable as it stands; between frontiers, latents that cannot be emitted again too."""
+        at_frontier = position == Position.before(position.done, self._visits) and (
+            position.done == 0 or self._visits[position.done - 1].frontier
+        )
+        self.commits.commit(position, self._visits, self._work.emits_in_training and not at_frontier)
+
+    def _halt(self, position: Position) -> NoReturn:
+        """Commit, because the run is to stop, and stop."""
+        self._commit(position)
+        raise self._stopped(self._where(position))
+
+    def _clock(self, visit: Visit) -> None:
+        """Count the time of the visit up to now."""
         now = time.monotonic()
-        if self._conditions.look() and now - self._last_commit >= _COMMIT_IN_NEED_S:
-            return True
-        if self._choices.checkpoint_every is not None:
-            return now - self._last_commit >= self._choices.checkpoint_every
-        expected = (now - self._started) * (visits - skipped) / max(done - skipped, 1)
-        return now - self._last_commit >= max(_COMMIT_EVERY_S, _COMMIT_SHARE * expected)
+        self.records[visit.node].seconds += now - self._visit_began
+        self._visit_began = now
 
-    def _commit(self, done: int, visits: list[Visit]) -> None:
-        self._commits += 1
-        entry = {"visits": done, "cells": [vars(record) for record in self.records]}
-        self._folder.commit(self._commits, self._changed_units(), entry)
-        self._adopt(visits, done)
-        self._last_commit = time.monotonic()
+    def _frontier(self, number: int) -> int:
+        """Where to take up a run that ends within a visit: behind all visits whose latents can be had again."""
+        if self._work.emits_in_training:
+            return number
+        while number and not self._visits[number - 1].frontier:
+            number -= 1
+        return number
 
-    def _changed_units(self) -> Iterator[tuple[str, State | Spilled]]:
-        """What to commit, fetched one by one, so that a commit holds one cell at a time in memory."""
-        if self._commits == 1 and self._input_state:
-            yield INPUTS, self._input_state
-        for index in self._cells.dirty():
-            yield f"{index:03}", self._cells.content(index)
-        if self._readout is not None:
-            yield READOUT, self._readout.state()
-        elif self._readout_state is not None:
-            yield READOUT, self._readout_state
+    def _share(self, number: int, of_visit: float) -> float:
+        """Of what this process has to do, what is done."""
+        return (number - self._done_before + of_visit) / max(len(self._visits) - self._done_before, 1)
+
+    def _stopped(self, where: str) -> Stopped:
+        return Stopped(f"stopped by {self._stop.why} {where}", self._stop.exit_code)
+
+    def _where(self, position: Position) -> str:
+        visit = self._visits[position.visit]
+        name = self.records[visit.node].name
+        return f"at step {position.step} of epoch {visit.epoch + 1} of cell {visit.node + 1} ({name})"
+
+    def _current_readout(self) -> State | None:
+        return self._readout_state if self._readout is None else self._readout.state()
 
     def _end(self) -> None:
         self._readout = None
@@ -417,27 +452,25 @@ class Trainer:
                 f" {self._plan.budget / MIB:g} MiB allowed; its module allocates what the plan did not foresee"
             )
 
-    def _read(self, tally: Tally, visit: Visit) -> tuple[float, float | None]:
+    def _read(self, tally: Tally, visit: Visit) -> Sums:
         with self._meter.watch(("read", visit.node)):
             return tally.read()
 
-    def _show(self, number: int, visits: int, visit: Visit, step: int, tally: Tally) -> None:
+    def _show(self, number: int, visit: Visit, step: int, tally: Tally) -> None:
         now = time.monotonic()
         if now - self._last_shown >= _SHOW_EVERY_S:
             self._last_shown = now
-            loss, accuracy = self._read(tally, visit)
-            self._watcher.stepped(self._progress(number, visits, visit, step + 1, loss, accuracy))
+            self._watcher.stepped(self._progress(number, visit, step, self._read(tally, visit)))
 
-    def _progress(
-        self, number: int, visits: int, visit: Visit, step: int, loss: float, accuracy: float | None
-    ) -> Progress:
+    def _progress(self, number: int, visit: Visit, step: int, sums: Sums) -> Progress:
         elapsed = time.monotonic() - self._started
-        share = (number + step / max(visit.last, 1)) / visits
+        share = self._share(number, (step - visit.first) / (visit.last - visit.first))
         record = self.records[visit.node]
         is_readout = visit.node == self._work.depth
+        loss, accuracy = sums.means
         return Progress(
             visit=number,
-            visits=visits,
+            visits=len(self._visits),
             name=record.name,
             node=visit.node,
             nodes=len(self.records),

@@ -120,6 +120,9 @@ def measured(work: Workload, index: int, micro: int, folder: Path, full: bool = 
     steps = Slice(work.rows, work.batch_size, micro, 0, work.steps, order, phases)
     for epoch in range(2):  # where an epoch is one step, only the second finds the optimizer's state there
         executor.train(cell, feed, steps, epoch, tally, sink if work.emits_in_training else None)
+        if sink is not None and work.emits_in_training:
+            sink.close()
+            sink = out.reused("out", step_order=True).sink()
     if not work.emits_in_training:
         plain = Slice(work.rows, work.batch_size, micro, 0, work.steps)
         executor.emit(cell, feed, plain, sink)

@@ -12,9 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgetrain.errors import CorruptError, StorageError
+from edgetrain.errors import CorruptError, DamagedLatentsError, StorageError
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.rows import RowFormat
+from edgetrain.store.tensors import FileEntry
 
 fuzzing = settings(
     max_examples=60,
@@ -42,40 +43,60 @@ def read(file: LatentFile, rows: slice | np.ndarray) -> np.ndarray:
 
 @st.composite
 def programs(draw: st.DrawFn) -> tuple[int, int, int, list]:
-    """Rows, elements, window, and what is done: writes of runs, reads of runs, gathers."""
-    rows = draw(st.integers(1, 60))
-    runs = st.tuples(st.integers(0, rows - 1), st.integers(1, rows)).map(
-        lambda pair: (pair[0], min(rows, pair[0] + pair[1]))
-    )
-    steps = st.one_of(
-        st.tuples(st.just("write"), runs, st.integers(0, 99)),
-        st.tuples(st.just("read"), runs, st.just(0)),
-        st.tuples(st.just("gather"), st.lists(st.integers(0, rows - 1), min_size=1, max_size=80), st.just(0)),
-    )
-    elements = draw(st.integers(1, 3000))
-    window = draw(st.sampled_from([1, 100_000, 1 << 24]))
-    return rows, elements, window, draw(st.lists(steps, min_size=1, max_size=12))
+    """Rows, elements, window, and what is done: rows written behind the last, reads of runs, gathers, commits."""
+    rows, elements = draw(st.integers(1, 300)), draw(st.integers(1, 9000))
+    steps: list = []
+    written = 0
+    for _ in range(draw(st.integers(1, 12))):
+        kinds = ["write"] * (written < rows) + ["read", "gather", "distrust", "commit", "restart"] * (written > 0)
+        kind = draw(st.sampled_from(kinds))
+        if kind == "write":
+            last = draw(st.integers(written + 1, rows))
+            steps.append((kind, (written, last)))
+            written = last
+        elif kind == "read":
+            first = draw(st.integers(0, written - 1))
+            steps.append((kind, (first, draw(st.integers(first + 1, written)))))
+        elif kind == "gather":
+            steps.append((kind, draw(st.lists(st.integers(0, written - 1), min_size=1, max_size=80))))
+        else:
+            steps.append((kind, None))
+            written = 0 if kind == "restart" else written
+    return rows, elements, draw(st.sampled_from([1, 100_000, 1 << 24])), steps
 
 
 @fuzzing
 @given(program=programs())
 def test_a_latent_file_behaves_as_an_array(program: tuple[int, int, int, list], tmp_path: Path) -> None:
     rows, elements, window, steps = program
+    layout, draws = RowFormat((elements,), "pixels"), np.random.default_rng(elements)
     model = np.zeros((rows, elements), np.uint8)  # freshly allocated space reads as zeros
-    file = LatentFile(tmp_path / "x.rows", rows, RowFormat((elements,), "pixels"), window).allocate()
+    file = LatentFile(tmp_path / "x.rows", rows, layout, window).allocate()
     try:
-        for kind, where, seed in steps:
+        for number, (kind, where) in enumerate(steps):
             if kind == "write":
-                values = np.random.default_rng(seed).integers(0, 256, (where[1] - where[0], elements), np.uint8)
+                values = draws.integers(0, 256, (where[1] - where[0], elements), np.uint8)
                 assert file.write(where[0], torch.from_numpy(values)) == values.size
                 model[where[0] : where[1]] = values
             elif kind == "read":
                 assert np.array_equal(read(file, slice(*where)), model[slice(*where)])
-            else:
+            elif kind == "gather":
                 assert np.array_equal(read(file, np.array(where)), model[where])
+            elif kind == "distrust":
+                file.distrust()
+            elif kind == "restart":
+                file.restart(tmp_path / "x.rows", 0)
+            else:  # another process goes on with what was committed
+                sums, written, digest = file.commit(number), file.written, file.digest()
+                file.settle()
+                file.close()
+                file = LatentFile(tmp_path / "x.rows", rows, layout, window).reopen(written, sums)
+                assert file.written == written
+                assert file.digest() == digest
+        assert (tmp_path / "x.rows").read_bytes() == model.tobytes()
     finally:
-        file.close()
-    assert (tmp_path / "x.rows").read_bytes() == model.tobytes()
+        file.delete()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_small_window_drops_pages_behind_the_reader(tmp_path: Path) -> None:
@@ -98,31 +119,108 @@ def test_a_small_window_drops_pages_behind_the_reader(tmp_path: Path) -> None:
     assert mapped[1 << 18] < 3000  # one batch of 30 rows touches at most 30 * 68 KiB
 
 
-def test_a_file_written_is_found_again(tmp_path: Path) -> None:
-    file, model = filled(tmp_path / "x.rows")
+def committed(path: Path, rows: int = 40, elements: int = 5) -> tuple[np.ndarray, FileEntry]:
+    """A committed file's rows and its checksums' file."""
+    file, model = filled(path, rows, elements)
+    sums = file.commit(1)
     file.close()
-    again = LatentFile(tmp_path / "x.rows", 40, RowFormat((5,), "pixels")).open()
+    return model, sums
+
+
+def reopened(path: Path, sums: FileEntry, rows: int = 40, elements: int = 5) -> LatentFile:
+    return LatentFile(path, rows, RowFormat((elements,), "pixels")).reopen(rows, sums)
+
+
+def test_a_file_committed_is_found_again(tmp_path: Path) -> None:
+    model, sums = committed(tmp_path / "x.rows")
+    again = reopened(tmp_path / "x.rows", sums)
     assert np.array_equal(read(again, np.arange(40)[::-1].copy()), model[::-1])
     again.close()
+
+
+def test_a_file_committed_in_part_goes_on_with_its_next_row(tmp_path: Path) -> None:
+    layout, model = RowFormat((70_000,), "pixels"), np.random.default_rng(0).integers(0, 256, (11, 70_000), np.uint8)
+    file = LatentFile(tmp_path / "x.rows", 11, layout).allocate()
+    file.write(0, torch.from_numpy(model[:5]))
+    sums = file.commit(1)  # three rows are a block, so that one is begun
+    file.write(5, torch.from_numpy(model[5:8]))  # lost: the process ends
+    file.close()
+    again = LatentFile(tmp_path / "x.rows", 11, layout).reopen(5, sums)
+    again.write(5, torch.from_numpy(model[5:]))
+    assert np.array_equal(read(again, np.arange(11)), model)
+    assert again.digest() == filled_with(tmp_path / "whole.rows", model).digest()
+
+
+def filled_with(path: Path, model: np.ndarray) -> LatentFile:
+    file = LatentFile(path, len(model), RowFormat((model.shape[1],), "pixels")).allocate()
+    file.write(0, torch.from_numpy(model))
+    return file
 
 
 @pytest.mark.parametrize("size", [0, 199, 201])
 def test_a_file_of_another_size_is_corrupt(size: int, tmp_path: Path) -> None:
     path = tmp_path / "x.rows"
+    _, sums = committed(path)
     path.write_bytes(bytes(size))
     with pytest.raises(CorruptError, match=rf"x\.rows: holds {size} bytes, expected 200"):
-        LatentFile(path, 40, RowFormat((5,), "pixels")).open()
+        reopened(path, sums)
 
 
 def test_a_missing_file_is_a_storage_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"gone\.rows: no such file"):
-        LatentFile(tmp_path / "gone.rows", 1, RowFormat((5,))).open()
+    _, sums = committed(tmp_path / "x.rows")
+    (tmp_path / "x.rows").unlink()
+    with pytest.raises(StorageError, match=r"x\.rows: no such file"):
+        reopened(tmp_path / "x.rows", sums)
+
+
+def test_damaged_checksums_are_named(tmp_path: Path) -> None:
+    _, sums = committed(tmp_path / "x.rows")
+    flip(tmp_path / sums.name, 3)
+    with pytest.raises(CorruptError, match=r"x\.1\.sums: the checksums of x\.rows are damaged"):
+        reopened(tmp_path / "x.rows", sums)
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    with path.open("r+b") as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("at", [0, 99, 199])
+def test_a_flipped_bit_is_found_when_a_file_is_taken_up_again(at: int, tmp_path: Path) -> None:
+    _, sums = committed(tmp_path / "x.rows")
+    flip(tmp_path / "x.rows", at)
+    with pytest.raises(DamagedLatentsError, match=r"x\.rows: rows 0 to 39 are not as they were written"):
+        reopened(tmp_path / "x.rows", sums)
+
+
+@pytest.mark.parametrize("window", [1, 1 << 24])
+@pytest.mark.parametrize("rows", [slice(7, 8), np.array([7])])
+def test_a_bit_that_flips_between_epochs_is_found_in_the_next(
+    rows: slice | np.ndarray, window: int, tmp_path: Path
+) -> None:
+    file, model = filled(tmp_path / "x.rows", 12, 70_000, window)  # blocks of three rows
+    for _ in range(2):
+        assert np.array_equal(read(file, rows), model[rows])
+    flip(tmp_path / "x.rows", 7 * 70_000)
+    file.distrust()
+    assert np.array_equal(read(file, slice(0, 6)), model[:6])
+    with pytest.raises(DamagedLatentsError, match=r"x\.rows: rows 6 to 8 are not as they were written"):
+        read(file, rows)
+    file.close()
+
+
+def test_rows_out_of_order_are_a_mistake(tmp_path: Path) -> None:
+    file, _ = filled(tmp_path / "x.rows")
+    with pytest.raises(ValueError, match="row 3 written after 40 rows from 0 on"):
+        file.write(3, torch.zeros(1, 5, dtype=torch.uint8))
+    file.close()
 
 
 def test_reading_a_run_of_a_file_that_was_cut_is_a_storage_error(tmp_path: Path) -> None:
-    file, model = filled(tmp_path / "x.rows")
+    file, _ = filled(tmp_path / "x.rows")
     os.truncate(tmp_path / "x.rows", 100)
-    assert np.array_equal(read(file, slice(0, 20)), model[:20])
     with pytest.raises(StorageError, match=r"x\.rows: ends at byte 100, expected 200"):
         read(file, slice(10, 30))
     file.close()
@@ -154,7 +252,7 @@ def test_space_is_really_reserved(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_is_a_storage_error_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, _ = filled(tmp_path / "x.rows")
+    file = LatentFile(tmp_path / "x.rows", 40, RowFormat((5,), "pixels")).allocate()
 
     def broken(*arguments: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -191,7 +289,7 @@ def test_closing_twice_is_harmless_and_reading_afterwards_is_an_error(tmp_path: 
         with pytest.raises(StorageError, match=r"x\.rows: read or written after it was closed"):
             read(file, rows)
     with pytest.raises(StorageError, match="after it was closed"):
-        file.write(0, torch.zeros(1, 5, dtype=torch.uint8))
+        file.write(40, torch.zeros(1, 5, dtype=torch.uint8))
 
 
 def test_deleting_leaves_no_file_and_may_be_repeated(tmp_path: Path) -> None:

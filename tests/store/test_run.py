@@ -339,18 +339,92 @@ def test_renames_are_durable_before_the_journal_says_finished(tmp_path: Path, mo
 
 
 def test_the_model_is_one_file_of_all_weights_that_loads_alone(tmp_path: Path) -> None:
-    folder = committed(tmp_path / "a")
-    folder.write_model(folder.finish(3, {}), {"format": 1})
+    folder = finished(tmp_path / "a")
     found = load_file(folder.path / "model.safetensors")
     units = ("000", "001", "readout")
     assert set(found) == {f"{name}.{kind}.weight" for name in units for kind in ("cell", "head")}
     assert torch.equal(found["001.cell.weight"], torch.full((2, 3), 5.0))
 
 
+def finished(path: Path) -> RunFolder:
+    folder = committed(path)
+    folder.finish(3, {})
+    folder.write_results({"format": 1}, lambda: {"test_accuracy": 0.5, "energy_j": None})
+    return folder
+
+
 def test_a_record_is_json(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "a")
+    assert folder.is_finished()
+    assert json.loads(folder.read_record()) == {"test_accuracy": 0.5, "energy_j": None}
+
+
+def test_a_run_is_not_finished_before_its_results_are_whole(tmp_path: Path) -> None:
+    folder = committed(tmp_path / "a")
+    folder.finish(3, {})
+    assert not folder.is_finished()
+    with pytest.raises(InputError, match="holds an unfinished run"):
+        folder.read_record()
+
+
+@pytest.mark.parametrize("name", ["record.json", "model.safetensors"])
+def test_damaged_results_are_found(name: str, tmp_path: Path) -> None:
+    folder = finished(tmp_path / "a")
+    content = bytearray((folder.path / name).read_bytes())
+    content[-3] ^= 1
+    (folder.path / name).write_bytes(content)
+    assert not folder.is_finished()
+    if name == "record.json":
+        with pytest.raises(CorruptError, match=r"record\.json: checksum .* fit --resume"):
+            folder.read_record()
+
+
+def test_a_finished_run_that_is_taken_up_again_has_no_results(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "a")
+    folder.reopen(["000"], {}, "seed = 2\n")
+    assert not folder.is_finished()
+    assert not (folder.path / "record.json").exists()
+    assert folder.config() == "seed = 2\n"
+    assert set(folder.files()) == {"000"}
+
+
+# --- the configuration ------------------------------------------------------------------------
+
+
+def test_the_journal_remembers_the_configuration(tmp_path: Path) -> None:
     folder = made(tmp_path / "a")
-    folder.write_record({"test_accuracy": 0.5, "energy_j": None})
-    assert json.loads((folder.path / "record.json").read_text()) == {"test_accuracy": 0.5, "energy_j": None}
+    written = (folder.path / "config.toml").read_text()
+    assert folder.config() == written
+    assert not folder.restore_config()
+    for damage in (lambda path: path.write_text("seed = 7\n"), lambda path: path.unlink()):
+        damage(folder.path / "config.toml")
+        assert folder.restore_config()
+        assert (folder.path / "config.toml").read_text() == written
+
+
+# --- strangers' folders -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../../precious", "/etc/precious", ".hidden", "a/b", "", "a\n", 3])
+def test_a_journal_that_names_a_file_elsewhere_is_corrupt(name: Any, tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    folder.journal.append({"commit": 1, "files": {"000": {"weights": {"name": name, "checksum": "0", "size": 1}}}})
+    with pytest.raises(CorruptError, match=r"journal\.jsonl: the newest commit names no files"):
+        folder.files()
+
+
+@pytest.mark.parametrize("name", ["cells", "latents", "scratch", "figures", "lock", "journal.jsonl", "record.json"])
+def test_a_folder_with_a_link_is_not_worked_in(name: str, tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("precious")
+    member = folder.path / name
+    shutil.rmtree(member, ignore_errors=True)
+    member.unlink(missing_ok=True)
+    member.symlink_to(elsewhere)
+    with pytest.raises(CorruptError, match=f"{name}: is a link"), folder.locked():
+        pass
+    assert elsewhere.read_text() == "precious"
 
 
 # --- accounts ---------------------------------------------------------------------------------

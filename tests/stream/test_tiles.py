@@ -128,7 +128,7 @@ def test_steps_in_tiles_are_the_whole_cells_in_float64(method, optimizer, tiles,
         sink, tally = Kept(), Tally(CPU)
         work = Slice(ROWS, BATCH, micro, 0, 3, order, phases_of(objective, cell.tiles))
         executor.train(cell, Doubled(source(objective)), work, 0, tally, sink)
-        seen.append((cell.state(), sink.rows, tally.read()))
+        seen.append((cell.state(), sink.rows, tally.read().means))
     (expected, latents, told), (found, tiled_latents, tiled_told) = seen
     assert sorted(found) == sorted(expected)
     for name, value in expected.items():

@@ -20,7 +20,8 @@ from edgetrain.data.base import DataSet
 from edgetrain.errors import BudgetError, InputError
 from edgetrain.memory import device as devices
 from edgetrain.planning.storage import staging_bytes
-from edgetrain.training import trainer
+from edgetrain.training import commits, trainer
+from edgetrain.training.commits import Position
 from edgetrain.training.conditions import Conditions
 from edgetrain.training.fit import fit
 from edgetrain.training.job import budget_of, open_job
@@ -102,21 +103,22 @@ def test_ranges_of_different_length_are_compared_by_step() -> None:
 
 
 def test_a_run_whose_system_runs_out_of_memory_commits_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commits, commit = [], Trainer._commit
+    made, commit = [], Trainer._commit
 
-    def counted(self: Trainer, done: int, visits: list[Any]) -> None:
-        commits.append(done)
-        commit(self, done, visits)
+    def counted(self: Trainer, position: Position) -> None:
+        made.append((position.visit, position.step))
+        commit(self, position)
 
     monkeypatch.setattr(Trainer, "_commit", counted)
-    monkeypatch.setattr(trainer, "_COMMIT_IN_NEED_S", 0.0)
+    monkeypatch.setattr(commits, "_IN_NEED_S", 0.0)
+    monkeypatch.setattr(commits, "_LOOK_EVERY_S", 0.0)
     fit(asked(), tmp_path / "calm", data=data())
-    assert commits == [4]
+    assert made == [(4, 0)]
     short = partial(Conditions, host=lambda: (100 * MIB, 8 << 30))
     monkeypatch.setattr(trainer, "Conditions", short)
     heard = Heard()
     fit(asked(), tmp_path / "short", data=data(), watcher=heard)
-    assert commits == [4, 1, 2, 3, 4]
+    assert {visit for visit, _ in made} == {0, 1, 2, 3, 4}
     assert len([note for note in heard.notes if "only 100.0 MiB of the system's memory are left" in note]) == 1
 
 

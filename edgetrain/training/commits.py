@@ -1,0 +1,237 @@
+"""Commits: when they are due, what they hold, and how a run is taken up from the newest one.
+
+A commit is a position in the schedule and all that training needs to go on from there, bit for bit:
+cells with their optimizers, the classifier, how far the visit under way had come, and the latents that
+nobody can emit again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+
+from edgetrain.errors import CorruptError, DivergedError
+from edgetrain.objectives.base import Node
+from edgetrain.planning.schedule import Visit
+from edgetrain.record import CellRecord
+from edgetrain.store.journal import Entry
+from edgetrain.store.run import RunFolder, Spilled
+from edgetrain.stream.cell import State
+from edgetrain.stream.cells import CellStream
+from edgetrain.stream.executor import Sums
+from edgetrain.training.caches import Caches, streams_of
+from edgetrain.training.conditions import Conditions
+
+READOUT = "readout"
+INPUTS = "inputs"
+_EVERY_S = 60.0
+_IN_NEED_S = 10.0  # while the system's memory runs out
+_SHARE = 0.05  # of the run's expected time, where that is longer
+_COST = 0.03  # of the time that commits may take
+_LOOK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands in its schedule.
+
+    Attributes:
+        done: visits that are behind it. What they emitted is emitted again, unless it is committed.
+        visit: the visit under way; those from ``done`` to it train nothing.
+        step: its first step that is not done.
+        sums: what its steps have come to.
+    """
+
+    done: int
+    visit: int
+    step: int
+    sums: Sums = Sums()
+
+    @classmethod
+    def before(cls, number: int, visits: Sequence[Visit]) -> Position:
+        """Before a visit, or at the end of all."""
+        return cls(number, number, visits[number].first if number < len(visits) else 0)
+
+    @classmethod
+    def of(cls, entry: Entry, visits: Sequence[Visit]) -> Position:
+        """As a journal's entry says.
+
+        Raises:
+            CorruptError: the schedule has no such position.
+        """
+        done, within = entry.get("visits"), entry.get("within")
+        try:
+            if type(done) is not int or not 0 <= done <= len(visits):
+                raise ValueError(f"{done!r} of {len(visits)} visits done")
+            if within is None:
+                return cls.before(done, visits)
+            found = cls(done, within["visit"], within["step"], Sums(**within["sums"]))
+            visit = visits[found.visit]
+            if not (found.visit >= done and visit.first <= found.step <= visit.last):
+                raise ValueError(f"step {found.step} of visit {found.visit}")
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise CorruptError(f"the journal's newest commit fits no run like this ({error})") from error
+        return found
+
+
+class Commits:
+    """Makes a run durable.
+
+    Args:
+        folder: where commits go.
+        nodes: the cells.
+        cells: between their visits.
+        caches: the latents.
+        records: what cells measured, kept with every commit.
+        readout: the classifier's state, or ``None`` while there is none.
+        inputs: how inputs were scaled, committed once.
+        data: a digest of the prepared inputs, to know them again.
+        conditions: looked at now and then.
+        every: seconds between commits, or ``None``: a minute or 5% of the run, but no more than 3% of the time.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        nodes: Sequence[Node],
+        cells: CellStream,
+        caches: Caches,
+        records: list[CellRecord],
+        readout: Callable[[], State | None],
+        inputs: State,
+        data: str,
+        conditions: Conditions,
+        every: float | None,
+    ):
+        self._folder, self._nodes, self._cells, self._caches = folder, nodes, cells, caches
+        self._records, self._readout, self._inputs, self._data = records, readout, inputs, data
+        self._conditions, self._every = conditions, every
+        self._number = 0
+        self._seconds_before = self._written_before = 0.0
+        self._cost_s = 0.0
+        self._short_of_memory = False
+        self._started = self._last = self._looked = time.monotonic()
+
+    def restore(self, visits: Sequence[Visit]) -> Position:
+        """Take up the newest commit.
+
+        Raises:
+            CorruptError: it is damaged.
+        """
+        last = self._folder.last()
+        if last is None:
+            return Position.before(0, visits)
+        position = Position.of(last, visits)
+        try:
+            self._number = int(last["commit"])
+            self._seconds_before = float(last.get("seconds", 0.0))
+            self._written_before = float(last.get("written", 0))
+            for record, values in zip(self._records, last["cells"], strict=True):
+                record.restore(values)
+        except (TypeError, ValueError, KeyError) as error:
+            raise CorruptError(f"{self._folder.journal.path}: its newest commit is no run's ({error})") from error
+        self._adopt(visits, position.visit)
+        return position
+
+    def readout_state(self) -> State | None:
+        """The classifier as it was committed."""
+        files = self._folder.files()
+        return self._folder.read_unit(files[READOUT]) if READOUT in files else None
+
+    def restore_latents(self, device: torch.device) -> None:
+        """Take up the latents of the newest commit."""
+        self._caches.reopen((self._folder.last() or {}).get("latents", {}), device)
+
+    def due(self, share: float) -> bool:
+        """Whether it is time; ``share`` of what this process has to do is done."""
+        now = time.monotonic()
+        since = now - self._last
+        if now - self._looked >= _LOOK_EVERY_S:
+            self._looked = now
+            self._short_of_memory = self._conditions.look()
+        if self._short_of_memory and since >= _IN_NEED_S:
+            return True
+        if self._every is not None:
+            return since >= self._every
+        expected = (now - self._started) / max(share, 1e-9)
+        return since >= max(_EVERY_S, _SHARE * expected, self._cost_s / _COST)
+
+    def commit(self, position: Position, visits: Sequence[Visit], latents: bool) -> None:
+        """Make everything durable.
+
+        Args:
+            position: where the run stands.
+            visits: of the schedule.
+            latents: whether latents are part of it.
+
+        Raises:
+            DivergedError: a weight is not finite.
+            StorageError: the disk refused; the commit before holds.
+        """
+        began = time.monotonic()
+        number = self._number + 1
+        entry: Entry = {"visits": position.done, **self.totals(), "data": self._data}
+        if position != Position.before(position.done, visits):
+            sums = asdict(position.sums)
+            entry["within"] = {"visit": position.visit, "step": position.step, "sums": sums}
+        if latents:
+            entry["latents"] = self._caches.commit(number)
+        entry["cells"] = [vars(record) for record in self._records]
+        self._folder.commit(number, self._changed_units(), entry)
+        self._number = number
+        self._caches.settle()
+        self._adopt(visits, position.visit)
+        self._last = time.monotonic()
+        self._cost_s = self._last - began
+
+    def totals(self) -> dict[str, float]:
+        """Seconds, and bytes written, by this process and those before."""
+        return {
+            "seconds": round(self._seconds_before + time.monotonic() - self._started, 3),
+            "written": self._written_before + self._folder.written,
+        }
+
+    def _adopt(self, visits: Sequence[Visit], done: int) -> None:
+        """Let cells be found in the newest commit's files."""
+        finished = {visit.node for visit in visits[:done] if visit.final}
+        for unit, kinds in self._folder.files().items():
+            if unit not in (READOUT, INPUTS):
+                read = partial(self._folder.read_unit, kinds)
+                self._cells.committed(int(unit), read, needed=int(unit) not in finished)
+
+    def _changed_units(self) -> Iterator[tuple[str, State | Spilled]]:
+        """What to commit, fetched one by one, so that a commit holds one cell at a time in memory."""
+        if self._number == 0 and self._inputs:
+            yield INPUTS, self._inputs
+        for index in self._cells.dirty():
+            content = self._cells.content(index)
+            self._check_finite(index, self._folder.unspill(content) if isinstance(content, Spilled) else content)
+            yield f"{index:03}", content
+        readout = self._readout()
+        if readout is not None:
+            yield READOUT, readout
+
+    def _check_finite(self, index: int, state: State) -> None:
+        """Refuse a cell whose learned numbers are not finite: a commit of them would be of no use.
+
+        Raises:
+            DivergedError: one is not.
+        """
+        recipe = self._nodes[index].recipe
+        assert recipe is not None
+        masks = {f"cell.{name}" for name, _ in recipe.skeleton().named_buffers()}  # may hold infinities on purpose
+        for name, value in state.items():
+            if name not in masks and value.is_floating_point() and not bool(value.isfinite().all()):
+                raise DivergedError(
+                    f"cell {index + 1} ({self._records[index].name}): {name} is not finite; try a smaller --lr"
+                )
+
+
+def working_files(entry: Entry | None) -> set[str]:
+    """Names of the files of latents that a commit needs."""
+    streams = [stream for values in ((entry or {}).get("latents") or {}).values() for stream in streams_of(values)]
+    return {stream.file for stream in streams} | {stream.sums.name for stream in streams}
