@@ -24,6 +24,8 @@ else:
     import tomli as tomllib
 
 _PROFILE_LIMIT = 1 << 20  # bytes; a profile is a page, not a book
+_NUMBER_LIMIT = 1 << 63  # TOML's whole numbers end here; what has thousands of digits cannot even be shown
+_SHOWN = 200  # characters of a wrong value in a message
 
 
 def _setting(default: Any, help: str, flag: bool = True) -> Any:
@@ -127,7 +129,7 @@ class Settings:
         ):
             value = getattr(self, name)
             if value is not None and value >= limit:
-                raise InputError(f"{_flag(name)} is {value:.6g}; expected less than {limit}")
+                raise InputError(f"{_flag(name)} is {value}; expected less than {limit}")
 
     def with_values(self, values: Mapping[str, Any]) -> Settings:
         """These settings with some replaced.
@@ -250,13 +252,21 @@ def _number(value: Any, name: str) -> Any:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or float not in kinds or int in kinds:
         return value
-    try:
-        return float(value)
-    except OverflowError:
-        raise InputError(f"{_flag(name)} is a whole number of {len(str(value))} digits; that is too large") from None
+    _check_whole(name, value)
+    return float(value)
+
+
+def _check_whole(name: str, value: int) -> None:
+    if abs(value) >= _NUMBER_LIMIT:
+        raise InputError(f"{_flag(name)} is a whole number of {value.bit_length()} bits; expected at most 63")
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, int):
+            _check_whole(name, part)
+    if isinstance(value, str) and not _is_unicode(value):
+        raise InputError(f"{_flag(name)} is {value!r}; expected text that can be written as UTF-8: rename the file")
     for kind in _alternatives(hint):
         if get_origin(kind) is Literal:
             if value in get_args(kind):
@@ -269,7 +279,21 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     choices = [word for kind in _alternatives(hint) if get_origin(kind) is Literal for word in get_args(kind)]
     expected = ", ".join(choices) if choices else _describe(hint)
     hint_text = did_you_mean(value, choices) if isinstance(value, str) else ""
-    raise InputError(f"{_flag(name)} is {value!r}; expected {expected}{hint_text}")
+    raise InputError(f"{_flag(name)} is {_shown(value)}; expected {expected}{hint_text}")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no surrogates, which stand for bytes of the command line that are no UTF-8."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in text)
+
+
+def _shown(value: Any) -> str:
+    """A wrong value as text; what is nested without end, or holds a number without end, by its kind alone."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _describe(hint: Any) -> str:
