@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from edgetrain.errors import InputError
+from edgetrain.errors import InputError, shown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,7 +25,6 @@ else:
 
 _PROFILE_LIMIT = 1 << 20  # bytes; a profile is a page, not a book
 _NUMBER_LIMIT = 1 << 63  # TOML's whole numbers end here; what has thousands of digits cannot even be shown
-_SHOWN = 200  # characters of a wrong value in a message
 
 
 def _setting(default: Any, help: str, flag: bool = True) -> Any:
@@ -279,21 +278,12 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     choices = [word for kind in _alternatives(hint) if get_origin(kind) is Literal for word in get_args(kind)]
     expected = ", ".join(choices) if choices else _describe(hint)
     hint_text = did_you_mean(value, choices) if isinstance(value, str) else ""
-    raise InputError(f"{_flag(name)} is {_shown(value)}; expected {expected}{hint_text}")
+    raise InputError(f"{_flag(name)} is {shown(value)}; expected {expected}{hint_text}")
 
 
 def _is_unicode(text: str) -> bool:
     """Whether it has no surrogates, which stand for bytes of the command line that are no UTF-8."""
     return not any("\ud800" <= sign <= "\udfff" for sign in text)
-
-
-def _shown(value: Any) -> str:
-    """A wrong value as text; what is nested without end, or holds a number without end, by its kind alone."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _describe(hint: Any) -> str:

@@ -5,6 +5,7 @@ An error's message is one line: where, what was found, what was expected, what t
 
 from __future__ import annotations
 
+_SHOWN = 200  # characters of a wrong value in a message
 _LONGEST = 2000  # characters; what a message quotes of a stranger's file or flag may have any number
 
 
@@ -58,6 +59,15 @@ class DivergedError(EdgetrainError):
 
 class EdgetrainWarning(UserWarning):
     """Something is not as it should be, and edgetrain goes on without it."""
+
+
+def shown(value: object) -> str:
+    """A wrong value as a message quotes it; what is too deep or too long for Python to print, by its type."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} without end"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _line(message: str) -> str:

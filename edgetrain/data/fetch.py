@@ -68,7 +68,7 @@ def home_expanded(text: str) -> Path:
     """
     try:
         return Path(text).expanduser()
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # no such user, or no name that a user can have
         raise InputError(f"{text}: there is no such home folder; write the path without ~") from None
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import xxhash
 
 from edgetrain.errors import CorruptError
-from edgetrain.store.atomic import storage_errors, sync_folder
+from edgetrain.store.atomic import CHUNK, storage_errors, sync_folder
 
 Entry = dict[str, Any]
+_LONGEST_LINE = 32 << 20  # bytes; a commit of 100,000 cells takes less
 
 
 class Journal:
@@ -49,19 +50,29 @@ class Journal:
         """
         if not self.path.exists():
             return []
-        with storage_errors(self.path):
-            *lines, _torn = self.path.read_bytes().split(b"\n")
-        found = []
-        for number, line in enumerate(lines, start=1):
-            entry = _parse(line)
-            if entry is None:
-                raise CorruptError(f"{self.path}: line {number} is damaged")
-            found.append(entry)
+        found: list[Entry] = []
+        with storage_errors(self.path), self.path.open("rb") as file:
+            while line := file.readline(_LONGEST_LINE):
+                torn = not line.endswith(b"\n")
+                if torn and len(line) < _LONGEST_LINE:
+                    break
+                entry = None if torn else _parse(line)
+                if entry is None:
+                    raise CorruptError(f"{self.path}: line {len(found) + 1} is damaged")
+                found.append(entry)
         return found
 
     def _whole(self) -> int:
-        """Bytes up to the end of the last whole line."""
-        return self.path.read_bytes().rfind(b"\n") + 1
+        """Bytes up to the end of the last whole line, looked for from the end."""
+        with self.path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            while end:
+                start = max(0, end - CHUNK)
+                file.seek(start)
+                if found := file.read(end - start).rfind(b"\n") + 1:
+                    return start + found
+                end = start
+        return 0
 
 
 def _check(text: str) -> str:
@@ -78,6 +89,6 @@ def _parse(line: bytes) -> Entry | None:
         wrapped = json.loads(line)
         entry = wrapped["entry"]
         good = isinstance(entry, dict) and wrapped["check"] == _check(json.dumps(entry, sort_keys=True))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return entry if good else None
