@@ -110,8 +110,9 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with storage_errors(path), safe_open(path, framework="pt", **_PREAD) as file:
             yield file
-    except SafetensorError as error:
-        raise CorruptError(f"{path}: not a whole safetensors file ({error})") from error
+    except (SafetensorError, TypeError) as error:  # TypeError: torch has no tensor of such a shape
+        reason = str(error).splitlines()[0]
+        raise CorruptError(f"{path}: not a whole safetensors file ({reason})") from error
 
 
 def read_header(path: Path) -> dict[str, Any]:
