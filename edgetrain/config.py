@@ -24,6 +24,7 @@ else:
     import tomli as tomllib
 
 _PROFILE_LIMIT = 1 << 20  # bytes; a profile is a page, not a book
+_DOTS_LIMIT = 100  # in a line; settings have none, and tomllib's time grows with the square of a name's parts
 _NUMBER_LIMIT = 1 << 63  # TOML's whole numbers end here; what has thousands of digits cannot even be shown
 
 
@@ -166,7 +167,11 @@ def read_profile(path: Path) -> dict[str, Any]:
             raise InputError(f"profile {path}: is no file; expected a short TOML file")
         if path.stat().st_size > _PROFILE_LIMIT:
             raise InputError(f"profile {path}: larger than 1 MiB; expected a short TOML file")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.count(".") > _DOTS_LIMIT:
+                raise InputError(f"profile {path}: line {number} has more than {_DOTS_LIMIT} dots; settings have none")
+        return tomllib.loads(text)
     except OSError as error:
         raise InputError(f"profile {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors

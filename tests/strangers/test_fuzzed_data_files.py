@@ -157,7 +157,7 @@ def test_damaged_npz_archives(data: st.DataObject, compression: int, tmp_path: P
 @fuzzing(300)
 @given(data=st.data(), compression=compressions)
 def test_damaged_arrays_inside_a_sound_archive(data: st.DataObject, compression: int, tmp_path: Path) -> None:
-    dtype = data.draw(st.sampled_from(["u1", "f4", ">f8", "f2", "f16", "i8", "?"]))
+    dtype = data.draw(st.sampled_from(["u1", "f4", ">f8", "f2", "i8", "?"]))
     whole = {"x.npy": saved(pixels(10, 3).astype(dtype)), "y.npy": saved(cycle(10, 2).astype(dtype))}
     members = {name: data.draw(damaged(content)) for name, content in whole.items()}
     path = put(tmp_path / "some.npz", archive(members, compression))
@@ -191,7 +191,7 @@ def test_odd_npy_headers(
     header = "{{'descr': {}, 'fortran_order': {}, 'shape': {}{}}}".format(*fields, noise)
     path = put(tmp_path / "some.npz", archive({"x.npy": npy(header, body, version)}))
     rows = ours(everything(lambda: open_npz_rows(path)), str(path))
-    if fields == plain and not noise.strip(" ,"):
+    if fields == plain and noise in ("", " ", ","):
         assert (rows is not None) == (len(body) == 4)
 
 
@@ -234,6 +234,11 @@ def test_labels_of_any_value_and_dtype(values: list[float], dtype: str) -> None:
     found = ours(lambda: from_arrays((pixels(len(labels), 2), labels)), "y_train")
     if found is not None:
         assert sorted(set(labels.astype(int).tolist())) == list(range(found.classes))
+
+
+def test_long_doubles_of_a_file_are_refused(tmp_path: Path) -> None:
+    path = put(tmp_path / "some.npz", archive({"x.npy": saved(X.astype(np.longdouble)), "y.npy": saved(Y)}))
+    refused(lambda: open_npz(path), InputError, f"{path}: x: long doubles, .* convert with")
 
 
 def test_labels_below_all_whole_numbers_are_refused() -> None:

@@ -251,6 +251,8 @@ NASTY_PROFILES = {
     "lists in lists": "cached = " + "[" * 200 + "]" * 200,
     "tables in tables": "net" + ".a" * 2000 + " = 1",
     "headers in headers": "[net" + ".a" * 2000 + "]\nb = 1",
+    "tables in tables without end": "net" + ".a" * 500_000 + " = 1",
+    "many tables in tables": "\n".join(f"[a{number}{'.a' * 99}]" for number in range(400)),
     "inline tables": "net = " + "{a = " * 150 + "1" + "}" * 150,
     "a long name": "x" * 900_000 + " = 1",
     "a long word": "method = '" + "x" * 900_000 + "'\nmeter = '" + "x" * 90_000 + "'",
