@@ -25,6 +25,7 @@ else:
 
 _PROFILE_LIMIT = 1 << 20  # bytes; a profile is a page, not a book
 _DOTS_LIMIT = 100  # in a line; settings have none, and tomllib's time grows with the square of a name's parts
+_SEARCHED = 100  # letters of an unknown word for which a known one is looked for
 _NUMBER_LIMIT = 1 << 63  # TOML's whole numbers end here; what has thousands of digits cannot even be shown
 
 
@@ -152,7 +153,7 @@ class Settings:
 
 def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
     """A hint at the nearest known word, to be put behind an error's first part."""
-    close = difflib.get_close_matches(word, list(known), 1)
+    close = difflib.get_close_matches(word[:_SEARCHED], list(known), 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

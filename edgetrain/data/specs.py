@@ -87,6 +87,6 @@ def _found(folder: Path, file: str) -> Path:
 def _npz_path(spec: str) -> Path:
     if spec.lower().endswith(".npz"):
         return home_expanded(spec)
-    close = difflib.get_close_matches(spec.lower(), NAMES, n=1)
+    close = difflib.get_close_matches(spec[:100].lower(), NAMES, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     raise InputError(f"unknown data set {spec!r}{hint}; known: {', '.join(NAMES)}; a path to an .npz file works too")
