@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from edgetrain.errors import InputError
+from edgetrain.errors import InputError, shown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,6 +24,9 @@ else:
     import tomli as tomllib
 
 _PROFILE_LIMIT = 1 << 20  # bytes; a profile is a page, not a book
+_DOTS_LIMIT = 100  # in a line; settings have none, and tomllib's time grows with the square of a name's parts
+_SEARCHED = 100  # letters of an unknown word for which a known one is looked for
+_NUMBER_LIMIT = 1 << 63  # TOML's whole numbers end here; what has thousands of digits cannot even be shown
 
 
 def _setting(default: Any, help: str, flag: bool = True) -> Any:
@@ -128,7 +131,7 @@ class Settings:
         ):
             value = getattr(self, name)
             if value is not None and value >= limit:
-                raise InputError(f"{_flag(name)} is {value:.6g}; expected less than {limit}")
+                raise InputError(f"{_flag(name)} is {value}; expected less than {limit}")
 
     def with_values(self, values: Mapping[str, Any]) -> Settings:
         """These settings with some replaced.
@@ -151,7 +154,7 @@ class Settings:
 
 def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
     """A hint at the nearest known word, to be put behind an error's first part."""
-    close = difflib.get_close_matches(word, list(known), 1)
+    close = difflib.get_close_matches(word[:_SEARCHED], list(known), 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -169,7 +172,7 @@ def read_profile(path: Path) -> dict[str, Any]:
         return parse_profile(path.read_text(encoding="utf-8"), path)
     except OSError as error:
         raise InputError(f"profile {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:  # no UTF-8, or no path
         raise InputError(f"profile {path}: not valid TOML: {error}") from error
 
 
@@ -179,6 +182,9 @@ def parse_profile(text: str, path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is no TOML.
     """
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.count(".") > _DOTS_LIMIT:
+            raise InputError(f"profile {path}: line {number} has more than {_DOTS_LIMIT} dots; settings have none")
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -263,13 +269,21 @@ def _number(value: Any, name: str) -> Any:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or float not in kinds or int in kinds:
         return value
-    try:
-        return float(value)
-    except OverflowError:
-        raise InputError(f"{_flag(name)} is a whole number of {len(str(value))} digits; that is too large") from None
+    _check_whole(name, value)
+    return float(value)
+
+
+def _check_whole(name: str, value: int) -> None:
+    if abs(value) >= _NUMBER_LIMIT:
+        raise InputError(f"{_flag(name)} is a whole number of {value.bit_length()} bits; expected at most 63")
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, int):
+            _check_whole(name, part)
+    if isinstance(value, str) and not _is_unicode(value):
+        raise InputError(f"{_flag(name)} is {value!r}; expected text that can be written as UTF-8: rename the file")
     for kind in _alternatives(hint):
         if get_origin(kind) is Literal:
             if value in get_args(kind):
@@ -282,7 +296,12 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     choices = [word for kind in _alternatives(hint) if get_origin(kind) is Literal for word in get_args(kind)]
     expected = ", ".join(choices) if choices else _describe(hint)
     hint_text = did_you_mean(value, choices) if isinstance(value, str) else ""
-    raise InputError(f"{_flag(name)} is {value!r}; expected {expected}{hint_text}")
+    raise InputError(f"{_flag(name)} is {shown(value)}; expected {expected}{hint_text}")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no surrogates, which stand for bytes of the command line that are no UTF-8."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def _describe(hint: Any) -> str:

@@ -5,11 +5,20 @@ An error's message is one line: where, what was found, what was expected, what t
 
 from __future__ import annotations
 
+_SHOWN = 200  # characters of a wrong value in a message
+_LONGEST = 2000  # characters; what a message quotes of a stranger's file or flag may have any number
+
 
 class EdgetrainError(Exception):
-    """Root of every error that edgetrain raises on purpose; on its own it is our own bug."""
+    """Root of every error that edgetrain raises on purpose; on its own it is our own bug.
+
+    Whatever a message quotes, it is one line that a terminal can show.
+    """
 
     exit_code = 70
+
+    def __init__(self, message: str = ""):
+        super().__init__(_line(message))
 
 
 class InputError(EdgetrainError):
@@ -65,3 +74,18 @@ class Stopped(BaseException):
 
 class EdgetrainWarning(UserWarning):
     """Something is not as it should be, and edgetrain goes on without it."""
+
+
+def shown(value: object) -> str:
+    """A wrong value as a message quotes it; what is too deep or too long for Python to print, by its type."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} without end"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _line(message: str) -> str:
+    """What is not printable (line breaks too) as escapes; without the middle of what is too long."""
+    line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in message)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"

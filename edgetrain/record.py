@@ -64,7 +64,8 @@ class CellRecord:
             before = self.accuracies[epoch]
             known = accuracy is not None and before is not None
             accuracy = share_before * (before or 0.0) + (1 - share_before) * (accuracy or 0.0) if known else None
-        self.losses[epoch:], self.accuracies[epoch:] = [loss], [accuracy]
+        rounded = None if accuracy is None else float(f"{accuracy:.6g}")  # these stand in every commit
+        self.losses[epoch:], self.accuracies[epoch:] = [float(f"{loss:.6g}")], [rounded]
         self.epochs, self.train_loss, self.train_accuracy = epoch + 1, loss, accuracy
 
 

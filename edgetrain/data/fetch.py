@@ -13,7 +13,7 @@ from edgetrain.data.compressed import find
 from edgetrain.data.known import Download, KnownSet
 from edgetrain.data.transfer import AbsentError, RemoteError, download_blocks
 from edgetrain.data.unpack import unpack
-from edgetrain.errors import CorruptError, StorageError
+from edgetrain.errors import CorruptError, InputError, StorageError
 from edgetrain.store.atomic import replacing, storage_errors
 
 
@@ -33,7 +33,7 @@ def locate(known: KnownSet) -> Path | None:
     """The folder that holds all of the set's files, or ``None``; downloads nothing."""
     folders = [cache_folder(known)]
     if given := os.environ.get("EDGETRAIN_DATA"):
-        folders.insert(0, Path(given).expanduser() / known.name)
+        folders.insert(0, home_expanded(given) / known.name)
     return next((folder for folder in folders if _complete(known, folder)), None)
 
 
@@ -57,7 +57,19 @@ def fetch(known: KnownSet) -> Path:
 def cache_folder(known: KnownSet) -> Path:
     """The set's folder in the user cache: ``$XDG_CACHE_HOME`` or ``~/.cache``, then edgetrain/data."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "edgetrain" / "data" / known.name
+    return home_expanded(base) / "edgetrain" / "data" / known.name
+
+
+def home_expanded(text: str) -> Path:
+    """The path that ``text`` means, ``~`` being the home folder.
+
+    Raises:
+        InputError: it begins with ``~`` and there is no such home.
+    """
+    try:
+        return Path(text).expanduser()
+    except (RuntimeError, ValueError):  # no such user, or no name that a user can have
+        raise InputError(f"{text}: there is no such home folder; write the path without ~") from None
 
 
 def _complete(known: KnownSet, folder: Path, download: Download | None = None) -> bool:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgetrain.data.base import Chunk, DataSet, Part
 from edgetrain.data.chunks import ByteStream, byte_rows, rows_per_chunk
 from edgetrain.data.compressed import check_plain_size, open_stream
-from edgetrain.data.labels import check_range
+from edgetrain.data.labels import check_label_count, check_range
 from edgetrain.errors import CorruptError, InputError
 
 _IMAGES, _LABELS = 0x00000803, 0x00000801
@@ -53,6 +53,7 @@ def _open_pair(pair: IdxPair, classes: int) -> tuple[Part, tuple[int, int, int]]
         raise InputError(f"{pair.labels}: {labels_count} labels, but {pair.images} has {count} images")
     if count * height * width == 0:
         raise InputError(f"{pair.images}: holds {count} images of {height}x{width}, expected at least one pixel")
+    check_label_count(count, str(pair.labels))
     rows_per_chunk(height * width, str(pair.images))  # refuses a size that only a damaged header has
     check_plain_size(pair.images, 16 + count * height * width)
     labels = _read_labels(pair.labels, count)

@@ -12,13 +12,11 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
 
+from edgetrain.data.archives import content, members, open_tar
 from edgetrain.data.base import DataSet
-from edgetrain.data.compressed import open_stream
 from edgetrain.data.text import MAX_TEXT_BYTES, LabelledText, open_texts
 from edgetrain.data.text_csv import csv_texts
 from edgetrain.errors import CorruptError
@@ -26,9 +24,6 @@ from edgetrain.errors import CorruptError
 LABELS = {"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1}
 
 _REVIEW = re.compile(r"(?:\./)?aclImdb/(train|test)/(neg|pos)/[^/]+\.txt")
-_EXTENSIONS = frozenset("xgXLK")  # types of blocks that describe the next member, which tarfile reads whole
-_MAX_EXTENSION = 64 << 10
-_MAX_MEMBER = 1 << 30  # tarfile would step block by block over whatever a damaged header claims
 
 
 def open_imdb(name: str, path: Path, class_names: tuple[str, ...]) -> DataSet:
@@ -54,70 +49,24 @@ def archive_texts(path: Path) -> Iterator[LabelledText]:
         CorruptError: the archive is damaged, or a review in it is no file of at most 1 MiB.
         StorageError: the archive is unreadable.
     """
-    with open_stream(path) as stream:
-        with _damage_named(path), _opened(cast(IO[bytes], stream)) as tar:
-            for member in _members(tar):
-                if found := _REVIEW.fullmatch(member.name):
-                    content = _read(tar, member, path)
-                    yield LabelledText(found[1], LABELS[found[2]], content.decode(errors="replace"))
-        while stream.read(MAX_TEXT_BYTES):  # up to the end, where the checksum of the compression is
-            pass
-
-
-class _Member(tarfile.TarInfo):
-    """A header that is refused where tarfile would take damage for the archive's end, or read without bound."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
-        try:
-            member = super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
-                raise  # the end mark
-            raise tarfile.ReadError(str(error)) from error
-        most = _MAX_EXTENSION if member.type.decode("latin-1") in _EXTENSIONS else _MAX_MEMBER
-        if not 0 <= member.size <= most:
-            raise tarfile.ReadError(f"a header of {member.size} bytes")
-        return member
-
-
-def _opened(stream: IO[bytes]) -> tarfile.TarFile:
-    return tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member)
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := tar.next()) is not None:
-        if not 0 <= member.size <= _MAX_MEMBER:  # an extension may have changed it
-            raise tarfile.ReadError(f"a member of {member.size} bytes")
-        yield member
-        cast(Any, tar).members.clear()  # tarfile keeps all that it has seen: 100 MB for this archive
+    with open_tar(path) as tar:
+        for member in members(tar):
+            if found := _REVIEW.fullmatch(member.name):
+                text = _read(tar, member, path).decode(errors="replace")
+                yield LabelledText(found[1], LABELS[found[2]], text)
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bytes:
-    content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
-    if content is None:
+    found = content(tar, member)
+    if found is None:
         raise CorruptError(f"{path}: {_shown(member)} is no plain file, expected a review; fetch it again")
     if member.size > MAX_TEXT_BYTES:
         raise CorruptError(
             f"{path}: {_shown(member)} holds {member.size} bytes, expected a review of at most {MAX_TEXT_BYTES}; "
             "fetch it again"
         )
-    return content.read()
+    return found.read()
 
 
 def _shown(member: tarfile.TarInfo) -> str:
     return ascii(member.name[:80])
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """Name the file in whatever a damaged archive makes tarfile raise.
-
-    The last four stand for fields that are no numbers or out of range, and for descriptions nested
-    without end.
-    """
-    try:
-        yield
-    except (tarfile.TarError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-        reason = ascii(str(error).splitlines()[0][:120]) if str(error) else type(error).__name__
-        raise CorruptError(f"{path}: damaged archive ({reason}); fetch it again") from error

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from edgetrain.errors import InputError
 
+_MOST_ROWS = 1 << 27  # labels are held whole, 8 bytes each: no header may ask for any number of them
+
 
 def class_labels(labels: NDArray[Any], rows: int, where: str) -> NDArray[np.int64]:
     """Labels [N] or [N, 1] of any whole-number dtype as int64 [N], none of them negative.
@@ -23,16 +25,26 @@ def class_labels(labels: NDArray[Any], rows: int, where: str) -> NDArray[np.int6
     _check_whole(flat, where)
     if flat.min() < 0:
         raise InputError(f"{where}: labels must be 0..C-1 without gaps; found {_span(flat)}")
-    if flat.max() > np.iinfo(np.int32).max:
+    if float(flat.max()) > np.iinfo(np.int32).max:
         raise InputError(f"{where}: labels must be 0..C-1 without gaps; found up to {flat.max()}")
     return flat.astype(np.int64)
+
+
+def check_label_count(rows: int, where: str) -> None:
+    """Refuse more labels than are held in memory.
+
+    Raises:
+        InputError: there are too many.
+    """
+    if rows > _MOST_ROWS:
+        raise InputError(f"{where}: labels of {rows} rows, expected at most {_MOST_ROWS}; split the data set")
 
 
 def check_label_dims(dims: tuple[int, ...], rows: int, where: str) -> None:
     """Compare the dims of a label array with the rows they belong to, before it is read.
 
     Raises:
-        InputError: not one label for each row.
+        InputError: not one label for each row, or too many.
     """
     if len(dims) > 1 and dims[1:] != (1,):
         raise InputError(
@@ -42,6 +54,7 @@ def check_label_dims(dims: tuple[int, ...], rows: int, where: str) -> None:
     if len(dims) == 0 or dims[0] != rows:
         found = dims[0] if dims else "a single number"
         raise InputError(f"{where}: found {found} labels for {rows} rows, expected one label for each row")
+    check_label_count(rows, where)
 
 
 def count_classes(labels: NDArray[np.int64], where: str) -> int:
@@ -90,4 +103,4 @@ def _check_whole(flat: NDArray[Any], where: str) -> None:
 
 
 def _span(values: NDArray[Any]) -> str:
-    return f"{int(values.min())}..{int(values.max())}"
+    return "..".join(str(value).removesuffix(".0") for value in (values.min(), values.max()))

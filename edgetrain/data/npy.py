@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from edgetrain.data.chunks import ByteStream
-from edgetrain.errors import CorruptError, InputError
+from edgetrain.errors import CorruptError, InputError, shown
 
 _MAGIC = b"\x93NUMPY"
 _MAX_HEADER = 10_000  # numpy's own bound; the header of a plain array takes about 120 bytes
-_PLAIN = re.compile(r"[<>|=]?(b1|[iu][1248]|f(2|4|8|12|16))")
+_PLAIN = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
+_LONG = re.compile(r"[<>|=]?f(12|16)")  # x86 and ARM mean different numbers by the same bytes
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,18 @@ def _literal(header: bytes, where: str) -> dict[str, Any]:
 
 def _dtype(descr: object, where: str) -> np.dtype[Any]:
     if isinstance(descr, str) and _PLAIN.fullmatch(descr):
-        try:
-            return np.dtype(descr)
-        except TypeError:  # a width that this machine's numpy lacks
-            pass
+        return np.dtype(descr)
+    if isinstance(descr, str) and _LONG.fullmatch(descr):
+        raise InputError(f"{where}: long doubles, which differ between machines; convert with .astype(np.float64)")
     if isinstance(descr, str) and "O" in descr:
         raise InputError(f"{where}: holds Python objects, which need pickle and are never read; save numbers")
-    raise InputError(f"{where}: dtype {str(descr)[:40]!r}, expected plain numbers (uint8, int or float)")
+    raise InputError(f"{where}: dtype {shown(descr)}, expected plain numbers (uint8, int or float)")
 
 
 def _dims(fields: dict[str, Any], where: str) -> tuple[int, ...]:
     dims = fields["shape"]
     if not isinstance(dims, tuple) or not all(type(n) is int and 0 <= n < 1 << 48 for n in dims):
-        raise CorruptError(f"{where}: shape {str(dims)[:40]} in its header, expected whole numbers")
+        raise CorruptError(f"{where}: shape {shown(dims)} in its header, expected whole numbers")
     if len(dims) > 32:
         raise CorruptError(f"{where}: {len(dims)} dimensions in its header, expected at most 4")
     if fields["fortran_order"] is not False and len(dims) > 1:

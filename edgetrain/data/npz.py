@@ -6,6 +6,7 @@ stratified fifth, always the same, becomes the test part.
 
 from __future__ import annotations
 
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -160,7 +161,7 @@ def _zip_errors(path: Path) -> Iterator[None]:
     try:
         with storage_errors(path):
             yield
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError) as error:
         raise CorruptError(f"{path}: damaged .npz archive ({_reason(error)}); write the file again") from error
     except (RuntimeError, ValueError, OverflowError, KeyError) as error:
         raise CorruptError(f"{path}: not a readable .npz archive ({_reason(error)}); write it with np.savez") from error

@@ -11,7 +11,7 @@ from edgetrain.data.breast_cancer import open_breast_cancer
 from edgetrain.data.cifar import CifarFiles, open_cifar
 from edgetrain.data.compressed import find
 from edgetrain.data.digits import open_digits
-from edgetrain.data.fetch import ensure
+from edgetrain.data.fetch import ensure, home_expanded
 from edgetrain.data.idx import IdxPair, open_idx
 from edgetrain.data.imdb import open_imdb
 from edgetrain.data.known import KNOWN, KnownSet
@@ -86,7 +86,7 @@ def _found(folder: Path, file: str) -> Path:
 
 def _npz_path(spec: str) -> Path:
     if spec.lower().endswith(".npz"):
-        return Path(spec).expanduser()
-    close = difflib.get_close_matches(spec.lower(), NAMES, n=1)
+        return home_expanded(spec)
+    close = difflib.get_close_matches(spec[:100].lower(), NAMES, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     raise InputError(f"unknown data set {spec!r}{hint}; known: {', '.join(NAMES)}; a path to an .npz file works too")

@@ -21,9 +21,9 @@ def stratified(labels: NDArray[np.int64], test_rows: int, name: str) -> NDArray[
     """
     chosen = np.zeros(len(labels), np.bool_)
     counts = np.bincount(labels)
-    for label, take in enumerate(_quotas(counts, test_rows)):
+    by_label = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])  # rows of each, in order
+    for label, (members, take) in enumerate(zip(by_label, _quotas(counts, test_rows), strict=True)):
         source = np.random.Generator(np.random.Philox(derive(_SEED, "split", name, label)))
-        members = np.flatnonzero(labels == label)
         chosen[source.permutation(members)[:take]] = True
     return chosen
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -42,7 +43,7 @@ def download_blocks(url: str) -> Iterator[bytes]:
 
 def _announced(response: IO[bytes]) -> int | None:
     length = str(cast(Any, response).headers.get("Content-Length"))
-    return int(length) if length.isdecimal() else None
+    return int(length) if re.fullmatch("[0-9]{1,18}", length) else None
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def resolve(name: str) -> torch.device:
         return torch.device("cpu")
     if word == "mps":
         return _resolve_mps()
-    if match := re.fullmatch(r"cuda(?::(\d+))?", word):
+    if match := re.fullmatch(r"cuda(?::([0-9]{1,9}))?", word):
         return _resolve_cuda(match[1])
     raise InputError(f"--device {name}: unknown device; use auto, cuda, cuda:N, mps or cpu")
 

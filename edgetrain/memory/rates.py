@@ -77,11 +77,13 @@ def save(rates: Rates, device: torch.device) -> None:
 
 def load(device: torch.device) -> Rates | None:
     """The rates that ``doctor`` measured of this device with this many threads, if it did."""
-    values = _known(_path()).get(_key(device))
     try:
-        return None if values is None else Rates(**values)
-    except TypeError:
-        return None  # written by another version
+        found = Rates(**_known(_path())[_key(device)])
+        optional = [rate for rate in (found.bus, found.disk_read, found.disk_write) if rate is not None]
+        sound = all(0 < rate < float("inf") for rate in (found.flops, found.memory, found.call_s, *optional))
+    except (KeyError, TypeError):
+        return None  # there are none, or another version wrote them
+    return found if sound else None
 
 
 def _path() -> Path:
@@ -92,7 +94,7 @@ def _path() -> Path:
 def _known(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -13,6 +13,8 @@ from edgetrain.keys import seeded
 
 #: Option values of a net spec: what the user wrote after ``;``, else what the method prefers.
 Options = Mapping[str, str]
+MOST_CELLS = 100_000  # a recipe takes 1.5 KiB of the host's memory
+MOST_UNITS = 10_000_000  # of a cell; beyond a billion the bytes of a convolution no longer fit 64 bits
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from edgetrain.errors import InputError
 from edgetrain.nets.base import CellRecipe, Options
 from edgetrain.nets.layers import check_images, convolution, convolved, drop_rate, options_at
-from edgetrain.nets.mlp import widths
+from edgetrain.nets.mlp import read_widths
 
 EXAMPLE = "cnn:64,128,256,512"
 
@@ -17,10 +17,7 @@ def cells(text: str, in_shape: tuple[int, ...], options: Options) -> list[CellRe
         InputError: the channels cannot be read, the data are no images, or pooling runs out of pixels.
     """
     spec = f"cnn:{text}"
-    try:
-        channels = widths(text)
-    except ValueError:
-        raise InputError(f"net {spec!r}: expected {EXAMPLE}") from None
+    channels = read_widths(spec, EXAMPLE)
     check_images(spec, in_shape)
     recipes: list[CellRecipe] = []
     shape: tuple[int, ...] = in_shape

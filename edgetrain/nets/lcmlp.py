@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from edgetrain.errors import InputError
 from edgetrain.nets.base import CellRecipe, Options
 from edgetrain.nets.layers import Layer, activation, check_images, drop_rate, options_at, prenorm
-from edgetrain.nets.mlp import widths
+from edgetrain.nets.mlp import read_widths
 
 EXAMPLE = "lcmlp:4,8,16"
 
@@ -82,10 +82,7 @@ def cells(text: str, in_shape: tuple[int, ...], options: Options) -> list[CellRe
         InputError: the patches cannot be read or are too large, or the data are no images.
     """
     spec = f"lcmlp:{text}"
-    try:
-        patches = widths(text)
-    except ValueError:
-        raise InputError(f"net {spec!r}: expected {EXAMPLE}") from None
+    patches = read_widths(spec, EXAMPLE)
     check_images(spec, in_shape)
     limit = 2 * min(in_shape[1:])
     if max(patches) > limit:

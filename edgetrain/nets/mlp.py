@@ -6,10 +6,11 @@ import re
 from math import prod
 
 from edgetrain.errors import InputError
-from edgetrain.nets.base import CellRecipe, Options
+from edgetrain.nets.base import MOST_CELLS, MOST_UNITS, CellRecipe, Options
 from edgetrain.nets.layers import dense, drop_rate, options_at
 
 EXAMPLE = "mlp:1000x2, mlp:512,256 or mlp:1024/5"
+_NUMBER = "[1-9][0-9]{0,17}"
 
 
 def widths(text: str) -> list[int]:
@@ -18,15 +19,36 @@ def widths(text: str) -> list[int]:
     Halving stops at 1 and then keeps the width (the LBP paper: latents halve until they cannot).
 
     Raises:
-        ValueError: none of the three forms.
+        ValueError: none of the three forms, or more cells or units than a net may have; it says which.
     """
-    if match := re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,5})", text):
-        return [int(match[1])] * int(match[2])
-    if match := re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,5})", text):
-        return [max(1, int(match[1]) >> step) for step in range(int(match[2]))]
-    if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text):
-        return [int(width) for width in text.split(",")]
-    raise ValueError(text)
+    if match := re.fullmatch(rf"({_NUMBER})([x/])({_NUMBER})", text):
+        width, depth = int(match[1]), _bounded(int(match[3]), MOST_CELLS, "cells")
+        found = [width] * depth if match[2] == "x" else [max(1, width >> step) for step in range(depth)]
+    elif re.fullmatch(rf"{_NUMBER}(,{_NUMBER})*", text):
+        _bounded(text.count(",") + 1, MOST_CELLS, "cells")
+        found = [int(width) for width in text.split(",")]
+    else:
+        raise ValueError("")
+    _bounded(max(found), MOST_UNITS, "units in a cell")
+    return found
+
+
+def read_widths(spec: str, example: str) -> list[int]:
+    """The widths behind the colon of a spec.
+
+    Raises:
+        InputError: they cannot be read, or there are too many; ``example`` shows how to write them.
+    """
+    try:
+        return widths(spec.partition(":")[2])
+    except ValueError as error:
+        raise InputError(f"net {spec!r}: {str(error) or f'expected {example}'}") from None
+
+
+def _bounded(found: int, most: int, what: str) -> int:
+    if found > most:
+        raise ValueError(f"{found} {what}; expected at most {most} {what}")
+    return found
 
 
 def cells(text: str, in_shape: tuple[int, ...], options: Options, first: int = 0) -> list[CellRecipe]:
@@ -39,16 +61,11 @@ def cells(text: str, in_shape: tuple[int, ...], options: Options, first: int = 0
         first: cells that stand before the MLP in the net.
 
     Raises:
-        InputError: the widths cannot be read.
+        InputError: the widths cannot be read, or there are too many.
     """
-    spec = f"mlp:{text}"
-    try:
-        units = widths(text)
-    except ValueError:
-        raise InputError(f"net {spec!r}: expected {EXAMPLE}") from None
     recipes: list[CellRecipe] = []
     shape = in_shape
-    for index, width in enumerate(units, first):
+    for index, width in enumerate(read_widths(f"mlp:{text}", EXAMPLE), first):
         recipes.append(cell(shape, width, options_at(index, options)))
         shape = (width,)
     return recipes

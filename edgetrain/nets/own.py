@@ -34,8 +34,8 @@ def load_function(spec: str) -> Build:
         InputError: no such file or function, or the file fails when it is imported.
     """
     path, _, name = spec.rpartition(":")
-    if not Path(path).is_file():
-        raise InputError(f"net {spec!r}: there is no file {path}")
+    if not _is_file(path):
+        raise InputError(f"net {spec!r}: there is no file {path}; expected path/to/net.py:function")
     module_spec = importlib.util.spec_from_file_location(f"_edgetrain_net_{Path(path).stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise InputError(f"net {spec!r}: {path} is not a Python file")
@@ -50,6 +50,13 @@ def load_function(spec: str) -> Build:
         raise InputError(f"net {spec!r}: {path} has no function {name!r}")
     build: Build = function
     return build
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # the name is too long, or a folder on the way may not be read
+        return False
 
 
 def cells(spec: str, build: Build, in_shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[CellRecipe]:

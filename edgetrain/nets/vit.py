@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from edgetrain.errors import InputError
-from edgetrain.nets.base import CellRecipe, Options
+from edgetrain.nets.base import MOST_CELLS, MOST_UNITS, CellRecipe, Options
 from edgetrain.nets.layers import Layer, Parts, check_images, drop_rate
 
 EXAMPLE = "vit:depth=7,width=384,heads=12,patch=4"
@@ -152,6 +152,10 @@ def cells(text: str, in_shape: tuple[int, ...], options: Options) -> list[CellRe
     """
     spec, sizes = f"vit:{text}", read_sizes(text)
     check_images(spec, in_shape)
+    if sizes.depth > MOST_CELLS or sizes.width * sizes.ratio > MOST_UNITS:
+        raise InputError(
+            f"net {spec!r}: expected at most {MOST_CELLS} blocks and a width times ratio of at most {MOST_UNITS}"
+        )
     _, height, width = in_shape
     if sizes.width % sizes.heads:
         raise InputError(f"net {spec!r}: width {sizes.width} cannot be divided among {sizes.heads} heads")

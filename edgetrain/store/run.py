@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from filelock import FileLock, Timeout
 from edgetrain.errors import BusyError, CorruptError, InputError, StorageError
 from edgetrain.store.atomic import checksum, storage_errors, sync_folder, write_bytes, write_text
 from edgetrain.store.journal import Entry, Journal
-from edgetrain.store.tensors import FileEntry, join, move_durably, read_tensors, write_plain, write_tensors
+from edgetrain.store.tensors import FileEntry, join, move_durably, plain_name, read_tensors, write_plain, write_tensors
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ RECORD, MODEL = "record.json", "model.safetensors"
 _RESULTS = (RECORD, MODEL, "report.html")  # of a finished run
 _MEMBERS = ("config.toml", "journal.jsonl", "lock", *_RESULTS)
 _FOLDERS = ("cells", "latents", "scratch", "figures")
-_PLAIN_NAME = re.compile(r"\w[\w@.-]*", re.ASCII)
 Files = dict[str, dict[str, FileEntry]]  # by unit ("000", "readout"), then kind ("weights", "optim")
 
 
@@ -256,10 +254,10 @@ class RunFolder:
         last = self.last()
         try:
             return {
-                _plain(unit): {_plain(kind): file_entry(file) for kind, file in kinds.items()}
+                plain_name(unit): {plain_name(kind): FileEntry(**file) for kind, file in kinds.items()}
                 for unit, kinds in (last["files"] if last else {}).items()
             }
-        except (TypeError, AttributeError, ValueError) as error:
+        except (TypeError, AttributeError) as error:
             raise CorruptError(f"{self.journal.path}: the newest commit names no files ({error})") from error
 
     def results(self) -> dict[str, FileEntry]:
@@ -275,8 +273,8 @@ class RunFolder:
             if "results" in entry:
                 found = entry["results"]
         try:
-            return {name: file_entry(file) for name, file in found.items()}
-        except (TypeError, AttributeError, ValueError) as error:
+            return {name: FileEntry(**file) for name, file in found.items()}
+        except (TypeError, AttributeError) as error:
             raise CorruptError(f"{self.journal.path}: names no results ({error})") from error
 
     def is_finished(self) -> bool:
@@ -430,25 +428,6 @@ def _is_bare(member: Path) -> bool:
     if member.is_dir():
         return member.name == "cells" and not member.is_symlink() and not any(member.iterdir())
     return member.name in ("lock", "journal.jsonl") and member.stat().st_size == 0
-
-
-def file_entry(values: Any) -> FileEntry:
-    """A file that the journal names; one outside of its folder is refused.
-
-    Raises:
-        TypeError: these are no file's values.
-        ValueError: the name leads elsewhere.
-    """
-    entry = FileEntry(**values)
-    _plain(entry.name)
-    return entry
-
-
-def _plain(name: Any) -> str:
-    """A name that leads nowhere else."""
-    if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of a file")
-    return name
 
 
 def _by_kind(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,22 +22,43 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from edgetrain.errors import CorruptError, StorageError
+from edgetrain.errors import CorruptError, StorageError, shown
 from edgetrain.store.atomic import CHUNK, checksum, replacing, storage_errors, sync_file, sync_folder
 
 _METADATA = "edgetrain"
+_PLAIN_NAME = re.compile(r"\w[\w@.-]{0,200}", re.ASCII)
 _HEADER_LIMIT = 100 << 20
 # Mapping a file doubles its memory on unified RAM, and dies of SIGBUS if the file shrinks.
 _PREAD = {"backend": "pread"} if "backend" in str(inspect.signature(safe_open)) else {}
 
 
+def plain_name(name: Any) -> str:
+    """A name from a journal, if it leads nowhere else.
+
+    Raises:
+        TypeError: it could.
+    """
+    if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+        raise TypeError(f"{shown(name)} is no plain file name")
+    return name
+
+
 @dataclass(frozen=True)
 class FileEntry:
-    """A file as the journal remembers it."""
+    """A file as the journal remembers it.
+
+    Raises:
+        TypeError: these are no such fields; a name that leads out of its folder is none either.
+    """
 
     name: str
     checksum: str
     size: int
+
+    def __post_init__(self) -> None:
+        if not (type(self.name) is type(self.checksum) is str and type(self.size) is int and self.size >= 0):
+            raise TypeError(f"{shown(self.name)} is no entry of a file")
+        plain_name(self.name)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> FileEntry:
@@ -90,11 +113,18 @@ def read_tensors(path: Path, expected: str | None = None) -> dict[str, torch.Ten
     """
     if expected is not None and (found := checksum(path)) != expected:
         raise CorruptError(f"{path}: checksum {found}, expected {expected}: the file is damaged")
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with storage_errors(path), safe_open(path, framework="pt", **_PREAD) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise CorruptError(f"{path}: not a whole safetensors file ({error})") from error
+            yield file
+    except (SafetensorError, TypeError) as error:  # TypeError: torch has no tensor of such a shape
+        reason = str(error).splitlines()[0]
+        raise CorruptError(f"{path}: not a whole safetensors file ({reason})") from error
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -104,14 +134,13 @@ def read_header(path: Path) -> dict[str, Any]:
         CorruptError: there is no such header.
     """
     with storage_errors(path), path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _HEADER_LIMIT + 1
-        if length > _HEADER_LIMIT:
+        length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
+        if length > min(_HEADER_LIMIT, path.stat().st_size - 8):
             raise CorruptError(f"{path}: no safetensors header")
         text = file.read(length)
     try:
         header = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: no safetensors header ({error})") from error
     if not isinstance(header, dict):
         raise CorruptError(f"{path}: no safetensors header")
@@ -126,7 +155,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     try:
         metadata = json.loads(read_header(path)["__metadata__"][_METADATA])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: holds no edgetrain metadata") from error
     if not isinstance(metadata, dict):
         raise CorruptError(f"{path}: holds no edgetrain metadata")
@@ -173,6 +202,8 @@ def _checked_layout(path: Path) -> tuple[dict[str, tuple[int, int]], int]:
     Raises:
         CorruptError: the header's ranges are not those of a whole file.
     """
+    with _opened(path):  # the library checks that shapes, types and ranges belong together
+        pass
     with storage_errors(path), path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
         data = path.stat().st_size - 8 - length

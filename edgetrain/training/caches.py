@@ -15,7 +15,8 @@ import torch
 from edgetrain.errors import CorruptError
 from edgetrain.planning.schedule import Cut, Visit
 from edgetrain.planning.workload import Workload
-from edgetrain.store.run import RunFolder, file_entry
+from edgetrain.store.run import RunFolder
+from edgetrain.store.tensors import FileEntry, plain_name
 from edgetrain.stream.cell import Host
 from edgetrain.stream.latents import CommittedStream, DeviceLatents, FileLatents, Latents
 
@@ -214,9 +215,9 @@ def streams_of(values: dict[str, Any]) -> list[CommittedStream]:
         CorruptError: it names none.
     """
     try:
-        found = [CommittedStream(**{**stream, "sums": file_entry(stream["sums"])}) for stream in values["streams"]]
+        found = [CommittedStream(**{**stream, "sums": FileEntry(**stream["sums"])}) for stream in values["streams"]]
         for stream in found:
-            file_entry({"name": stream.file, "checksum": "", "size": 0})
+            plain_name(stream.file)
     except (TypeError, ValueError, KeyError) as error:
         raise CorruptError(f"the journal's newest commit names no latents ({error})") from error
     return found
