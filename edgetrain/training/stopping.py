@@ -41,7 +41,7 @@ class Stop:
     @property
     def why(self) -> str:
         """What asked for it."""
-        return f"--time-limit {self._limit:g}" if self._signal is None else self._signal.name
+        return f"--time-limit {self._limit}" if self._signal is None else self._signal.name
 
     @property
     def exit_code(self) -> int:

@@ -1,0 +1,412 @@
+"""Runs that are asked to stop, wherever they stand, and go on. ``pytest tests/training/test_stopping.py``."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from machine import assert_same, data, settings, units
+
+from edgetrain.data.arrays import from_arrays
+from edgetrain.errors import CorruptError, DivergedError, InputError, Stopped, StorageError
+from edgetrain.planning.schedule import separate
+from edgetrain.store.latents import LatentFile
+from edgetrain.store.run import RunFolder
+from edgetrain.stream.executor import Sums
+from edgetrain.training.commits import Commits, Position
+from edgetrain.training.fit import fit
+from edgetrain.training.job import open_job
+from edgetrain.training.stopping import Stop
+from edgetrain.training.watcher import Silent
+
+pytestmark = pytest.mark.usefixtures("one_thread", "peaks_unknown")
+
+
+class Heard(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def stopping_after(questions: int) -> Callable[[Stop], bool]:
+    """A stand-in for ``Stop.asked`` that says yes from so many questions of a process on."""
+
+    def asked(self: Stop) -> bool:
+        number = vars(self).setdefault("questions", count())
+        return next(number) >= questions
+
+    return asked
+
+
+# -- anywhere ------------------------------------------------------------------------------------------
+
+RUNS = {
+    "mf, separate": {"method": "mf"},
+    "mf, sequence": {"method": "mf", "schedule": "sequence"},
+    "mf, sequence, resident": {"method": "mf", "schedule": "sequence", "placement": "resident"},
+    "mf, separate, resident": {"method": "mf", "placement": "resident"},
+    "mf, half precision": {"method": "mf", "schedule": "sequence", "latent_dtype": "uint8"},
+    "batch normalisation and dropout": {"method": "mf", "net": "mlp:24,23,17;norm=batch;dropout=0.3"},
+    "tiles": {"method": "mf", "schedule": "sequence", "net": "mlp:48,40", "tiles": 2},
+    "views": {"method": "mf", "net": "cnn:4,6", "kind": "images", "augment": "flip", "views": 2},
+    "trained classifier": {"method": "lbp-dae", "schedule": "sequence"},
+    "trained classifier, resident": {"method": "lbp-dae", "schedule": "sequence", "placement": "resident"},
+    "two optimizers": {"method": "lbp-gan", "net": "mlp:20,16"},
+    "three streams": {"method": "ff", "schedule": "sequence", "kind": "floats"},
+    "whole net": {"method": "bp"},
+    "ranges": {"method": "mf", "schedule": "sequence", "ranges": 2},
+    "ranges, separate": {"method": "lbp-ae", "ranges": 2, "cached": [0]},
+}
+
+
+def given(case: dict[str, Any], **more: Any) -> tuple[Any, Any]:
+    values = {"epochs": 2, "placement": "stream", **case, **more}
+    kind = values.pop("kind", "pixels")
+    return settings(values.pop("method"), **values), data(kind).set
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("every", [3, 7])
+def test_a_run_stopped_again_and_again_ends_the_same(
+    name: str, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, rows = given(RUNS[name])
+    whole = fit(asked, tmp_path / "whole", data=rows)
+    path, stops = tmp_path / "stopped", 0
+    while stops < 40:
+        # Finished cells emit their latents again before a run goes on, and may be asked meanwhile.
+        monkeypatch.setattr(Stop, "asked", stopping_after(every * (stops + 1)))
+        try:
+            run = fit(asked, path, data=rows, resume=True)
+            break
+        except Stopped as stopped:
+            stops += 1
+            assert stopped.exit_code == 128 + signal.SIGTERM
+    assert stops >= 1
+    assert_same(units(path), units(tmp_path / "whole"))
+    assert run.record.votes == whole.record.votes
+    for cell, same in zip(run.record.cells, whole.record.cells, strict=True):
+        assert cell.epochs == same.epochs
+        assert cell.losses == pytest.approx(same.losses, rel=1e-5)
+        assert cell.accuracies == same.accuracies
+    assert list((path / "latents").glob("*")) == []
+
+
+@pytest.mark.parametrize("name", ["mf, sequence", "mf, sequence, resident", "trained classifier", "three streams"])
+def test_commits_within_visits_keep_what_the_next_commit_may_need(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, rows = given(RUNS[name])
+    fit(asked, tmp_path / "whole", data=rows)
+
+    def due(self: Commits, share: float) -> bool:
+        questions = vars(self).setdefault("questions", {})
+        questions[self._number] = questions.get(self._number, 0) + 1
+        return bool(questions[self._number] > 6)
+
+    monkeypatch.setattr(Commits, "due", due)
+    path, ends, draw = tmp_path / "cut", 0, np.random.default_rng(0)
+
+    class Dies(Silent):
+        """Ends the process, as far as the folder is concerned, some visits after a commit."""
+
+        left = 0
+
+        def visited(self, progress: Any) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+    dies = Dies()
+    while True:
+        dies.left = int(draw.integers(2, 5))
+        try:
+            fit(asked, path, data=rows, resume=True, watcher=dies)
+            break
+        except KeyboardInterrupt:
+            ends += 1
+            assert ends < 60
+    assert ends >= 1
+    assert_same(units(path), units(tmp_path / "whole"))
+
+
+# -- signals and the clock -----------------------------------------------------------------------------
+
+
+class Signals(Silent):
+    """Sends this process a signal when a visit ends."""
+
+    def __init__(self, *numbers: int):
+        self.numbers, self.notes = list(numbers), list[str]()
+
+    def visited(self, progress: Any) -> None:
+        if self.numbers:
+            signal.raise_signal(self.numbers.pop(0))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_finishes_the_step_commits_and_stops(number: signal.Signals, tmp_path: Path) -> None:
+    asked, rows = given(RUNS["mf, sequence"])
+    before = signal.getsignal(number)
+    heard, path = Signals(number), tmp_path / "run"
+    with pytest.raises(Stopped, match=f"stopped by {number.name} at step 1 of epoch 1 of cell 2") as stopped:
+        fit(asked, path, data=rows, watcher=heard)
+    assert stopped.value.exit_code == 128 + number
+    assert any("once more ends at once" in note for note in heard.notes)
+    assert any(f"go on with: edgetrain fit --resume --run-dir {path}" in note for note in heard.notes)
+    assert signal.getsignal(number) is before
+    last = RunFolder(path).last()
+    assert last is not None
+    assert last["within"]["step"] == 1
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    asked, rows = given(RUNS["mf, sequence"], checkpoint_every=0.0)
+
+    class Twice(Silent):
+        def visited(self, progress: Any) -> None:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(asked, tmp_path / "run", data=rows, watcher=Twice())
+    fit(asked, tmp_path / "run", data=rows, resume=True)
+    fit(asked, tmp_path / "whole", data=rows)
+    assert_same(units(tmp_path / "run"), units(tmp_path / "whole"))
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        asked, rows = given(RUNS["mf, separate"])
+        fit(asked, tmp_path / "run", data=rows, watcher=Signals(signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
+    asked, rows = given(RUNS["mf, separate"])
+    found: list[Any] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    class Looks(Silent):
+        def visited(self, progress: Any) -> None:
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=lambda: fit(asked, tmp_path / "run", data=rows, watcher=Looks()))
+    thread.start()
+    thread.join()
+    assert found
+    assert set(found) == {before}
+
+
+def test_the_time_limit_stops_a_run_and_does_not_stand_in_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, rows = given(RUNS["mf, separate"], time_limit=1e-6)
+    path = tmp_path / "run"
+    with pytest.raises(Stopped, match=r"stopped by --time-limit 1e-06 at step 1 of epoch 1 of cell 1"):
+        fit(asked, path, data=rows)
+    assert "time_limit" not in (path / "config.toml").read_text()
+    # The wall clock may jump as it likes, and a machine may sleep: only the monotonic clock is asked.
+    monkeypatch.setattr(time, "time", lambda: pytest.fail("asked the wall clock"))
+    fit(asked.with_values({"time_limit": None}), path, data=rows, resume=True)
+
+
+# -- what is never committed or gone on with -----------------------------------------------------------
+
+
+def test_a_poisoned_weight_is_never_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, rows = given(RUNS["mf, separate"], checkpoint_every=0.0)
+    commit, made = Commits.commit, count()
+
+    def poisons(self: Commits, *arguments: Any) -> None:
+        if next(made) == 4:
+            cell = self._cells._live[0]
+            with torch.no_grad():
+                next(cell.module.parameters()).view(-1)[3] = torch.inf  # type: ignore[union-attr]
+        commit(self, *arguments)
+
+    monkeypatch.setattr(Commits, "commit", poisons)
+    with pytest.raises(DivergedError, match=r"cell 1 \(.*\): cell\..*weight is not finite; try a smaller --lr"):
+        fit(asked, tmp_path / "run", data=rows)
+    monkeypatch.setattr(Commits, "commit", commit)
+    fit(asked, tmp_path / "run", data=rows, resume=True)
+    fit(asked, tmp_path / "whole", data=rows)
+    assert_same(units(tmp_path / "run"), units(tmp_path / "whole"))
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, rows = given(RUNS["mf, separate"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "asked", stopping_after(0))
+        with pytest.raises(Stopped):
+            fit(asked, tmp_path / "run", data=rows)
+    changed = data("pixels").raw.copy()
+    changed[5, 5] ^= 1
+    labels, size = data("pixels").labels, rows.train.rows  # type: ignore[union-attr]
+    other = from_arrays((changed[:size], labels[:size]), (changed[size:], labels[size:]))
+    with pytest.raises(InputError, match="its training rows are not those that .* was begun with"):
+        fit(asked, tmp_path / "run", data=other, resume=True)
+    fit(asked, tmp_path / "run", data=rows, resume=True)
+
+
+def flip(path: Path, at: int = -5) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["mf, separate", "mf, sequence"])
+def test_latents_damaged_in_flight_are_made_anew(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, rows = given(RUNS[name], checkpoint_every=1e9)
+    fit(asked, tmp_path / "whole", data=rows)
+    path, heard, read = tmp_path / "run", Heard(), LatentFile.read
+    left = [1]
+
+    def damaged(self: LatentFile, *arguments: Any) -> None:
+        if left and self.path.name == "002.x.rows":
+            left.pop()
+            flip(self.path, 7)
+        read(self, *arguments)
+
+    monkeypatch.setattr(LatentFile, "read", damaged)
+    fit(asked, path, data=rows, watcher=heard)
+    assert not left
+    assert [note for note in heard.notes if "002.x.rows: rows 0 to 69 are not as they were written" in note]
+    assert_same(units(path), units(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("kind", ["rows", "sums", "weights", "optim"])
+def test_damage_to_what_was_committed_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, rows = given(RUNS["mf, sequence"])
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "asked", stopping_after(8))
+        with pytest.raises(Stopped):
+            fit(asked, path, data=rows)
+    pattern = {"rows": "latents/001*.rows", "sums": "latents/001*.sums"}
+    found = list(path.glob(pattern.get(kind, f"cells/000@*{'.optim' if kind == 'optim' else ''}.safetensors")))
+    flip(found[0], -2)
+    with pytest.raises(CorruptError, match=found[0].name):
+        fit(asked, path, data=rows, resume=True)
+    flip(found[0], -2)
+    fit(asked, path, data=rows, resume=True)
+
+
+def test_a_disk_that_is_full_when_a_run_stops_leaves_the_commit_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, rows = given(RUNS["mf, sequence"])
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "asked", stopping_after(8))
+        with pytest.raises(Stopped):
+            fit(asked, path, data=rows)
+
+        def full(self: LatentFile, number: int) -> None:
+            raise StorageError(f"{self.path}: no space left on device")
+
+        patch.setattr(LatentFile, "commit", full)
+        with pytest.raises(StorageError, match="no space left"):
+            fit(asked, path, data=rows, resume=True)
+    fit(asked, path, data=rows, resume=True)
+    fit(asked, tmp_path / "whole", data=rows)
+    assert_same(units(path), units(tmp_path / "whole"))
+
+
+def test_too_many_open_files_are_a_line(tmp_path: Path) -> None:
+    asked, rows = given(RUNS["mf, separate"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 4, hard))
+    try:
+        with pytest.raises((StorageError, OSError), match="oo many open files"):
+            fit(asked, tmp_path / "run", data=rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# -- positions -----------------------------------------------------------------------------------------
+
+VISITS = list(separate(3, 2, 5))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {},
+        {"visits": None},
+        {"visits": "3"},
+        {"visits": -1},
+        {"visits": 7},
+        {"visits": True},
+        {"visits": 2, "within": 3},
+        {"visits": 2, "within": {}},
+        {"visits": 2, "within": {"visit": 1, "step": 0, "sums": {}}},
+        {"visits": 2, "within": {"visit": 6, "step": 0, "sums": {}}},
+        {"visits": 2, "within": {"visit": 2, "step": 6, "sums": {}}},
+        {"visits": 2, "within": {"visit": 2, "step": "1", "sums": {}}},
+        {"visits": 2, "within": {"visit": 2, "step": 1, "sums": {"gold": 3}}},
+        {"visits": 2, "within": {"visit": 2, "step": 1}},
+    ],
+)
+def test_a_position_that_the_schedule_does_not_have_is_corrupt(entry: dict[str, Any]) -> None:
+    with pytest.raises(CorruptError, match="the journal's newest commit fits no run like this"):
+        Position.of(entry, VISITS)
+
+
+def test_positions_of_commits() -> None:
+    assert Position.of({"visits": 6}, VISITS) == Position(6, 6, 0)
+    sums = {"loss": 1.5, "samples": 32, "correct": 7, "scored": 32}
+    within = {"visit": 3, "step": 2, "sums": sums}
+    assert Position.of({"visits": 3, "within": within}, VISITS) == Position(3, 3, 2, Sums(**sums))
+    assert Sums(**sums).means == (1.5 / 32, 7 / 32)
+
+
+def test_commits_are_due_by_the_clock_their_cost_and_the_run_s_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = open_job(*given(RUNS["mf, separate"])[:1], data=data("pixels").set).work
+
+    class Calm:
+        def look(self) -> bool:
+            return False
+
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    nothing: Any = None
+
+    def commits(every: float | None) -> Commits:
+        folder = RunFolder(tmp_path)
+        clock[0] = 100.0
+        return Commits(folder, work.nodes, nothing, nothing, [], nothing, {}, "", Calm(), every)  # type: ignore[arg-type]
+
+    def due(after: float, share: float, every: float | None = None, cost: float = 0.0) -> bool:
+        found = commits(every)
+        found._cost_s, clock[0] = cost, 100.0 + after
+        return found.due(share)
+
+    assert not due(59.0, 0.9)
+    assert due(61.0, 0.9)
+    assert not due(61.0, 0.01)  # of 6100 seconds 5% are 305
+    assert due(310.0, 310 / 6100)
+    assert not due(61.0, 0.9, cost=3.0)  # 3% of the time: at most every 100 seconds
+    assert due(101.0, 0.9, cost=3.0)
+    assert due(2.0, 0.9, every=1.5, cost=3.0)
+    assert not due(1.0, 0.9, every=1.5)
