@@ -79,7 +79,7 @@ class RunRecord:
         peak_gpu_mb: reserved memory on CUDA, live device-side bytes elsewhere.
         disk_mb: the most that the run folder held; of that, ``latents_mb`` the caches between cells.
         written_mb: bytes written in all (flash wears out).
-        waited_seconds: time in which the device waited for data.
+        waited_seconds: time in which the device waited for data; ``commit_seconds``: for commits.
         readout: the trained classifier, if there is one.
         edits: what was changed after the run was first finished (``edgetrain cells``).
     """
@@ -101,6 +101,7 @@ class RunRecord:
     written_mb: float | None = None
     seconds: float = 0.0
     waited_seconds: float = 0.0
+    commit_seconds: float = 0.0
     energy_j: float | None = None
     placement: str = "stream"
     cells: list[CellRecord] = field(default_factory=list)

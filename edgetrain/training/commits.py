@@ -111,8 +111,8 @@ class Commits:
         self._records, self._readout, self._inputs, self._data = records, readout, inputs, data
         self._conditions, self._every = conditions, every
         self._number = 0
-        self._seconds_before = self._written_before = 0.0
-        self._cost_s = 0.0
+        self._seconds_before = self._written_before = self._committing_before = 0.0
+        self._cost_s = self._spent_s = 0.0
         self._short_of_memory = False
         self._started = self._last = self._looked = time.monotonic()
 
@@ -130,6 +130,7 @@ class Commits:
             self._number = int(last["commit"])
             self._seconds_before = float(last.get("seconds", 0.0))
             self._written_before = float(last.get("written", 0))
+            self._committing_before = float(last.get("commit_seconds", 0.0))
             for record, values in zip(self._records, last["cells"], strict=True):
                 record.restore(values)
         except (TypeError, ValueError, KeyError) as error:
@@ -187,10 +188,12 @@ class Commits:
         self._adopt(visits, position.visit)
         self._last = time.monotonic()
         self._cost_s = self._last - began
+        self._spent_s += self._cost_s
 
     def totals(self) -> dict[str, float]:
-        """Seconds, and bytes written, by this process and those before."""
+        """Seconds, those of commits among them, and bytes written, by this process and those before."""
         return {
+            "commit_seconds": round(self._committing_before + self._spent_s, 3),
             "seconds": round(self._seconds_before + time.monotonic() - self._started, 3),
             "written": self._written_before + self._folder.written,
         }

@@ -237,7 +237,11 @@ class _Edit:
         return {
             "visits": self.kept * job.work.epochs,
             "cells": [*kept, *(vars(CellRecord("", 0)) for _ in range(to_come))],
-            **{name: value for name, value in (folder.last() or {}).items() if name in ("data", "seconds", "written")},
+            **{
+                name: value
+                for name, value in (folder.last() or {}).items()
+                if name in ("data", "seconds", "commit_seconds", "written")
+            },
             "edit": f"{self.word}: kept {self.kept} cells of {self.before.depth}, net {job.net.spec}",
         }
 

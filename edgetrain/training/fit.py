@@ -345,7 +345,7 @@ def _complete(folder: RunFolder, record: RunRecord, trainer: Trainer, host: Peak
     last = folder.last()
     assert last is not None
     if not last.get("finished"):
-        kept = ("visits", "cells", "data", "seconds", "written")
+        kept = ("visits", "cells", "data", "seconds", "commit_seconds", "written")
         folder.finish(last["commit"] + 1, {name: value for name, value in last.items() if name in kept})
     record.waited_seconds = round(sum(cell.waited_seconds for cell in trainer.records), 3)
     peaks = [cell.peak_gpu_mb for cell in trainer.records if cell.peak_gpu_mb is not None]
@@ -357,7 +357,8 @@ def _complete(folder: RunFolder, record: RunRecord, trainer: Trainer, host: Peak
     def measured() -> dict[str, Any]:
         record.disk_mb = to_mb(folder.peak_space)
         totals = trainer.commits.totals()
-        record.seconds, record.written_mb = totals["seconds"], to_mb(int(totals["written"]))
+        record.seconds, record.commit_seconds = totals["seconds"], totals["commit_seconds"]
+        record.written_mb = to_mb(int(totals["written"]))
         return {**record.as_dict(), "data": asdict(job.shape)}
 
     folder.write_results({"format": 1, "settings": asdict(_as_planned(job, plan)), "data": asdict(job.shape)}, measured)
