@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from types import NoneType
 from typing import Any
 
 _TRAINED = (
@@ -46,9 +47,15 @@ class CellRecord:
 
         Raises:
             KeyError: something is missing.
+            TypeError: it is no number, or no list of them.
         """
         for name in _TRAINED:
-            setattr(self, name, values[name])
+            value = values[name]
+            numbers = value if isinstance(value, list) else [value]
+            of_list = name in ("losses", "accuracies")
+            if isinstance(value, list) != of_list or any(type(n) not in (int, float, NoneType) for n in numbers):
+                raise TypeError(f"{name} is {str(value)[:40]}")
+            setattr(self, name, value)
 
     def add(self, epoch: int, share_before: float, loss: float, accuracy: float | None) -> None:
         """Take in a visit's mean loss and accuracy.

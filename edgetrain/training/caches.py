@@ -125,13 +125,11 @@ class Caches:
             CorruptError: a file does not hold what was committed, or the entry names none.
             StorageError: one is missing or unreadable.
         """
-        for name, values in entry.items():
-            own = self._free_name(int(name))
-            files = self._files(values["rows"], values["step_order"], values["first"], own)
+        for number, rows, first, step_order, streams in latents_of(entry, self._work):
+            files = self._files(rows, step_order, first, self._free_name(number))
             self._committed.append(files)
-            files.reopen(streams_of(values))
-            held = DeviceLatents.copied(files, device, self._host) if self._resident else files
-            self._held[int(name)] = held
+            files.reopen(streams)
+            self._held[number] = DeviceLatents.copied(files, device, self._host) if self._resident else files
 
     def close(self) -> None:
         """Give the device's room back, and files that no commit needs."""
@@ -208,18 +206,35 @@ class Caches:
         self.peak = max(self.peak, self._bytes)
 
 
-def streams_of(values: dict[str, Any]) -> list[CommittedStream]:
-    """The files of latents in a journal's entry.
+def latents_of(entry: dict[str, Any], work: Workload) -> list[tuple[int, int, int, bool, list[CommittedStream]]]:
+    """Number, rows, first row, order and files of the latents in a commit's entry.
 
     Raises:
-        CorruptError: it names none.
+        CorruptError: a run like this has no such latents.
     """
+    found = []
     try:
-        found = [CommittedStream(**{**stream, "sums": FileEntry(**stream["sums"])}) for stream in values["streams"]]
-        for stream in found:
-            plain_name(stream.file)
-    except (TypeError, ValueError, KeyError) as error:
-        raise CorruptError(f"the journal's newest commit names no latents ({error})") from error
+        for name, values in entry.items():
+            number, rows, first, streams = int(name), values["rows"], values["first"], streams_of(values)
+            if not (0 < number <= work.depth and 0 < rows <= work.rows * work.views and 0 <= first < work.rows):
+                raise ValueError(f"latents {number} of {rows} rows from {first} on")
+            if any(not 0 <= stream.written <= rows for stream in streams):
+                raise ValueError(f"latents {number} with more rows than there are")
+            found.append((number, rows, first, bool(values["step_order"]), streams))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CorruptError(f"the journal's newest commit names no latents of this run ({error})") from error
+    return found
+
+
+def streams_of(values: dict[str, Any]) -> list[CommittedStream]:
+    """The files of latents in a commit's entry.
+
+    Raises:
+        TypeError, KeyError: it names none.
+    """
+    found = [CommittedStream(**{**stream, "sums": FileEntry(**stream["sums"])}) for stream in values["streams"]]
+    for stream in found:
+        plain_name(stream.file)
     return found
 
 

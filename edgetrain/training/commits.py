@@ -235,6 +235,14 @@ class Commits:
 
 
 def working_files(entry: Entry | None) -> set[str]:
-    """Names of the files of latents that a commit needs."""
-    streams = [stream for values in ((entry or {}).get("latents") or {}).values() for stream in streams_of(values)]
+    """Names of the files of latents that a commit needs.
+
+    Raises:
+        CorruptError: its entry does not name them.
+    """
+    try:
+        latents = ((entry or {}).get("latents") or {}).values()
+        streams = [stream for values in latents for stream in streams_of(values)]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CorruptError(f"the journal's newest commit names no latents ({error})") from error
     return {stream.file for stream in streams} | {stream.sums.name for stream in streams}

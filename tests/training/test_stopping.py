@@ -23,6 +23,7 @@ from edgetrain.planning.schedule import separate
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.run import RunFolder
 from edgetrain.stream.executor import Sums
+from edgetrain.training.caches import latents_of
 from edgetrain.training.commits import Commits, Position
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job
@@ -410,3 +411,45 @@ def test_commits_are_due_by_the_clock_their_cost_and_the_run_s_length(
     assert due(101.0, 0.9, cost=3.0)
     assert due(2.0, 0.9, every=1.5, cost=3.0)
     assert not due(1.0, 0.9, every=1.5)
+
+
+LATENTS: dict[str, Any] = {
+    "rows": 70,
+    "first": 0,
+    "step_order": True,
+    "streams": [
+        {
+            "stream": "x",
+            "file": "001.x.rows",
+            "shape": [23],
+            "written": 32,
+            "sums": {"name": "001.x.1.sums", "checksum": "0", "size": 8},
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        3,
+        {"1": 3},
+        {"x": LATENTS},
+        {"0": LATENTS},
+        {"9": LATENTS},
+        {"1": {**LATENTS, "rows": 1 << 60}},
+        {"1": {**LATENTS, "rows": "70"}},
+        {"1": {**LATENTS, "first": -1}},
+        {"1": {**LATENTS, "first": 70}},
+        {"1": {**LATENTS, "streams": [3]}},
+        {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "written": 71}]}},
+        {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "written": -1}]}},
+        {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "file": "../x"}]}},
+        {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "sums": {"name": "/x", "checksum": "", "size": 1}}]}},
+    ],
+)
+def test_latents_that_a_run_cannot_have_are_corrupt(entry: Any) -> None:
+    work = open_job(given(RUNS["mf, sequence"])[0], data=data("pixels").set).work
+    assert len(latents_of({"1": LATENTS}, work)) == 1
+    with pytest.raises(CorruptError, match="the journal's newest commit names no latents of this run"):
+        latents_of(entry, work)
