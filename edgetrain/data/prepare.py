@@ -63,6 +63,12 @@ class Prepared:
     y: LatentFile | None
     written: int
 
+    def close(self) -> None:
+        """Close the files and leave them."""
+        self.x.close()
+        if self.y is not None:
+            self.y.close()
+
 
 def measure_scaling(part: Part, kind: Literal["standard", "unit"]) -> Scaling:
     """The scaling that the training rows of a table ask for, found in one pass in float64.

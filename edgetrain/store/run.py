@@ -27,9 +27,15 @@ from edgetrain.store.tensors import FileEntry, join, move_durably, plain_name, r
 
 @dataclass(frozen=True)
 class Spilled:
-    """A unit that waits on disk between visits, not durable and not in the journal: a file for each kind."""
+    """A unit that waits on disk between visits, not durable and not in the journal: a file for each kind.
+
+    Attributes:
+        paths: of the files.
+        checksums: of what they hold.
+    """
 
     paths: dict[str, Path]
+    checksums: dict[str, str]
 
 
 RECORD, MODEL = "record.json", "model.safetensors"
@@ -359,7 +365,7 @@ class RunFolder:
         Raises:
             StorageError: the disk refused.
         """
-        paths = {}
+        paths, checksums = {}, {}
         with storage_errors(self.scratch):
             self.scratch.mkdir(exist_ok=True)
         for kind, group in _by_kind(tensors):
@@ -367,11 +373,19 @@ class RunFolder:
             self._replaced(paths[kind])
             with storage_errors(paths[kind]):
                 self._took(write_plain(paths[kind], group, _unit_metadata(unit)))
-        return Spilled(paths)
+            checksums[kind] = checksum(paths[kind])
+        return Spilled(paths, checksums)
 
     def unspill(self, spilled: Spilled) -> dict[str, torch.Tensor]:
-        """The tensors of a spilled unit; its files stay."""
-        return {name: value for path in spilled.paths.values() for name, value in read_tensors(path).items()}
+        """The tensors of a spilled unit; its files stay.
+
+        Raises:
+            CorruptError: a file does not hold what was written.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        for kind, path in spilled.paths.items():
+            tensors |= read_tensors(path, spilled.checksums[kind])
+        return tensors
 
     def discard(self, spilled: Spilled) -> None:
         """Remove a spilled unit that was not committed."""
@@ -391,7 +405,7 @@ class RunFolder:
     def _adopt_unit(self, unit: str, number: int, spilled: Spilled) -> dict[str, FileEntry]:
         """Make a spilled unit durable under the commit's number."""
         return {
-            kind: move_durably(path, self.path / "cells" / _name(f"{unit}@{number}", kind))
+            kind: move_durably(path, self.path / "cells" / _name(f"{unit}@{number}", kind), spilled.checksums[kind])
             for kind, path in spilled.paths.items()
         }
 

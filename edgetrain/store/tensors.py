@@ -89,13 +89,15 @@ def write_plain(
     return path.stat().st_size
 
 
-def move_durably(source: Path, target: Path) -> FileEntry:
-    """Rename a plainly written file to ``target`` once it is on the medium; returns its entry.
+def move_durably(source: Path, target: Path, digest: str) -> FileEntry:
+    """Rename a plainly written file with that checksum to ``target`` once it is on the medium; returns its entry.
 
     Raises:
+        CorruptError: it does not hold what was written.
         StorageError: the disk refused.
     """
-    digest = checksum(source)
+    if (found := checksum(source)) != digest:
+        raise CorruptError(f"{source}: checksum {found}, expected {digest}: the file is damaged")
     with storage_errors(target):
         sync_file(source)
         size = source.stat().st_size

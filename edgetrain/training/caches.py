@@ -136,7 +136,9 @@ class Caches:
         needed = [*self._committed, *self._committing]  # which of them counts only the journal knows
         for number in [number for number in self._held if number]:
             latents = self._held.pop(number)
-            if isinstance(latents, DeviceLatents) or not (self._keep or latents in needed):
+            if isinstance(latents, FileLatents) and (self._keep or latents in needed):
+                latents.close()
+            else:
                 latents.free()
         for files in needed:
             files.close()
@@ -161,10 +163,9 @@ class Caches:
         return latents.copy_to(target)
 
     def _in_files(self, number: int, rows: int, step_order: bool, first: int) -> FileLatents:
-        name = self._free_name(number)
         if (spare := self._take_spare(self._work.nodes[number - 1].shape, rows)) is not None:
-            return spare.reused(name, step_order, first)
-        return self._files(rows, step_order, first, name)
+            return spare.reused(self._free_name(number, spare), step_order, first)
+        return self._files(rows, step_order, first, self._free_name(number))
 
     def _files(self, rows: int, step_order: bool, first: int, name: str) -> FileLatents:
         folder = self._folder
@@ -181,9 +182,11 @@ class Caches:
             first=first,
         )
 
-    def _free_name(self, number: int) -> str:
-        """A name that no latents have which the newest commit needs."""
-        taken = {path.name.partition(".")[0] for path in self._folder.latents.glob(f"{number:03}*")}
+    def _free_name(self, number: int, spare: FileLatents | None = None) -> str:
+        """A name that no latents have which the newest commit needs; ``spare`` gives its own up."""
+        own = set() if spare is None else {file.path for file in spare.files.values()}
+        found = set(self._folder.latents.glob(f"{number:03}*")) - own
+        taken = {path.name.partition(".")[0] for path in found}
         names = (f"{number:03}{letter}" for letter in ("", "b", "c"))
         return next(name for name in names if name not in taken)
 

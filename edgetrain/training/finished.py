@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -149,8 +150,10 @@ class Run:
         meter, folder = meter_of(place), RunFolder(self.path)
         files = folder.files()
         scaling = unpack(folder.read_unit(files[INPUTS])) if INPUTS in files else None
-        with TemporaryDirectory(prefix="edgetrain-") as scratch:
-            rows = prepare(data, part, Path(scratch), "rows", scaling)
+        with (
+            TemporaryDirectory(prefix="edgetrain-") as scratch,
+            closing(prepare(data, part, Path(scratch), "rows", scaling)) as rows,
+        ):
             micro = _as_list(self.settings.micro_batch, len(self.nodes), self.settings.batch_size)
             tiles = _as_list(self.settings.tiles, len(self.nodes), 1)
             predictor = predictor_of(folder, self.nodes, self.objective, place, meter, (micro, tiles), Path(scratch))

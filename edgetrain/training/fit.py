@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -189,12 +189,12 @@ def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: An
     stop = Stop(watcher.note, job.settings.time_limit)
     if folder.restore_config():
         watcher.note(f"{folder.path / 'config.toml'}: was not as it was written; it was made again from the journal")
-    with PeakRss() as host:
+    with PeakRss() as host, ExitStack() as opened:
         try:
             folder.clear_working_files(working_files(folder.last()))
             devices.cap(device, plan.budget)
             meter = meter_of(device, job.settings.meter == "full")
-            plan, record, trainer, test = _train_or_retry(job, plan, folder, meter, watcher, stop)
+            plan, record, trainer, test = _train_or_retry(job, plan, folder, meter, watcher, stop, opened)
             _evaluate(job, folder, plan, test, meter, record, trainer)
             _complete(folder, record, trainer, host, job, plan)
         except BaseException:
@@ -217,7 +217,7 @@ def _resuming(path: Path, settings: Settings) -> str:
 
 
 def _train_or_retry(
-    job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher, stop: Stop
+    job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher, stop: Stop, opened: ExitStack
 ) -> tuple[Plan, RunRecord, Trainer, Prepared | None]:
     """Train; if memory runs out all the same, or latents are damaged, say so and go on once from the newest commit.
 
@@ -229,7 +229,7 @@ def _train_or_retry(
         record = _record(job, plan, folder)
         watcher.planned(plan, record)
         try:
-            return plan, record, *_train(job, plan, folder, meter, watcher, stop)
+            return plan, record, *_train(job, plan, folder, meter, watcher, stop, opened)
         except DamagedLatentsError as error:
             if retried:
                 raise
@@ -280,13 +280,14 @@ def _budget_in_words(plan: Plan) -> str:
 
 
 def _train(
-    job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher, stop: Stop
+    job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher, stop: Stop, opened: ExitStack
 ) -> tuple[Trainer, Prepared | None]:
     assert job.data.train is not None
     scaling = scaling_of(job.data, job.data.train, job.work.objective.nonnegative_input)
     train = prepare(job.data, job.data.train, folder.latents, "000", scaling)
     test = None if job.data.test is None else prepare(job.data, job.data.test, folder.latents, "test", scaling)
     for part in filter(None, (train, test)):
+        opened.callback(part.close)
         folder.space(part.written)
         folder.wrote(part.written)
     assert train.y is not None

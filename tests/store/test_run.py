@@ -427,6 +427,22 @@ def test_a_folder_with_a_link_is_not_worked_in(name: str, tmp_path: Path) -> Non
     assert elsewhere.read_text() == "precious"
 
 
+@pytest.mark.parametrize("kind", ["weights", "optim"])
+def test_a_bit_that_flips_in_a_spilled_cell_is_found(kind: str, tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    spilled = folder.spill("000", unit(1))
+    assert folder.unspill(spilled).keys() == unit(1).keys()
+    path = spilled.paths[kind]
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptError, match=f"{path.name}: checksum"):
+        folder.unspill(spilled)
+    with pytest.raises(CorruptError, match=f"{path.name}: checksum"):
+        folder.commit(1, [("000", spilled)], {})
+    assert folder.last() is None
+
+
 # --- accounts ---------------------------------------------------------------------------------
 
 

@@ -143,6 +143,27 @@ def test_commits_within_visits_keep_what_the_next_commit_may_need(
     assert_same(units(path), units(tmp_path / "whole"))
 
 
+def opened(folder: Path) -> list[str]:
+    """The files below ``folder`` that this process holds open."""
+    names = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    return [name for name in names if name.startswith(str(folder))]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("name", ["mf, separate", "trained classifier", "trained classifier, resident"])
+def test_runs_leave_no_file_open(name: str, keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, rows = given(RUNS[name], keep_latents=keep)
+    run = fit(asked, tmp_path / "whole", data=rows)
+    run.evaluate(rows)
+    kept = sorted(path.name for path in (tmp_path / "whole" / "latents").glob("0*"))
+    named = ["000.x.rows", "000.y.rows", "001.x.rows", "002.x.rows", "003.x.rows"][: 5 - (name == "mf, separate")]
+    assert kept == (named if "resident" not in name else named[:2]) * keep
+    monkeypatch.setattr(Stop, "asked", stopping_after(9))
+    with pytest.raises(Stopped):
+        fit(asked, tmp_path / "stopped", data=rows)
+    assert opened(tmp_path) == []
+
+
 # -- signals and the clock -----------------------------------------------------------------------------
 
 
