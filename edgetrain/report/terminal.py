@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from edgetrain.planning.plan import CellPlan, Plan, VisitTime
 from edgetrain.record import CellRecord, RunRecord
+from edgetrain.report.profile import Point
 from edgetrain.training import watcher as watching
 from edgetrain.training.edits import CellState
 from edgetrain.training.finished import Run
@@ -22,6 +24,7 @@ from edgetrain.training.predictor import Predictions
 from edgetrain.units import ceil_mb, show_mb, show_seconds
 
 _PLAIN_EVERY_S = 2.0
+_POINT = "{:>13} {:>6} {:>6} {:>6} {:>12} {:>12} {:>8} {:>12}"  # a profile's rows come one by one, minutes apart
 
 
 @contextmanager
@@ -178,6 +181,26 @@ def _plan_row(cell: CellPlan, times: list[VisitTime | None]) -> list[str]:
         show_mb(cell.latents) if cell.latents else "-",
         *([f"{show_seconds(sum(time.seconds for time in known))} ({known[0].bound})"] if known else []),
     ]
+
+
+def show_point(point: Point, heading: bool) -> None:
+    """One point of a profile, on stdout, as it is found."""
+    if heading:
+        print(_POINT.format("method", "depth", "width", "batch", "peak", "predicted", "s/epoch", "moved/epoch"))
+    seconds = "-" if point.seconds_per_epoch is None else f"{point.seconds_per_epoch:.2f}"
+    sizes = [_mb(size, "-") for size in (point.peak_mb, point.predicted_mb)]
+    shown = point.method, point.depth, point.width, point.batch_size, *sizes, seconds, _mb(point.moved_mb_per_epoch)
+    print(_POINT.format(*shown), flush=True)
+
+
+def show_slopes(found: Sequence[Mapping[str, Any]]) -> None:
+    """What each further layer takes, on stdout."""
+    for row in found:
+        slope = row["predicted"] if row["measured"] is None else row["measured"]
+        if slope is not None:
+            kind = "predicted" if row["measured"] is None else "measured"
+            where = f"width {row['width']}, batch {row['batch_size']}"
+            print(f"{row['method']}, {where}: {slope:g} MiB for each further layer, {kind}")
 
 
 def show_votes(run: Run, found: Predictions, per_cell: bool) -> None:

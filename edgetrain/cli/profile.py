@@ -1,0 +1,80 @@
+"""``edgetrain profile``: peak memory against depth, width and batch size."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgetrain.cli.options import chosen_options, given_settings, output_options
+
+EPILOG = """\b
+Example: edgetrain profile --data mnist --methods mf,bp --depths 1,2,4,8 --widths 1000 --dry"""
+SHARED = ("data", "schedule", "optimizer", "threads", "device", "max_gpu_mb", "micro_batch", "tiles", "like", "seed")
+
+
+def _numbers(context: click.Context, option: click.Parameter, text: str) -> list[int]:
+    """Whole numbers from 1, with commas between them."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and len(word) < 10 and int(word) > 0 for word in words):
+        raise click.BadParameter(f"{text[:80]!r}: expected whole numbers from 1, such as 1,2,4")
+    return [int(word) for word in words]
+
+
+@click.command("profile", epilog=EPILOG)
+@click.option("--methods", default="mf,bp", show_default=True, help="Local rules and baselines, side by side.")
+@click.option("--family", default="mlp", show_default=True, help="Of the nets: mlp, cnn or vit.")
+@click.option(
+    "--depths", callback=_numbers, metavar="N,N,...", default="1,2,4,8", show_default=True, help="Layers (vit: blocks)."
+)
+@click.option(
+    "--widths", callback=_numbers, metavar="N,N,...", default="1000", show_default=True, help="Units of every layer."
+)
+@click.option(
+    "--batch-sizes",
+    "--batch-size",
+    callback=_numbers,
+    metavar="N,N,...",
+    default="128",
+    show_default=True,
+    help="Of a step.",
+)
+@click.option("--dry", is_flag=True, help="Predict only: no memory, no time.")
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the points there too.")
+@chosen_options(SHARED)
+@output_options
+def command(
+    methods: str,
+    family: str,
+    depths: list[int],
+    widths: list[int],
+    batch_sizes: list[int],
+    dry: bool,
+    csv_path: Path | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Measure or predict peak device memory, for methods side by side, cells streamed one at a time.
+
+    Slopes are in MiB for each further layer, by least squares.
+    """
+    settings, _ = given_settings({"data": "digits", **{k: v for k, v in flags.items() if v is not None}}, None)
+    from edgetrain.report.profile import points, slopes, write_csv
+    from edgetrain.report.terminal import show_point, show_slopes
+
+    names = [name.strip() for name in methods.split(",")]
+    found = []
+    for point in points(settings, names, family, depths, widths, batch_sizes, dry):
+        found.append(point)
+        if not as_json:
+            show_point(point, heading=len(found) == 1)
+    steep = slopes(found)
+    if csv_path is not None:
+        write_csv(csv_path, found)
+    if as_json:
+        click.echo(json.dumps({"rows": [asdict(point) for point in found], "slopes_mb_per_layer": steep}))
+    else:
+        show_slopes(steep)

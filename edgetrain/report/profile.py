@@ -1,0 +1,167 @@
+"""Peak device memory against depth, width and batch size, of methods side by side.
+
+Each point is a net of its own with ``--placement stream``: trained for as long as it takes to reach its peak, or
+with ``dry`` only predicted, which takes neither memory nor time.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby, product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from edgetrain.config import Settings
+from edgetrain.data.base import DataSet
+from edgetrain.errors import InputError
+from edgetrain.planning.planner import require_fit
+from edgetrain.planning.workload import Workload
+from edgetrain.store.atomic import storage_errors
+from edgetrain.training.fit import fit
+from edgetrain.training.job import method_of, open_job, plan_job
+from edgetrain.units import to_mb
+
+FAMILIES = ("mlp", "cnn", "vit")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One net; memory in MiB, ``None`` where it was not measured.
+
+    Attributes:
+        moved_mb_per_epoch: rows and latents that come to the device or leave it; cells that stay there do not count.
+    """
+
+    method: str
+    depth: int
+    width: int
+    batch_size: int
+    peak_mb: float | None
+    predicted_mb: float | None
+    seconds_per_epoch: float | None
+    moved_mb_per_epoch: float | None
+
+
+def points(
+    settings: Settings,
+    methods: Sequence[str],
+    family: str,
+    depths: Sequence[int],
+    widths: Sequence[int],
+    batch_sizes: Sequence[int],
+    dry: bool,
+    data: DataSet | None = None,
+) -> Iterator[Point]:
+    """The points, one after the other as they are found.
+
+    Args:
+        settings: everything that is not varied.
+        methods: local rules and baselines.
+        family: of the nets, one of ``FAMILIES``.
+        depths: numbers of hidden layers (``vit``: of blocks).
+        widths: units (``cnn``: channels) of every layer.
+        batch_sizes: samples of a step.
+        dry: predict only.
+        data: a data set given in Python instead of ``settings.data``.
+
+    Raises:
+        InputError: a net or a method is wrong; before the first point.
+        BudgetError: a net does not fit the stated budget.
+    """
+    varied = list(product(methods, widths, batch_sizes, depths))
+    asked = [_settings(settings, method, family, depth, width, batch) for method, width, batch, depth in varied]
+    for one in asked:
+        method_of(one)
+    for (_, width, batch, depth), one in zip(varied, asked, strict=True):
+        yield _point(one, depth, width, batch, dry, data)
+
+
+def spec(family: str, depth: int, width: int) -> str:
+    """The net of a point; transformers have heads of 32 numbers, where that divides their width, and patches of 4.
+
+    Raises:
+        InputError: there is no such family.
+    """
+    if family not in FAMILIES:
+        raise InputError(f"--family {family!r}; expected one of {', '.join(FAMILIES)}")
+    if family == "mlp":
+        return f"mlp:{width}x{depth}"
+    if family == "cnn":
+        return f"cnn:{','.join([str(width)] * depth)}"
+    heads = next(count for count in range(max(1, width // 32), 0, -1) if width % count == 0)
+    return f"vit:depth={depth},width={width},heads={heads},patch=4"
+
+
+def slopes(found: Iterable[Point]) -> list[dict[str, Any]]:
+    """MiB for each further layer by least squares, of each method, width and batch size with several depths."""
+    rows = []
+    for (method, width, batch), group in groupby(
+        found, key=lambda point: (point.method, point.width, point.batch_size)
+    ):
+        listed = list(group)
+        rows.append(
+            {
+                "method": method,
+                "width": width,
+                "batch_size": batch,
+                "measured": _slope([(point.depth, point.peak_mb) for point in listed]),
+                "predicted": _slope([(point.depth, point.predicted_mb) for point in listed]),
+            }
+        )
+    return rows
+
+
+def write_csv(path: Path, found: Sequence[Point]) -> None:
+    """One line for each point.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    with storage_errors(path), path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Point)])
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in found)
+
+
+def _settings(settings: Settings, method: str, family: str, depth: int, width: int, batch: int) -> Settings:
+    net = None if method == "slp" else spec(family, depth, width)
+    return settings.with_values({"method": method, "net": net, "batch_size": batch, "placement": "stream", "epochs": 1})
+
+
+def _point(settings: Settings, depth: int, width: int, batch: int, dry: bool, data: DataSet | None) -> Point:
+    job = open_job(settings, data=data)
+    work = job.work
+    plan = plan_job(job)
+    require_fit(plan)
+    peak = seconds = None
+    if not dry:
+        epochs = 1 if work.steps > 1 else 2  # the second step finds the optimizer's state there
+        with TemporaryDirectory(prefix="edgetrain-") as folder:
+            run = fit(settings.with_values({"epochs": epochs}), Path(folder) / "run", data=data)
+        cells = [*run.record.cells, *([run.record.readout] if run.record.readout else [])]
+        peak, seconds = run.record.peak_gpu_mb, round(math.fsum(cell.seconds for cell in cells) / epochs, 3)
+    return Point(settings.method, depth, width, batch, peak, to_mb(plan.predicted_peak), seconds, to_mb(_moved(work)))
+
+
+def _moved(work: Workload) -> int:
+    """Bytes of rows and latents that come to the device or leave it in an epoch of every cell."""
+    nodes, reads = range(work.depth), work.classifier_reads
+    read = sum(len(work.objective.phases) * work.row_bytes_into(index) for index in nodes)
+    read += 2 * sum(work.format_into(index + 1).row_bytes for index in reads)  # the classifier's two sweeps
+    written = sum(work.row_bytes_into(index + 1) for index in nodes if work.hands_on(index))
+    return work.rows * (read + written)
+
+
+def _slope(found: list[tuple[int, float | None]]) -> float | None:
+    known = [(depth, peak) for depth, peak in found if peak is not None]
+    if len({depth for depth, _ in known}) < 2:
+        return None
+    depths, peaks = np.array(known, np.float64).T
+    centred = depths - depths.mean()
+    return round(float(centred @ (peaks - peaks.mean()) / (centred @ centred)), 4)
