@@ -46,6 +46,7 @@ def fit(
 
     Raises:
         EdgetrainError: see ``edgetrain.errors``; nothing is left half-written.
+        Stopped: a signal came, or ``time_limit`` is over; what was done is committed, ``resume=True`` goes on.
     """
     given = {"method": method, **settings}
     modules = None
