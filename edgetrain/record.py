@@ -67,8 +67,8 @@ class CellRecord:
             accuracy: fraction right, or ``None``.
         """
         if share_before and len(self.losses) > epoch:
-            loss = share_before * self.losses[epoch] + (1 - share_before) * loss
-            before = self.accuracies[epoch]
+            loss = share_before * (self.train_loss or 0.0) + (1 - share_before) * loss
+            before = self.train_accuracy
             known = accuracy is not None and before is not None
             accuracy = share_before * (before or 0.0) + (1 - share_before) * (accuracy or 0.0) if known else None
         rounded = None if accuracy is None else float(f"{accuracy:.6g}")  # these stand in every commit

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import click
@@ -27,7 +28,7 @@ COMMANDS = {
 EPILOG = """\b
 Exit codes: 0 done; 2 wrong input; 3 disk or I/O; 4 corrupt file; 5 run folder in use;
   6 the budget cannot hold it; 7 training diverged; 70 a bug of ours;
-  130, 143 stopped by a signal, or 143 by --time-limit, after committing.
+  130, 143, 129 stopped by SIGINT, SIGTERM or --time-limit, SIGHUP, after committing.
 
 Example: edgetrain fit --data mnist --net mlp:1000x2 --max-gpu-mb 64"""
 
@@ -125,5 +126,6 @@ def _end(code: int, line: str, debug: bool) -> NoReturn:
     if debug and code not in (0, 130, 143):
         traceback.print_exc()
     if line:
-        print(f"edgetrain: {' '.join(line.split())}", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone
+            print(f"edgetrain: {' '.join(line.split())}", file=sys.stderr, flush=True)
     sys.exit(code)

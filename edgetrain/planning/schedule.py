@@ -13,7 +13,7 @@ latents that are cached whole, whenever the cell that learns needs it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -169,6 +169,13 @@ def sequence(
             if readout_epochs:
                 read = tuple(node + 1 for node in reads)
                 yield Visit(depth, epoch, first, last, "none", read, final, frontier=True)
+
+
+def frontier_before(visits: Sequence[Visit], number: int) -> int:
+    """Where to go on from, so as to come to a visit with all that it reads: behind the last frontier before it."""
+    while number and not visits[number - 1].frontier:
+        number -= 1
+    return number
 
 
 SCHEDULES: dict[str, Callable[[int, int, int, int, tuple[int, ...], Cut], Iterator[Visit]]] = {

@@ -8,7 +8,7 @@ import torch
 
 from edgetrain.data.augment import Augmentation
 from edgetrain.objectives.base import Node, Objective
-from edgetrain.planning.schedule import Cut
+from edgetrain.planning.schedule import SCHEDULES, Cut, Visit
 from edgetrain.store.rows import RowFormat
 from edgetrain.stream.cell import OptimizerRecipe
 
@@ -63,6 +63,11 @@ class Workload:
     def steps(self) -> int:
         """Optimisation steps of an epoch; the short last batch is kept."""
         return -(-self.rows // self.batch_size)
+
+    def visits(self, cut: Cut) -> list[Visit]:
+        """Of the whole run, in order."""
+        schedule = SCHEDULES[self.schedule]
+        return list(schedule(self.depth, self.epochs, self.steps, self.readout_epochs, self.classifier_reads, cut))
 
     def range_rows(self, cut: Cut) -> int:
         """Samples of the largest range of an epoch."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -34,9 +34,36 @@ def watcher(quiet: bool) -> Iterator[watching.Watcher]:
         yield watching.Silent()
     elif sys.stderr.isatty():
         with LiveWatcher() as live:
-            yield live
+            yield _Undisturbed(live)
     else:
-        yield PlainWatcher()
+        yield _Undisturbed(PlainWatcher())
+
+
+class _Undisturbed:
+    """Shows what another shows; a terminal that was closed, or a pipe that nobody reads, does not end the run."""
+
+    def __init__(self, shown: watching.Watcher):
+        self._shown = shown
+
+    def planned(self, plan: Plan, record: RunRecord) -> None:
+        with suppress(OSError):
+            self._shown.planned(plan, record)
+
+    def note(self, text: str) -> None:
+        with suppress(OSError):
+            self._shown.note(text)
+
+    def stepped(self, progress: watching.Progress) -> None:
+        with suppress(OSError):
+            self._shown.stepped(progress)
+
+    def visited(self, progress: watching.Progress) -> None:
+        with suppress(OSError):
+            self._shown.visited(progress)
+
+    def finished(self, record: RunRecord) -> None:
+        with suppress(OSError):
+            self._shown.finished(record)
 
 
 class PlainWatcher:
@@ -93,7 +120,8 @@ class LiveWatcher:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
+        with suppress(OSError):  # the terminal may be gone
+            self._bars.stop()
 
     def planned(self, plan: Plan, record: RunRecord) -> None:
         """See ``Watcher``."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from edgetrain.errors import StorageError
+from edgetrain.errors import CorruptError, StorageError
 
 CHUNK = 1 << 20
 
@@ -79,7 +79,10 @@ def checksum(path: Path) -> str:
 
     Raises:
         StorageError: the file is missing or unreadable.
+        CorruptError: it is something else than a file.
     """
+    if path.exists() and not path.is_file():
+        raise CorruptError(f"{path}: is no regular file")
     digest = xxhash.xxh3_128()
     with storage_errors(path), path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK):

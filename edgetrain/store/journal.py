@@ -19,6 +19,7 @@ from edgetrain.errors import CorruptError
 from edgetrain.store.atomic import CHUNK, storage_errors, sync_folder
 
 Entry = dict[str, Any]
+BEGINNING = b'{"check": "'
 _LONGEST_LINE = 128 << 20  # bytes; a commit of 100,000 cells of 40 epochs takes less
 
 
@@ -43,6 +44,17 @@ class Journal:
                 os.fsync(file.fileno())
             if fresh:
                 sync_folder(self.path.parent)
+
+    def is_begun(self) -> bool:
+        """Whether the file is a journal of ours: its first line begins as one does."""
+        if not self.path.is_file():
+            return False
+        with storage_errors(self.path), self.path.open("rb") as file:
+            return file.read(len(BEGINNING)) == BEGINNING
+
+    def size(self) -> int:
+        """Bytes of the file; 0 if there is none."""
+        return self.path.stat().st_size if self.path.is_file() else 0
 
     def entries(self) -> Iterator[Entry]:
         """All entries, oldest first, one at a time; none if there is no journal.

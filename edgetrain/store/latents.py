@@ -109,18 +109,21 @@ class LatentFile:
             CorruptError: it does not hold what was committed.
             StorageError: it is missing or unreadable.
         """
-        path = self.path.with_name(sums.name)
-        if checksum(path) != sums.checksum:
+        path, self.written = self.path.with_name(sums.name), written
+        if sums.size != 8 * self._blocks() or checksum(path) != sums.checksum:
             raise CorruptError(f"{path}: the checksums of {self.path.name} are damaged themselves")
         with storage_errors(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
             found = os.fstat(self._descriptor).st_size
             content = path.read_bytes()
-        self._sums_files, self.written = [path], written
-        if found != self.size or len(content) != 8 * self._blocks():
+        self._sums_files = [path]
+        if found != self.size:
             raise CorruptError(f"{self.path}: holds {found} bytes, expected {self.size}")
         self._sums[: self._blocks()] = np.frombuffer(content, np.uint64)
-        self._verify(np.arange(self._blocks()))
+        try:
+            self._verify(np.arange(self._blocks()))
+        except DamagedLatentsError as error:
+            raise CorruptError(f"{error}; they belong to the newest commit, and no cell can emit them again") from None
         if written % self._block:
             self._running.update(self._rows_of(self._blocks() - 1))
         return self

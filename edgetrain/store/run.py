@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from edgetrain.errors import BusyError, CorruptError, InputError, StorageError
 from edgetrain.store.atomic import checksum, storage_errors, sync_folder, write_bytes, write_text
-from edgetrain.store.journal import Entry, Journal
+from edgetrain.store.journal import BEGINNING, Entry, Journal
 from edgetrain.store.tensors import FileEntry, join, move_durably, plain_name, read_tensors, write_plain, write_tensors
 
 
@@ -53,6 +53,7 @@ class RunFolder:
         self.journal = Journal(path / "journal.jsonl")
         self.written = 0
         self.peak_space = self._space = 0
+        self._newest: tuple[int, Entry | None] | None = None  # with the size of the journal that it was read from
         self._lock = FileLock(path / "lock", timeout=0)  # may be taken again by who holds it
 
     @property
@@ -69,6 +70,11 @@ class RunFolder:
         """Count bytes allocated on disk (negative: freed)."""
         self._space += size
         self.peak_space = max(self.peak_space, self._space)
+
+    def measure(self) -> None:
+        """Count anew: what is there takes space, and nothing was written yet."""
+        self._space = self.peak_space = size_of(self.path / "cells") + size_of(self.latents)
+        self.written = 0
 
     @property
     def occupied(self) -> int:
@@ -140,8 +146,8 @@ class RunFolder:
         return True
 
     def is_run(self) -> bool:
-        """Whether the folder holds a run of ours."""
-        return (self.path / "config.toml").is_file() or (self.path / "journal.jsonl").is_file()
+        """Whether the folder holds a run of ours: one that its journal knows, damaged though it may be."""
+        return self.journal.is_begun()
 
     def is_free(self) -> bool:
         """Whether a new run may go here: nothing is there, or a folder with no more than a run's first, empty files."""
@@ -234,8 +240,7 @@ class RunFolder:
         Raises:
             StorageError: the disk refused.
         """
-        last = self.last()
-        number = 0 if last is None else int(last["commit"])
+        number = self.commits()
         kept = {unit: kinds for unit, kinds in self.files().items() if unit in units}
         self._append(number + 1, kept, {**entry, "config": config})
         write_text(self.path / "config.toml", config)
@@ -245,11 +250,25 @@ class RunFolder:
 
     def last(self) -> Entry | None:
         """The newest commit's entry, or ``None``."""
-        newest = None
-        for entry in self.journal.entries():
-            if "files" in entry:
-                newest = entry
-        return newest
+        size = self.journal.size()
+        if self._newest is None or self._newest[0] != size:
+            newest = None
+            for entry in self.journal.entries():
+                newest = entry if "files" in entry else newest
+            self._newest = size, newest
+        return self._newest[1]
+
+    def commits(self) -> int:
+        """The number of the newest commit; 0: there is none.
+
+        Raises:
+            CorruptError: it has no number.
+        """
+        last = self.last()
+        number = 0 if last is None else last.get("commit")
+        if type(number) is not int or number < 0:
+            raise CorruptError(f"{self.journal.path}: the newest commit has no number")
+        return number
 
     def files(self) -> Files:
         """The files of the newest commit.
@@ -437,11 +456,16 @@ class RunFolder:
             self.space(-file.size)
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder, if there is one."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
 def _is_bare(member: Path) -> bool:
     """Whether a file or folder is what a run that has not begun may leave."""
     if member.is_dir():
         return member.name == "cells" and not member.is_symlink() and not any(member.iterdir())
-    return member.name in ("lock", "journal.jsonl") and member.stat().st_size == 0
+    return member.name in ("lock", "journal.jsonl") and member.stat().st_size < len(BEGINNING)
 
 
 def _by_kind(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:

@@ -138,6 +138,8 @@ class CellStream:
     def committed(self, index: int, read: Callable[[], State], needed: bool) -> None:
         """A cell is safe on disk, where ``read`` finds it; one no longer needed leaves the host tier."""
         held = self._held.setdefault(index, _Held())
+        if held.spilled is not None:
+            self._shelf.discard(held.spilled)  # unless it was moved to be the commit
         held.spilled, held.committed, held.dirty = None, read, False
         if not needed:
             self._drop_host(held)
@@ -188,7 +190,8 @@ class CellStream:
                 self._shelf.discard(held.spilled)
                 held.spilled = None
             return
-        held.spilled = self._shelf.spill(f"{index:03}", state)
+        if held.dirty:  # otherwise the commit has it
+            held.spilled = self._shelf.spill(f"{index:03}", state)
 
     def _to_host(self, cell: LiveCell | TiledCell) -> State:
         if isinstance(cell, TiledCell):

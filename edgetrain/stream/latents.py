@@ -185,6 +185,7 @@ class FileLatents:
             file = LatentFile(self._folder / known.file, self.rows, layout, self._window, self.first)
             self.files[known.stream] = file
             file.reopen(known.written, known.sums)
+            self._alive = self._alive or known.written > 0  # it was looked at when it was written
             self._on_space(file.size)
         return self
 

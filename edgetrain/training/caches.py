@@ -15,6 +15,7 @@ import torch
 from edgetrain.errors import CorruptError
 from edgetrain.planning.schedule import Cut, Visit
 from edgetrain.planning.workload import Workload
+from edgetrain.store.atomic import sync_folder
 from edgetrain.store.run import RunFolder
 from edgetrain.store.tensors import FileEntry, plain_name
 from edgetrain.stream.cell import Host
@@ -43,6 +44,7 @@ class Caches:
         self._committed: list[FileLatents] = []
         self._committing: list[FileLatents] = []
         self._spare: FileLatents | None = None
+        self._stale: set[int] = set()  # kept, though nobody reads them any more
         self._bytes = self.peak = 0
 
     def __getitem__(self, number: int) -> Latents:
@@ -58,6 +60,7 @@ class Caches:
     def make(self, visit: Visit, goes_on: bool = False) -> Latents:
         """Where the visit's cell emits to; a visit that goes on emits behind what it emitted before."""
         number = visit.node + 1
+        self._stale.discard(number)
         if goes_on or (visit.emit == "cached" and visit.first > 0):
             return self._held[number]
         if number in self._held:
@@ -75,6 +78,7 @@ class Caches:
     def free(self, numbers: tuple[int, ...]) -> None:
         """Nobody reads these any more."""
         if self._keep:
+            self._stale.update(numbers)
             return
         for number in numbers:
             if number:  # the inputs cost nothing to keep, and resuming wants them
@@ -96,8 +100,9 @@ class Caches:
             StorageError: the disk refused.
         """
         found = {}
+        sync_folder(self._folder.path)  # the folder of latents may be new
         for latents, held in self._held.items():
-            if latents:
+            if latents and latents not in self._stale:
                 files = held if isinstance(held, FileLatents) else self._copied(latents, held)
                 self._committing.append(files)
                 found[str(latents)] = {
@@ -219,10 +224,15 @@ def latents_of(entry: dict[str, Any], work: Workload) -> list[tuple[int, int, in
     try:
         for name, values in entry.items():
             number, rows, first, streams = int(name), values["rows"], values["first"], streams_of(values)
+            if not type(rows) is type(first) is type(number) is int:
+                raise TypeError(f"{rows!r} rows from {first!r} on")
             if not (0 < number <= work.depth and 0 < rows <= work.rows * work.views and 0 <= first < work.rows):
                 raise ValueError(f"latents {number} of {rows} rows from {first} on")
-            if any(not 0 <= stream.written <= rows for stream in streams):
-                raise ValueError(f"latents {number} with more rows than there are")
+            shape, names = list(work.nodes[number - 1].shape), work.formats_into(number)
+            for stream in streams:
+                whole = type(stream.written) is int and 0 <= stream.written <= rows
+                if not whole or stream.shape != shape or stream.stream not in names:
+                    raise ValueError(f"stream {stream.stream!r} of latents {number}")
             found.append((number, rows, first, bool(values["step_order"]), streams))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CorruptError(f"the journal's newest commit names no latents of this run ({error})") from error

@@ -70,6 +70,13 @@ class Position:
             if within is None:
                 return cls.before(done, visits)
             found = cls(done, within["visit"], within["step"], Sums(**within["sums"]))
+            sums = found.sums
+            if {type(found.visit), type(found.step), type(sums.samples), type(sums.correct), type(sums.scored)} != {
+                int
+            }:
+                raise TypeError("its position is no whole number")
+            if type(sums.loss) is not float:
+                raise TypeError("its loss is no number")
             visit = visits[found.visit]
             if not (found.visit >= done and visit.first <= found.step <= visit.last):
                 raise ValueError(f"step {found.step} of visit {found.visit}")
@@ -127,15 +134,15 @@ class Commits:
             return Position.before(0, visits)
         position = Position.of(last, visits)
         try:
-            self._number = int(last["commit"])
+            self._number = self._folder.commits()
             self._seconds_before = float(last.get("seconds", 0.0))
             self._written_before = float(last.get("written", 0))
             self._committing_before = float(last.get("commit_seconds", 0.0))
             for record, values in zip(self._records, last["cells"], strict=True):
                 record.restore(values)
-        except (TypeError, ValueError, KeyError) as error:
+            self._adopt(visits, position.visit)
+        except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
             raise CorruptError(f"{self._folder.journal.path}: its newest commit is no run's ({error})") from error
-        self._adopt(visits, position.visit)
         return position
 
     def readout_state(self) -> State | None:
@@ -143,9 +150,11 @@ class Commits:
         files = self._folder.files()
         return self._folder.read_unit(files[READOUT]) if READOUT in files else None
 
-    def restore_latents(self, device: torch.device) -> None:
-        """Take up the latents of the newest commit."""
-        self._caches.reopen((self._folder.last() or {}).get("latents", {}), device)
+    def restore_latents(self, device: torch.device) -> bool:
+        """Take up the latents of the newest commit; whether it has any."""
+        latents = (self._folder.last() or {}).get("latents", {})
+        self._caches.reopen(latents, device)
+        return bool(latents)
 
     def due(self, share: float) -> bool:
         """Whether it is time; ``share`` of what this process has to do is done."""
@@ -204,6 +213,8 @@ class Commits:
         for unit, kinds in self._folder.files().items():
             if unit not in (READOUT, INPUTS):
                 read = partial(self._folder.read_unit, kinds)
+                if not unit.isdigit() or int(unit) >= len(self._nodes):
+                    raise ValueError(f"cell {unit!r} of {len(self._nodes)}")
                 self._cells.committed(int(unit), read, needed=int(unit) not in finished)
 
     def _changed_units(self) -> Iterator[tuple[str, State | Spilled]]:
@@ -211,27 +222,29 @@ class Commits:
         if self._number == 0 and self._inputs:
             yield INPUTS, self._inputs
         for index in self._cells.dirty():
-            content = self._cells.content(index)
-            self._check_finite(index, self._folder.unspill(content) if isinstance(content, Spilled) else content)
+            content, recipe = self._cells.content(index), self._nodes[index].recipe
+            assert recipe is not None
+            buffers = {f"cell.{name}" for name, _ in recipe.skeleton().named_buffers()}
+            state = self._folder.unspill(content) if isinstance(content, Spilled) else content
+            _check_finite(f"cell {index + 1} ({self._records[index].name})", state, buffers)
             yield f"{index:03}", content
         readout = self._readout()
         if readout is not None:
+            _check_finite("the classifier", readout, set())
             yield READOUT, readout
 
-    def _check_finite(self, index: int, state: State) -> None:
-        """Refuse a cell whose learned numbers are not finite: a commit of them would be of no use.
 
-        Raises:
-            DivergedError: one is not.
-        """
-        recipe = self._nodes[index].recipe
-        assert recipe is not None
-        masks = {f"cell.{name}" for name, _ in recipe.skeleton().named_buffers()}  # may hold infinities on purpose
-        for name, value in state.items():
-            if name not in masks and value.is_floating_point() and not bool(value.isfinite().all()):
-                raise DivergedError(
-                    f"cell {index + 1} ({self._records[index].name}): {name} is not finite; try a smaller --lr"
-                )
+def _check_finite(owner: str, state: State, buffers: set[str]) -> None:
+    """Refuse what is not finite: a commit of it would be of no use. Buffers may hold infinities on purpose.
+
+    Raises:
+        DivergedError: a number is not finite.
+    """
+    for name, value in state.items():
+        if value.is_floating_point():
+            bad = value.isnan().any() if name in buffers else ~value.isfinite().all()
+            if bool(bad):
+                raise DivergedError(f"{owner}: {name} is not finite; try a smaller --lr")
 
 
 def working_files(entry: Entry | None) -> set[str]:

@@ -8,7 +8,7 @@ or to be trained again, and so has a classifier on all cells' latents.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,13 +21,15 @@ from edgetrain.data.arrays import ARRAYS
 from edgetrain.data.base import DataSet
 from edgetrain.errors import CorruptError, InputError, StorageError
 from edgetrain.objectives.base import Node
+from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import require_fit
+from edgetrain.planning.schedule import Visit, frontier_before
 from edgetrain.record import CellRecord, RunRecord
 from edgetrain.store.journal import Entry
 from edgetrain.store.run import RunFolder
 from edgetrain.training.commits import INPUTS
 from edgetrain.training.finished import Run, read_record, settings_of
-from edgetrain.training.fit import carry_out, check_disk, process_state
+from edgetrain.training.fit import as_planned, carry_out, check_disk, process_state
 from edgetrain.training.inputs import Shape
 from edgetrain.training.job import Job, open_job, plan_job
 from edgetrain.training.watcher import Silent, Watcher
@@ -201,7 +203,10 @@ class _Edit:
             require_fit(plan)
             check_disk(path, plan)
             with folder.locked():
-                folder.reopen([INPUTS, *map(_unit, range(self.kept))], self._entry(job, folder), job.settings.to_toml())
+                if read_record(path)[0] != self.before.record:
+                    raise InputError(f"{path}: was changed by another process meanwhile; look at it again")
+                config = as_planned(job, plan).to_toml()
+                folder.reopen([INPUTS, *map(_unit, range(self.kept))], self._entry(job, plan, folder), config)
                 return carry_out(job, plan, folder, looking, net)
 
     def _separate(self) -> Settings:
@@ -230,12 +235,12 @@ class _Edit:
                     f" {self.kept} cells stay as they are"
                 )
 
-    def _entry(self, job: Job, folder: RunFolder) -> Entry:
+    def _entry(self, job: Job, plan: Plan, folder: RunFolder) -> Entry:
         """What the journal remembers: that the kept cells' visits are done."""
         kept = [vars(record) for record in self.before.record.cells[: self.kept]]
         to_come = job.work.depth - self.kept + (job.work.readout is not None)
         return {
-            "visits": self.kept * job.work.epochs,
+            "visits": self._kept_visits(job.work.visits(plan.cut)),
             "cells": [*kept, *(vars(CellRecord("", 0)) for _ in range(to_come))],
             **{
                 name: value
@@ -244,6 +249,11 @@ class _Edit:
             },
             "edit": f"{self.word}: kept {self.kept} cells of {self.before.depth}, net {job.net.spec}",
         }
+
+    def _kept_visits(self, visits: Sequence[Visit]) -> int:
+        """How many visits are done if the kept cells are: those before the first that trains another."""
+        others = (number for number, visit in enumerate(visits) if visit.trains and visit.node >= self.kept)
+        return frontier_before(visits, next(others, len(visits)))
 
 
 def _unit(index: int) -> str:

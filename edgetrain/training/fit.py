@@ -13,16 +13,24 @@ from typing import Any
 import torch
 
 from edgetrain.config import Settings, parse_profile
+from edgetrain.data.arrays import ARRAYS
 from edgetrain.data.base import DataSet
 from edgetrain.data.prepare import Prepared, prepare
-from edgetrain.errors import BudgetError, DamagedLatentsError, InputError, StorageError
+from edgetrain.errors import (
+    BudgetError,
+    CorruptError,
+    DamagedLatentsError,
+    DivergedError,
+    InputError,
+    StorageError,
+)
 from edgetrain.memory import device as devices
 from edgetrain.memory.host import PeakRss
 from edgetrain.memory.meter import Meter, meter_of
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import require_fit
 from edgetrain.record import RunRecord
-from edgetrain.store.run import RunFolder
+from edgetrain.store.run import RunFolder, size_of
 from edgetrain.stream.latents import FileLatents
 from edgetrain.training.commits import working_files
 from edgetrain.training.finished import Run, predictor_of
@@ -80,7 +88,7 @@ def fit(
                 return _as_it_is(folder, settings, net, watcher)
             if not resuming:
                 folder.clear()
-                folder.create(_as_planned(job, plan).to_toml())
+                folder.create(as_planned(job, plan).to_toml())
             return carry_out(job, plan, folder, watcher, net)
 
 
@@ -107,6 +115,8 @@ def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> S
     if ".py:" in (kept.net or "") and "net" not in given:
         raise InputError(f"{path}: this run's net is your own code; name it again: --net {kept.net}")
     for name, value in given.items():
+        if name == "placement" and value == "auto":
+            continue  # what it came out as is kept
         if name not in _FREE_ON_RESUME and getattr(settings, name) != getattr(kept, name):
             raise InputError(
                 f"{path}: was begun with {name} = {getattr(kept, name)!r}, not {value!r}; resume it without"
@@ -153,7 +163,7 @@ def _check_folder(folder: RunFolder, resume: bool, force: bool) -> bool:
 def check_disk(path: Path, plan: Plan) -> None:
     """Refuse a run that the disk has no room for, before it begins."""
     existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing).free + size_of(path)  # what is there is overwritten or goes
     if plan.disk_bytes > free:
         raise StorageError(
             f"{existing}: has {show_mb(free)} free, the run needs {show_mb(plan.disk_bytes)}; make room, choose"
@@ -176,11 +186,11 @@ def process_state(settings: Settings) -> Iterator[None]:
 @contextmanager
 def working_in(folder: RunFolder) -> Iterator[None]:
     """A scope in which the folder is this process's; if no run was begun there it is as before."""
-    try:
-        with folder.locked():
+    with folder.locked():
+        try:
             yield
-    finally:
-        folder.remove_if_free()
+        finally:
+            folder.remove_if_free()
 
 
 def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: Any) -> Run:
@@ -197,11 +207,11 @@ def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: An
             plan, record, trainer, test = _train_or_retry(job, plan, folder, meter, watcher, stop, opened)
             _evaluate(job, folder, plan, test, meter, record, trainer)
             _complete(folder, record, trainer, host, job, plan)
-        except BaseException:
+        except BaseException as error:
             if folder.last() is None:
                 folder.clear()
                 watcher.note("nothing was committed yet, so the run folder was removed")
-            else:
+            elif not isinstance(error, (CorruptError, DivergedError, InputError)):  # these would come again
                 watcher.note(f"what was committed is kept; go on with: {_resuming(folder.path, job.settings)}")
             raise
         finally:
@@ -212,6 +222,8 @@ def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: An
 
 def _resuming(path: Path, settings: Settings) -> str:
     """The command that goes on with a run."""
+    if settings.data == ARRAYS or settings.net == "modules":
+        return f"edgetrain.fit(..., run_dir={str(path)!r}, resume=True)"
     own = f" --net {shlex.quote(settings.net)}" if settings.net and ".py:" in settings.net else ""
     return f"edgetrain fit --resume --run-dir {shlex.quote(str(path))}{own}"
 
@@ -226,6 +238,7 @@ def _train_or_retry(
         DamagedLatentsError: latents are damaged again, or belong to the newest commit.
     """
     for retried in (False, True):
+        folder.measure()
         record = _record(job, plan, folder)
         watcher.planned(plan, record)
         try:
@@ -246,7 +259,7 @@ def _train_or_retry(
                 raise BudgetError(f"{said}; state a smaller --max-gpu-mb, --batch-size or --micro-batch") from error
             watcher.note(f"{said}; trying once more, with micro-batches of {_compact(smaller.micro_batches)}")
             plan = smaller
-            folder.reconfigure(_as_planned(job, plan).to_toml())
+            folder.reconfigure(as_planned(job, plan).to_toml())
         folder.clear_working_files(working_files(folder.last()))
     raise AssertionError("the second try returns or raises")
 
@@ -259,10 +272,10 @@ def _smaller(job: Job, plan: Plan) -> Plan | None:
     ]
     if sizes == plan.micro_batches:
         return None
-    return plan_job(replace(job, settings=replace(_as_planned(job, plan), micro_batch=sizes)))
+    return plan_job(replace(job, settings=replace(as_planned(job, plan), micro_batch=sizes)))
 
 
-def _as_planned(job: Job, plan: Plan) -> Settings:
+def as_planned(job: Job, plan: Plan) -> Settings:
     """The settings with the plan's choices, so that a resumed run makes the same."""
     return replace(
         job.settings,
@@ -347,7 +360,7 @@ def _complete(folder: RunFolder, record: RunRecord, trainer: Trainer, host: Peak
     assert last is not None
     if not last.get("finished"):
         kept = ("visits", "cells", "data", "seconds", "commit_seconds", "written")
-        folder.finish(last["commit"] + 1, {name: value for name, value in last.items() if name in kept})
+        folder.finish(folder.commits() + 1, {name: value for name, value in last.items() if name in kept})
     record.waited_seconds = round(sum(cell.waited_seconds for cell in trainer.records), 3)
     peaks = [cell.peak_gpu_mb for cell in trainer.records if cell.peak_gpu_mb is not None]
     record.peak_gpu_mb = max(peaks) if peaks else None
@@ -362,7 +375,7 @@ def _complete(folder: RunFolder, record: RunRecord, trainer: Trainer, host: Peak
         record.written_mb = to_mb(int(totals["written"]))
         return {**record.as_dict(), "data": asdict(job.shape)}
 
-    folder.write_results({"format": 1, "settings": asdict(_as_planned(job, plan)), "data": asdict(job.shape)}, measured)
+    folder.write_results({"format": 1, "settings": asdict(as_planned(job, plan)), "data": asdict(job.shape)}, measured)
     if not job.settings.keep_latents:
         folder.clear_working_files()
 

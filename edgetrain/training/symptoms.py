@@ -76,9 +76,9 @@ def _fingerprint(cell: LiveCell | TiledCell) -> list[tuple[float, float]] | None
     """Sum and norm of each learned tensor; ``None`` for a cell in tiles, which is not on the device as a whole."""
     if isinstance(cell, TiledCell):
         return None
-    with torch.no_grad():
+    with torch.no_grad():  # in float32: a wider type would copy the tensor on the device
         return [
-            (float(value.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(value, dtype=torch.float64)))
+            (float(value.sum()), float(torch.linalg.vector_norm(value)))
             for _, learned, _ in cell.phases
             for value in learned
         ]

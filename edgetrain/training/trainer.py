@@ -6,18 +6,18 @@ Read `_visit` first: it is the whole of training.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NoReturn
 
 import torch
 
-from edgetrain.errors import BudgetError, Stopped
+from edgetrain.errors import BudgetError, CorruptError, Stopped
 from edgetrain.keys import epoch_order
 from edgetrain.memory.meter import Meter
 from edgetrain.planning.plan import Plan
-from edgetrain.planning.schedule import SCHEDULES, Visit
+from edgetrain.planning.schedule import Visit, frontier_before
 from edgetrain.planning.workload import Workload
 from edgetrain.record import CellRecord
 from edgetrain.store.latents import LatentFile
@@ -114,8 +114,9 @@ class Trainer:
             folder, work.nodes, self._cells, self._caches, self.records, self._current_readout, input_state,
             inputs.digest() + labels.digest(), conditions, choices.checkpoint_every,
         )  # fmt: skip
-        self._visits = list(self._schedule())
-        self._done_before = 0
+        self._visits = work.visits(plan.cut)
+        self._resumed = Position.before(0, self._visits)
+        self._commit_soon = False
         self._started = self._last_shown = self._visit_began = time.monotonic()
 
     @property
@@ -138,7 +139,7 @@ class Trainer:
 
     def _carry_out(self) -> None:
         visits = self._visits
-        position = self.commits.restore(visits)
+        position = self._resumed = self.commits.restore(visits)
         if position.done == len(visits):
             return
         self._take_up(position)
@@ -148,14 +149,13 @@ class Trainer:
             assert visit is not None
             begun = position if number == position.visit else Position.before(number, visits)
             self._visit(begun, visit, None if following is None else following.node)
-            if following is not None and visit.frontier and self.commits.due(self._share(number + 1, 0.0)):
+            if following is not None and visit.frontier and self._commit_due(number + 1):
                 self._commit(Position.before(number + 1, visits))
         self._cells.leave()
         self._commit(Position.before(len(visits), visits))
 
     def _take_up(self, position: Position) -> None:
         """Bring everything to where the newest commit stood."""
-        self._done_before = position.done
         if position != Position.before(0, self._visits):
             self._readout_state = self.commits.readout_state()
             self._watcher.note(f"going on {self._where(position)}; finished cells emit their latents again")
@@ -164,13 +164,10 @@ class Trainer:
             if not self._replay(visit):
                 raise self._stopped("while latents were emitted again")
         with self._meter.watch():
-            self.commits.restore_latents(self._work.device)
-
-    def _schedule(self) -> Iterator[Visit]:
-        work = self._work
-        return SCHEDULES[work.schedule](
-            work.depth, work.epochs, work.steps, work.readout_epochs, work.classifier_reads, self._plan.cut
-        )
+            self._commit_soon = self.commits.restore_latents(self._work.device)
+        read = self._visits[position.visit].node
+        if self._work.emits_in_training and read < self._work.depth and read not in self._caches:
+            raise CorruptError(f"the journal's newest commit lacks the latents that cell {read + 1} reads")
 
     # -- one visit ---------------------------------------------------------------------------------
 
@@ -178,6 +175,8 @@ class Trainer:
         self._visit_began = start = time.monotonic()
         if not visit.trains:
             if not self._emit_range(visit, following):
+                if begun.visit < self._resumed.visit:  # nothing was trained since the newest commit
+                    raise self._stopped("while latents were emitted again")
                 self._halt(Position.before(self._frontier(begun.visit), self._visits))
             self._caches.free(visit.frees)
             self._clock(visit)
@@ -386,6 +385,10 @@ class Trainer:
         self._caches.free(tuple(index for index in visit.frees if index in self._caches))
         return whole
 
+    def _commit_due(self, number: int) -> bool:
+        """Whether to commit before a visit: soon if the run was taken up within one, as it then holds latents twice."""
+        return self._commit_soon or self.commits.due(self._share(number, 0.0))
+
     def _commit_due_within(self, number: int, visit: Visit, step: int) -> bool:
         """Whether to commit within a visit; latents that must then be kept need room on the disk."""
         share = self._share(number, (step - visit.first) / (visit.last - visit.first))
@@ -399,10 +402,14 @@ class Trainer:
             position.done == 0 or self._visits[position.done - 1].frontier
         )
         self.commits.commit(position, self._visits, self._work.emits_in_training and not at_frontier)
+        self._commit_soon = False
 
     def _halt(self, position: Position) -> NoReturn:
         """Commit, because the run is to stop, and stop."""
-        self._commit(position)
+        if self._resident and self._work.emits_in_training and not self._caches.has_room(self._plan.disk_budget):
+            self._watcher.note("the disk has no room for what is on the device; the run stops at its newest commit")
+        else:
+            self._commit(position)
         raise self._stopped(self._where(position))
 
     def _clock(self, visit: Visit) -> None:
@@ -412,16 +419,12 @@ class Trainer:
         self._visit_began = now
 
     def _frontier(self, number: int) -> int:
-        """Where to take up a run that ends within a visit: behind all visits whose latents can be had again."""
-        if self._work.emits_in_training:
-            return number
-        while number and not self._visits[number - 1].frontier:
-            number -= 1
-        return number
+        """Where to take up a run that ends within a visit; latents that cannot be emitted again are committed."""
+        return number if self._work.emits_in_training else frontier_before(self._visits, number)
 
     def _share(self, number: int, of_visit: float) -> float:
         """Of what this process has to do, what is done."""
-        return (number - self._done_before + of_visit) / max(len(self._visits) - self._done_before, 1)
+        return (number - self._resumed.done + of_visit) / max(len(self._visits) - self._resumed.done, 1)
 
     def _stopped(self, where: str) -> Stopped:
         return Stopped(f"stopped by {self._stop.why} {where}", self._stop.exit_code)

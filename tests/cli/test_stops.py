@@ -70,6 +70,30 @@ def test_a_signal_commits_says_how_to_go_on_and_the_code_is_the_shells(
     assert cells(tmp_path / "run") == whole
 
 
+@pytest.mark.parametrize("gone", ["terminal", "pipe"])
+def test_a_run_whose_terminal_is_gone_still_commits(gone: str, whole: bytes, tmp_path: Path) -> None:
+    ours, theirs = os.openpty() if gone == "terminal" else os.pipe()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("EDGETRAIN_")}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "edgetrain", "fit", *RUN], cwd=tmp_path, env=env, stdout=theirs, stderr=theirs,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    limit = time.monotonic() + 60
+    while not list((tmp_path / "run").glob("latents/001*.rows")):
+        assert child.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    os.close(ours)
+    child.send_signal(signal.SIGHUP)
+    assert child.wait(60) == 129
+    second = started(tmp_path, "--resume", words=["--run-dir", "run"])
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == 0, err
+    assert "going on at step" in err
+    assert cells(tmp_path / "run") == whole
+
+
 def test_the_time_limit_stops_as_sigterm_does(whole: bytes, tmp_path: Path) -> None:
     child = started(tmp_path, "--time-limit", "0.2")
     _, err = child.communicate(timeout=60)

@@ -413,6 +413,35 @@ def test_a_journal_that_names_a_file_elsewhere_is_corrupt(name: Any, tmp_path: P
         folder.files()
 
 
+def test_a_folder_with_a_config_of_its_own_is_no_run_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "mine.png").write_bytes(b"art")
+    (tmp_path / "config.toml").write_text("theme = 'dark'")
+    folder = RunFolder(tmp_path)
+    assert not folder.is_run()
+    with pytest.raises(InputError, match="holds no edgetrain run"):
+        folder.clear()
+    assert (tmp_path / "figures" / "mine.png").exists()
+
+
+def test_something_else_than_a_file_is_corrupt(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    files = folder.commit(1, [("000", unit(1))], {})
+    path = folder.cell_path(files["000"]["weights"])
+    path.unlink()
+    os.mkfifo(path)  # reading it would wait for ever
+    with pytest.raises(CorruptError, match="is no regular file"):
+        folder.read_unit(files["000"])
+
+
+@pytest.mark.parametrize("number", ["x", None, -1, 1e400, 2.0])
+def test_a_commit_without_a_number_is_corrupt(number: Any, tmp_path: Path) -> None:
+    folder = made(tmp_path / "a")
+    folder.journal.append({"commit": number, "files": {}})
+    with pytest.raises(CorruptError, match="the newest commit has no number"):
+        folder.commits()
+
+
 @pytest.mark.parametrize("name", ["cells", "latents", "scratch", "figures", "lock", "journal.jsonl", "record.json"])
 def test_a_folder_with_a_link_is_not_worked_in(name: str, tmp_path: Path) -> None:
     folder = made(tmp_path / "a")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -17,6 +18,7 @@ from edgetrain.store.run import RunFolder
 from edgetrain.training import edits
 from edgetrain.training.finished import Run
 from edgetrain.training.fit import fit
+from edgetrain.training.job import open_job, plan_job
 
 TWO, THREE = "mlp:20,16", "mlp:20,16,12"
 
@@ -229,3 +231,22 @@ def test_the_record_of_an_edited_run_is_whole(tmp_path):
     assert [cell["params"] > 0 for cell in record["cells"]] == [True] * 3
     assert record["peak_gpu_mb"] <= record["predicted_peak_mb"] + 1e-9
     assert (path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_retraining_on_a_small_disk_leaves_the_cells_before_alone(tmp_path, number):
+    net = "mlp:24,60,20,16"
+    fit(settings(net=net), tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "free")
+    before = files(tmp_path / "run")
+    free = edits.retrain(tmp_path / "free", number)
+    job = open_job(settings(net=net))
+    least = plan_job(job).least_disk / (1 << 30)
+    edits.retrain(tmp_path / "run", number, changes={"max_disk_gb": 1.02 * least})
+    kept = (tmp_path / "run" / "config.toml").read_text()
+    assert "cached = " in kept
+    after = files(tmp_path / "run")
+    for name in before:
+        if name.startswith(tuple(f"00{index}" for index in range(number - 1))):
+            assert after[name] == before[name], name
+    assert after == files(free.path)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,13 @@ from edgetrain.data.arrays import from_arrays
 from edgetrain.errors import CorruptError, DivergedError, InputError, Stopped, StorageError
 from edgetrain.planning.schedule import separate
 from edgetrain.store.latents import LatentFile
-from edgetrain.store.run import RunFolder
+from edgetrain.store.run import RunFolder, size_of
 from edgetrain.stream.executor import Sums
+from edgetrain.stream.readout import Readout
 from edgetrain.training.caches import latents_of
 from edgetrain.training.commits import Commits, Position
 from edgetrain.training.fit import fit
-from edgetrain.training.job import open_job
+from edgetrain.training.job import open_job, plan_job
 from edgetrain.training.stopping import Stop
 from edgetrain.training.watcher import Silent
 
@@ -164,6 +167,39 @@ def test_runs_leave_no_file_open(name: str, keep: bool, tmp_path: Path, monkeypa
     assert opened(tmp_path) == []
 
 
+def test_a_second_stop_while_latents_are_emitted_again_loses_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, rows = given(RUNS["ranges, separate"])
+    fit(asked, tmp_path / "whole", data=rows)
+    path = tmp_path / "run"
+    for questions in range(1, 60):
+        if path.exists() and "within" in (RunFolder(path).last() or {}):
+            with monkeypatch.context() as patch:
+                patch.setattr(Stop, "asked", stopping_after(0))  # at once, before it comes to where it stood
+                with pytest.raises(Stopped):
+                    fit(asked, path, data=rows, resume=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(Stop, "asked", stopping_after(questions))
+            try:
+                fit(asked, path, data=rows, resume=True)
+                break
+            except Stopped:
+                pass
+    assert_same(units(path), units(tmp_path / "whole"))
+
+
+def test_a_stop_at_the_last_step_of_a_visit_calls_no_cell_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, rows = given(RUNS["mf, sequence"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "asked", stopping_after(4))  # after the fifth of five steps
+        with pytest.raises(Stopped, match="at step 5 of epoch 1 of cell 1"):
+            fit(asked, tmp_path / "run", data=rows)
+    heard = Heard()
+    fit(asked, tmp_path / "run", data=rows, resume=True, watcher=heard)
+    assert [note for note in heard.notes if "zeros" in note] == []
+
+
 # -- signals and the clock -----------------------------------------------------------------------------
 
 
@@ -271,6 +307,45 @@ def test_a_poisoned_weight_is_never_committed(tmp_path: Path, monkeypatch: pytes
     fit(asked, tmp_path / "run", data=rows, resume=True)
     fit(asked, tmp_path / "whole", data=rows)
     assert_same(units(tmp_path / "run"), units(tmp_path / "whole"))
+
+
+def test_a_poisoned_classifier_is_never_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, rows = given(RUNS["trained classifier"], checkpoint_every=0.0)
+    state, made = Readout.state, count()
+
+    def poisons(self: Readout) -> Any:
+        found = state(self)
+        if next(made) == 2:
+            found["bias"][1] = torch.nan
+        return found
+
+    monkeypatch.setattr(Readout, "state", poisons)
+    with pytest.raises(DivergedError, match="the classifier: bias is not finite"):
+        fit(asked, tmp_path / "run", data=rows)
+    monkeypatch.setattr(Readout, "state", state)
+    fit(asked, tmp_path / "run", data=rows, resume=True)
+    fit(asked, tmp_path / "whole", data=rows)
+    assert_same(units(tmp_path / "run"), units(tmp_path / "whole"))
+
+
+def test_a_run_on_a_disk_with_room_for_one_goes_on_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, rows = given(RUNS["mf, sequence"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "asked", stopping_after(8))
+        with pytest.raises(Stopped):
+            fit(asked, tmp_path / "run", data=rows)
+    needed = plan_job(open_job(asked, data=rows)).disk_bytes
+    taken = size_of(tmp_path / "run")
+    assert 0 < taken < needed
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - taken))
+    fit(asked, tmp_path / "run", data=rows, resume=True)
+
+
+def test_spilled_cells_leave_no_scratch_behind(tmp_path: Path) -> None:
+    asked, rows = given(RUNS["mf, sequence"], checkpoint_every=0.0, keep_latents=True)
+    path = tmp_path / "run"
+    fit(asked, path, data=rows)
+    assert list(path.glob("scratch/*")) == []
 
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,6 +461,8 @@ VISITS = list(separate(3, 2, 5))
         {"visits": 2, "within": {"visit": 2, "step": "1", "sums": {}}},
         {"visits": 2, "within": {"visit": 2, "step": 1, "sums": {"gold": 3}}},
         {"visits": 2, "within": {"visit": 2, "step": 1}},
+        {"visits": 2, "within": {"visit": 2, "step": 3.5, "sums": {}}},
+        {"visits": 2, "within": {"visit": 2, "step": 3, "sums": {"loss": "x"}}},
     ],
 )
 def test_a_position_that_the_schedule_does_not_have_is_corrupt(entry: dict[str, Any]) -> None:
@@ -463,6 +540,10 @@ LATENTS: dict[str, Any] = {
         {"1": {**LATENTS, "first": -1}},
         {"1": {**LATENTS, "first": 70}},
         {"1": {**LATENTS, "streams": [3]}},
+        {"1": {**LATENTS, "rows": 70.0}},
+        {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "stream": "zz"}]}},
+        {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "shape": [0]}]}},
+        {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "shape": ["a"]}]}},
         {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "written": 71}]}},
         {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "written": -1}]}},
         {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "file": "../x"}]}},
