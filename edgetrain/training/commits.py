@@ -99,6 +99,7 @@ class Commits:
         data: a digest of the prepared inputs, to know them again.
         conditions: looked at now and then.
         every: seconds between commits, or ``None``: a minute or 5% of the run, but no more than 3% of the time.
+        began: when this process began with the run, by the monotonic clock.
     """
 
     def __init__(
@@ -113,10 +114,11 @@ class Commits:
         data: str,
         conditions: Conditions,
         every: float | None,
+        began: float,
     ):
         self._folder, self._nodes, self._cells, self._caches = folder, nodes, cells, caches
         self._records, self._readout, self._inputs, self._data = records, readout, inputs, data
-        self._conditions, self._every = conditions, every
+        self._conditions, self._every, self._began = conditions, every, began
         self._number = 0
         self._seconds_before = self._written_before = self._committing_before = 0.0
         self._cost_s = self._spent_s = 0.0
@@ -203,7 +205,7 @@ class Commits:
         """Seconds, those of commits among them, and bytes written, by this process and those before."""
         return {
             "commit_seconds": round(self._committing_before + self._spent_s, 3),
-            "seconds": round(self._seconds_before + time.monotonic() - self._started, 3),
+            "seconds": round(self._seconds_before + time.monotonic() - self._began, 3),
             "written": self._written_before + self._folder.written,
         }
 

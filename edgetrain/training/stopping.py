@@ -27,7 +27,8 @@ class Stop:
     def __init__(self, say: Callable[[str], None], time_limit: float | None = None):
         self._say = say
         self._limit = time_limit
-        self._end = None if time_limit is None else time.monotonic() + time_limit
+        self.began = time.monotonic()
+        self._end = None if time_limit is None else self.began + time_limit
         self._signal: signal.Signals | None = None
         self._said = False
 
