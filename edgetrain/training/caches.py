@@ -15,7 +15,7 @@ import torch
 from edgetrain.errors import CorruptError
 from edgetrain.planning.schedule import Cut, Visit
 from edgetrain.planning.workload import Workload
-from edgetrain.store.atomic import sync_folder
+from edgetrain.store.atomic import storage_errors, sync_folder
 from edgetrain.store.run import RunFolder
 from edgetrain.store.tensors import FileEntry, plain_name
 from edgetrain.stream.cell import Host
@@ -100,7 +100,8 @@ class Caches:
             StorageError: the disk refused.
         """
         found = {}
-        sync_folder(self._folder.path)  # the folder of latents may be new
+        with storage_errors(self._folder.path):
+            sync_folder(self._folder.path)  # the folder of latents may be new
         for latents, held in self._held.items():
             if latents and latents not in self._stale:
                 files = held if isinstance(held, FileLatents) else self._copied(latents, held)
