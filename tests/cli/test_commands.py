@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -131,21 +130,6 @@ def test_a_damaged_cell_is_named_and_cells_before_it_predict(
         assert f"{cell}.safetensors" in edgetrain("cells", "r", "list").stdout.replace("\n", "")
         assert edgetrain("cells", "r", "retrain", "2", "--quiet").returncode == 0
         assert edgetrain("evaluate", "r").stderr == ""
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_with_the_shells_exit_code(number: int, code: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "edgetrain", "fit", "--epochs", "100000", "--run-dir", "r"]
-    child = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
-        if (tmp_path / "r" / "latents" / "000.y.rows").exists():
-            break
-        time.sleep(0.1)
-    time.sleep(0.5)
-    child.send_signal(number)
-    said = child.communicate(timeout=60)[1]
-    assert child.returncode == code, said
-    assert "Traceback" not in said
 
 
 def test_a_second_process_in_a_run_folder_is_refused(tmp_path: Path, edgetrain: Command) -> None:

@@ -22,8 +22,14 @@ def started(folder: Path, *more: str, words: list[str] = RUN) -> subprocess.Pope
     env = {name: value for name, value in os.environ.items() if not name.startswith("EDGETRAIN_")}
     command = [sys.executable, "-m", "edgetrain", "fit", *words, *more]
     return subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=_heard,
+    )  # fmt: skip
+
+
+def _heard() -> None:
+    """What runs in the background of a shell ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def once_it_trains(child: subprocess.Popen[str], run: Path, at_commit: bool = False) -> None:

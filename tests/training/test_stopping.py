@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,6 +201,14 @@ def test_a_stop_at_the_last_step_of_a_visit_calls_no_cell_dead(tmp_path: Path, m
 
 
 # -- signals and the clock -----------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def heard_signals() -> Iterator[None]:
+    """What runs in the background of a shell ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Signals(Silent):
