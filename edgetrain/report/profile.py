@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,7 @@ from edgetrain.planning.planner import require_fit
 from edgetrain.planning.workload import Workload
 from edgetrain.store.atomic import storage_errors
 from edgetrain.training.fit import fit
-from edgetrain.training.job import method_of, open_job, plan_job
+from edgetrain.training.job import METHODS, method_of, open_job, plan_job
 from edgetrain.units import to_mb
 
 FAMILIES = ("mlp", "cnn", "vit")
@@ -77,7 +77,8 @@ def points(
     varied = list(product(methods, widths, batch_sizes, depths))
     asked = [_settings(settings, method, family, depth, width, batch) for method, width, batch, depth in varied]
     for one in asked:
-        method_of(one)
+        method_of(replace(one, like=None))
+    asked = [_applying(one, methods) for one in asked]
     for (_, width, batch, depth), one in zip(varied, asked, strict=True):
         yield _point(one, depth, width, batch, dry, data)
 
@@ -132,6 +133,14 @@ def write_csv(path: Path, found: Sequence[Point]) -> None:
 def _settings(settings: Settings, method: str, family: str, depth: int, width: int, batch: int) -> Settings:
     net = None if method == "slp" else spec(family, depth, width)
     return settings.with_values({"method": method, "net": net, "batch_size": batch, "placement": "stream", "epochs": 1})
+
+
+def _applying(settings: Settings, methods: Sequence[str]) -> Settings:
+    """Without a schedule for a baseline beside local rules, which have one; ``like`` the other way round."""
+    baselines = {name for name in methods if METHODS[name].defaults.schedule is None}
+    if settings.method in baselines and len(baselines) < len(set(methods)):
+        return replace(settings, schedule=None)
+    return settings if settings.method in baselines or not baselines else replace(settings, like=None)
 
 
 def _point(settings: Settings, depth: int, width: int, batch: int, dry: bool, data: DataSet | None) -> Point:

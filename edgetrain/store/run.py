@@ -169,6 +169,7 @@ class RunFolder:
             for name in _MEMBERS:
                 if name != "lock":
                     (self.path / name).unlink(missing_ok=True)
+        self._newest = None
 
     def remove_if_free(self) -> None:
         """Remove the folder if no run was begun in it."""
@@ -368,6 +369,10 @@ class RunFolder:
         Args:
             model: metadata of the model.
             record: what the run measured, asked for when the model is written.
+
+        Raises:
+            CorruptError: a cell's file is not as it was committed.
+            StorageError: the disk refused; the run is then not finished.
         """
         weights = [(unit, kinds["weights"]) for unit, kinds in sorted(self.files().items())]
         parts = [(f"{unit}.", self._verified(file)) for unit, file in weights]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -85,7 +86,9 @@ def write_plain(
     try:
         save_file(dict(tensors), path, {_METADATA: json.dumps(metadata, sort_keys=True)})
     except SafetensorError as error:  # the library wraps the operating system's refusal
-        raise StorageError(f"{shown or path}: {error}") from error
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        reason = os.strerror(int(code[1])) if code else str(error)
+        raise StorageError(f"{shown or path}: {reason[:1].lower()}{reason[1:]}") from error
     return path.stat().st_size
 
 

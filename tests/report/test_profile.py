@@ -92,6 +92,16 @@ def test_what_is_wrong_is_said_before_the_first_point() -> None:
         found(["bp"], [8], max_gpu_mb=0.01)
 
 
+def test_a_flag_that_some_methods_have_no_use_for_is_for_the_others() -> None:
+    for flag in ({"schedule": "sequence"}, {"like": "lbp-ae"}):
+        assert [point.method for point in found(["mf", "bp"], [2], dry=True, **flag)] == ["mf", "bp"]
+    plain, like = (found(["mf", "bp"], [2], dry=True, **flag)[1] for flag in ({}, {"like": "lbp-ae"}))
+    assert like.predicted_mb != plain.predicted_mb  # its cells have biases
+    for method, flag in (("bp", {"schedule": "sequence"}), ("mf", {"like": "lbp-ae"})):
+        with pytest.raises(InputError):
+            found([method], [2], dry=True, **flag)
+
+
 def test_points_as_csv(tmp_path: Path) -> None:
     listed = found(["mf"], [1, 2], dry=True)
     write_csv(tmp_path / "points.csv", listed)

@@ -9,6 +9,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def said(error: EdgetrainError, folder: Path) -> None:
 
 
 def test_a_damaged_finished_run_is_read_right_or_refused(
-    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Run, tmp_path: Path, figures: Callable[[str], None]
 ) -> None:
     draw, outcomes, kept = np.random.default_rng(1), Counter[str](), tmp_path / "kept"
     expected = finished.evaluate(rows())
@@ -112,13 +113,12 @@ def test_a_damaged_finished_run_is_read_right_or_refused(
                 said(error, finished.path)
                 outcomes["refused"] += 1
         shutil.copy2(kept / path.relative_to(finished.path), path)
-    with capsys.disabled():
-        print(f"\nfinished run: {dict(outcomes)}")
+    figures(f"finished run: {dict(outcomes)}")
     assert min(outcomes.values()) > EXAMPLES // 20
 
 
 def test_a_damaged_unfinished_run_goes_on_to_the_same_bits_or_is_refused(
-    stopped: Path, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stopped: Path, finished: Run, tmp_path: Path, figures: Callable[[str], None]
 ) -> None:
     draw, outcomes, expected = np.random.default_rng(2), Counter[str](), units(finished.path)
     for _ in range(EXAMPLES):
@@ -134,6 +134,5 @@ def test_a_damaged_unfinished_run_goes_on_to_the_same_bits_or_is_refused(
             said(error, folder)
             outcomes["refused"] += 1
         shutil.rmtree(folder)
-    with capsys.disabled():
-        print(f"\nunfinished run: {dict(outcomes)}")
+    figures(f"unfinished run: {dict(outcomes)}")
     assert min(outcomes["same bits"], outcomes["refused"]) > EXAMPLES // 20

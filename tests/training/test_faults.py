@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,10 @@ def some_commits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_after_a_fault_at_any_point_the_run_goes_on_to_the_same_bits(
-    schedule: str, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    schedule: str, mode: str, tmp_path: Path, figures: Callable[[str], None]
 ) -> None:
     outcomes = tried(schedule, mode, tmp_path)
-    with capsys.disabled():
-        print(f"\n{schedule}, {mode}: {dict(outcomes)}")
+    figures(f"{schedule}, {mode}: {dict(outcomes)}")
     assert set(outcomes) <= {"same bits", "finished all the same"}
     assert sum(outcomes.values()) > (10 if mode in ("short", "torn") else 100)
 

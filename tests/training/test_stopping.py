@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,13 +22,10 @@ from machine import assert_same, data, settings, units
 
 from edgetrain.data.arrays import from_arrays
 from edgetrain.errors import CorruptError, DivergedError, InputError, Stopped, StorageError
-from edgetrain.planning.schedule import separate
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.run import RunFolder, size_of
-from edgetrain.stream.executor import Sums
 from edgetrain.stream.readout import Readout
-from edgetrain.training.caches import latents_of
-from edgetrain.training.commits import Commits, Position
+from edgetrain.training.commits import Commits
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job, plan_job
 from edgetrain.training.stopping import Stop
@@ -52,6 +50,13 @@ def stopping_after(questions: int) -> Callable[[Stop], bool]:
         return next(number) >= questions
 
     return asked
+
+
+def stopped_after(questions: int, asked: Any, path: Path, rows: Any, resume: bool = False) -> str:
+    """Let a run end early; what it says."""
+    with mock.patch.object(Stop, "asked", stopping_after(questions)), pytest.raises(Stopped) as told:
+        fit(asked, path, data=rows, resume=resume)
+    return str(told.value)
 
 
 # -- anywhere ------------------------------------------------------------------------------------------
@@ -161,9 +166,7 @@ def test_runs_leave_no_file_open(name: str, keep: bool, tmp_path: Path, monkeypa
     kept = sorted(path.name for path in (tmp_path / "whole" / "latents").glob("0*"))
     named = ["000.x.rows", "000.y.rows", "001.x.rows", "002.x.rows", "003.x.rows"][: 5 - (name == "mf, separate")]
     assert kept == (named if "resident" not in name else named[:2]) * keep
-    monkeypatch.setattr(Stop, "asked", stopping_after(9))
-    with pytest.raises(Stopped):
-        fit(asked, tmp_path / "stopped", data=rows)
+    stopped_after(9, asked, tmp_path / "stopped", rows)
     assert opened(tmp_path) == []
 
 
@@ -175,10 +178,7 @@ def test_a_second_stop_while_latents_are_emitted_again_loses_no_step(
     path = tmp_path / "run"
     for questions in range(1, 60):
         if path.exists() and "within" in (RunFolder(path).last() or {}):
-            with monkeypatch.context() as patch:
-                patch.setattr(Stop, "asked", stopping_after(0))  # at once, before it comes to where it stood
-                with pytest.raises(Stopped):
-                    fit(asked, path, data=rows, resume=True)
+            stopped_after(0, asked, path, rows, resume=True)  # at once, before it comes to where it stood
         with monkeypatch.context() as patch:
             patch.setattr(Stop, "asked", stopping_after(questions))
             try:
@@ -191,10 +191,8 @@ def test_a_second_stop_while_latents_are_emitted_again_loses_no_step(
 
 def test_a_stop_at_the_last_step_of_a_visit_calls_no_cell_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, rows = given(RUNS["mf, sequence"])
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "asked", stopping_after(4))  # after the fifth of five steps
-        with pytest.raises(Stopped, match="at step 5 of epoch 1 of cell 1"):
-            fit(asked, tmp_path / "run", data=rows)
+    said = stopped_after(4, asked, tmp_path / "run", rows)
+    assert "at step 5 of epoch 1 of cell 1" in said  # of five
     heard = Heard()
     fit(asked, tmp_path / "run", data=rows, resume=True, watcher=heard)
     assert [note for note in heard.notes if "zeros" in note] == []
@@ -338,10 +336,7 @@ def test_a_poisoned_classifier_is_never_committed(tmp_path: Path, monkeypatch: p
 
 def test_a_run_on_a_disk_with_room_for_one_goes_on_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, rows = given(RUNS["mf, sequence"])
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "asked", stopping_after(8))
-        with pytest.raises(Stopped):
-            fit(asked, tmp_path / "run", data=rows)
+    stopped_after(8, asked, tmp_path / "run", rows)
     needed = plan_job(open_job(asked, data=rows)).disk_bytes
     taken = size_of(tmp_path / "run")
     assert 0 < taken < needed
@@ -358,10 +353,7 @@ def test_spilled_cells_leave_no_scratch_behind(tmp_path: Path) -> None:
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, rows = given(RUNS["mf, separate"])
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "asked", stopping_after(0))
-        with pytest.raises(Stopped):
-            fit(asked, tmp_path / "run", data=rows)
+    stopped_after(0, asked, tmp_path / "run", rows)
     changed = data("pixels").raw.copy()
     changed[5, 5] ^= 1
     labels, size = data("pixels").labels, rows.train.rows  # type: ignore[union-attr]
@@ -401,10 +393,7 @@ def test_latents_damaged_in_flight_are_made_anew(name: str, tmp_path: Path, monk
 def test_damage_to_what_was_committed_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, rows = given(RUNS["mf, sequence"])
     path = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "asked", stopping_after(8))
-        with pytest.raises(Stopped):
-            fit(asked, path, data=rows)
+    stopped_after(8, asked, path, rows)
     pattern = {"rows": "latents/001*.rows", "sums": "latents/001*.sums"}
     found = list(path.glob(pattern.get(kind, f"cells/000@*{'.optim' if kind == 'optim' else ''}.safetensors")))
     flip(found[0], -2)
@@ -419,10 +408,9 @@ def test_a_disk_that_is_full_when_a_run_stops_leaves_the_commit_before(
 ) -> None:
     asked, rows = given(RUNS["mf, sequence"])
     path = tmp_path / "run"
+    stopped_after(8, asked, path, rows)
     with monkeypatch.context() as patch:
         patch.setattr(Stop, "asked", stopping_after(8))
-        with pytest.raises(Stopped):
-            fit(asked, path, data=rows)
 
         def full(self: LatentFile, number: int) -> None:
             raise StorageError(f"{self.path}: no space left on device")
@@ -445,121 +433,3 @@ def test_too_many_open_files_are_a_line(tmp_path: Path) -> None:
             fit(asked, tmp_path / "run", data=rows)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-# -- positions -----------------------------------------------------------------------------------------
-
-VISITS = list(separate(3, 2, 5))
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {},
-        {"visits": None},
-        {"visits": "3"},
-        {"visits": -1},
-        {"visits": 7},
-        {"visits": True},
-        {"visits": 2, "within": 3},
-        {"visits": 2, "within": {}},
-        {"visits": 2, "within": {"visit": 1, "step": 0, "sums": {}}},
-        {"visits": 2, "within": {"visit": 6, "step": 0, "sums": {}}},
-        {"visits": 2, "within": {"visit": 2, "step": 6, "sums": {}}},
-        {"visits": 2, "within": {"visit": 2, "step": "1", "sums": {}}},
-        {"visits": 2, "within": {"visit": 2, "step": 1, "sums": {"gold": 3}}},
-        {"visits": 2, "within": {"visit": 2, "step": 1}},
-        {"visits": 2, "within": {"visit": 2, "step": 3.5, "sums": {}}},
-        {"visits": 2, "within": {"visit": 2, "step": 3, "sums": {"loss": "x"}}},
-    ],
-)
-def test_a_position_that_the_schedule_does_not_have_is_corrupt(entry: dict[str, Any]) -> None:
-    with pytest.raises(CorruptError, match="the journal's newest commit fits no run like this"):
-        Position.of(entry, VISITS)
-
-
-def test_positions_of_commits() -> None:
-    assert Position.of({"visits": 6}, VISITS) == Position(6, 6, 0)
-    sums = {"loss": 1.5, "samples": 32, "correct": 7, "scored": 32}
-    within = {"visit": 3, "step": 2, "sums": sums}
-    assert Position.of({"visits": 3, "within": within}, VISITS) == Position(3, 3, 2, Sums(**sums))
-    assert Sums(**sums).means == (1.5 / 32, 7 / 32)
-
-
-def test_commits_are_due_by_the_clock_their_cost_and_the_run_s_length(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    work = open_job(*given(RUNS["mf, separate"])[:1], data=data("pixels").set).work
-
-    class Calm:
-        def look(self) -> bool:
-            return False
-
-    clock = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    nothing: Any = None
-
-    def commits(every: float | None) -> Commits:
-        folder = RunFolder(tmp_path)
-        clock[0] = 100.0
-        return Commits(folder, work.nodes, nothing, nothing, [], nothing, {}, "", Calm(), every, 0.0)  # type: ignore[arg-type]
-
-    def due(after: float, share: float, every: float | None = None, cost: float = 0.0) -> bool:
-        found = commits(every)
-        found._cost_s, clock[0] = cost, 100.0 + after
-        return found.due(share)
-
-    assert not due(59.0, 0.9)
-    assert due(61.0, 0.9)
-    assert not due(61.0, 0.01)  # of 6100 seconds 5% are 305
-    assert due(310.0, 310 / 6100)
-    assert not due(61.0, 0.9, cost=3.0)  # 3% of the time: at most every 100 seconds
-    assert due(101.0, 0.9, cost=3.0)
-    assert due(2.0, 0.9, every=1.5, cost=3.0)
-    assert not due(1.0, 0.9, every=1.5)
-
-
-LATENTS: dict[str, Any] = {
-    "rows": 70,
-    "first": 0,
-    "step_order": True,
-    "streams": [
-        {
-            "stream": "x",
-            "file": "001.x.rows",
-            "shape": [23],
-            "written": 32,
-            "sums": {"name": "001.x.1.sums", "checksum": "0", "size": 8},
-        }
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        3,
-        {"1": 3},
-        {"x": LATENTS},
-        {"0": LATENTS},
-        {"9": LATENTS},
-        {"1": {**LATENTS, "rows": 1 << 60}},
-        {"1": {**LATENTS, "rows": "70"}},
-        {"1": {**LATENTS, "first": -1}},
-        {"1": {**LATENTS, "first": 70}},
-        {"1": {**LATENTS, "streams": [3]}},
-        {"1": {**LATENTS, "rows": 70.0}},
-        {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "stream": "zz"}]}},
-        {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "shape": [0]}]}},
-        {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "shape": ["a"]}]}},
-        {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "written": 71}]}},
-        {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "written": -1}]}},
-        {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "file": "../x"}]}},
-        {"1": {**LATENTS, "streams": [{**LATENTS["streams"][0], "sums": {"name": "/x", "checksum": "", "size": 1}}]}},
-    ],
-)
-def test_latents_that_a_run_cannot_have_are_corrupt(entry: Any) -> None:
-    work = open_job(given(RUNS["mf, sequence"])[0], data=data("pixels").set).work
-    assert len(latents_of({"1": LATENTS}, work)) == 1
-    with pytest.raises(CorruptError, match="the journal's newest commit names no latents of this run"):
-        latents_of(entry, work)
