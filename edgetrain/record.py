@@ -77,18 +77,41 @@ class CellRecord:
 
 
 @dataclass
+class MemorySeries:
+    """What lives on the device in the course of a visit, as the dry run of its first steps foresees it.
+
+    Attributes:
+        name: of the cell.
+        count: how many such visits follow each other.
+        peak_mb: live MiB at most; on CUDA more than that is reserved.
+        peak_at: the operation that reaches it, and in which pass.
+        mb: MiB by kind, [points][kinds], in the order of ``memory.timeline.KINDS``; of each stretch the highest.
+    """
+
+    name: str
+    count: int
+    peak_mb: float
+    peak_at: str
+    mb: list[list[float]]
+
+
+@dataclass
 class RunRecord:
     """Of a whole run; see ``CellRecord`` for units.
 
     Attributes:
+        rows: training samples; ``epochs``: of each cell.
         test_accuracy: fraction of the test rows right by the method's own vote.
         votes: the same for every vote the method has: ``sum``, ``last``, ``trained``, and ``cells``.
         peak_gpu_mb: reserved memory on CUDA, live device-side bytes elsewhere.
         disk_mb: the most that the run folder held; of that, ``latents_mb`` the caches between cells.
         written_mb: bytes written in all (flash wears out).
+        energy_j: joules that the device took, as ``energy_source`` told.
         waited_seconds: time in which the device waited for data; ``commit_seconds``: for commits.
         readout: the trained classifier, if there is one.
         edits: what was changed after the run was first finished (``edgetrain cells``).
+        memory: of the visits, in order; ``bp_memory``: of backpropagation on the same net, batch and optimizer, or
+            ``None`` where the method is a baseline itself, or the net too deep for a dry run of the whole of it.
     """
 
     run: str
@@ -96,6 +119,8 @@ class RunRecord:
     schedule: str | None
     device: str
     seed: int
+    rows: int = 0
+    epochs: int = 0
     test_accuracy: float | None = None
     votes: dict[str, Any] = field(default_factory=dict)
     budget_mb: float | None = None
@@ -110,11 +135,25 @@ class RunRecord:
     waited_seconds: float = 0.0
     commit_seconds: float = 0.0
     energy_j: float | None = None
+    energy_source: str | None = None
     placement: str = "stream"
     cells: list[CellRecord] = field(default_factory=list)
     readout: CellRecord | None = None
     citations: list[str] = field(default_factory=list)
     edits: list[str] = field(default_factory=list)
+    memory: list[MemorySeries] = field(default_factory=list)
+    bp_memory: MemorySeries | None = None
+
+    @property
+    def joules_per_epoch(self) -> float | None:
+        """Of all cells; a trained classifier's epochs are spread over them."""
+        return None if self.energy_j is None or not self.epochs else self.energy_j / self.epochs
+
+    @property
+    def joules_per_sample(self) -> float | None:
+        """Of one training sample in one epoch of all cells."""
+        epoch = self.joules_per_epoch
+        return None if epoch is None or not self.rows else epoch / self.rows
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

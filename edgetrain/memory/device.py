@@ -207,6 +207,18 @@ def context_bytes(device: torch.device) -> int | None:
     return outside if outside > 0 else None
 
 
+def energy_mj(device: torch.device) -> int | None:
+    """Millijoules that a CUDA device took since its driver was loaded; ``None`` where NVML does not say."""
+    if device.type != "cuda":
+        return None
+    return _ask_nvml(lambda nvml: _energy_mj(nvml, device))
+
+
+def _energy_mj(nvml: Any, device: torch.device) -> int | None:
+    handle = _nvml_handle(nvml, device)
+    return None if handle is None else int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+
+
 def _process_bytes(nvml: Any, device: torch.device) -> int | None:
     """What NVML says that this process holds on ``device``."""
     handle = _nvml_handle(nvml, device)

@@ -41,14 +41,14 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Live bytes of the device side, ``live``, and their highest value, ``peak``.
 
     Args:
-        listener: hears every allocation and release (a model of CUDA's allocator, a timeline).
+        *listeners: hear every allocation and release (a model of CUDA's allocator, a timeline).
     """
 
-    def __init__(self, listener: Listener | None = None):
+    def __init__(self, *listeners: Listener):
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self.peak_operation = ""
-        self._listener = listener
+        self._listeners = listeners
         self._host_depth = 0
         self._known: Any = WeakIdKeyDictionary()
         self._graves: dict[int, weakref.ref[Any]] = {}
@@ -89,16 +89,16 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = self._serial
         self._graves[key] = weakref.ref(storage, lambda _: self._bury(key, size))
         self.live += size
-        if self._listener:
-            self._listener.alloc(key, size)
+        for listener in self._listeners:
+            listener.alloc(key, size)
         if self.live > self.peak:
             self.peak, self.peak_operation = self.live, str(func)
 
     def _bury(self, key: int, size: int) -> None:
         del self._graves[key]
         self.live -= size
-        if self._listener:
-            self._listener.free(key)
+        for listener in self._listeners:
+            listener.free(key)
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

@@ -6,7 +6,7 @@ model of PyTorch's caching allocator, because the budget is about what that rese
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from edgetrain.memory.allocator import CachingAllocatorModel
-from edgetrain.memory.meter import LiveBytes, LiveMeter
+from edgetrain.memory.meter import Listener, LiveBytes, LiveMeter
+from edgetrain.memory.timeline import Timeline, making
 from edgetrain.planning.workload import Workload
 from edgetrain.store.rows import RowFormat
 from edgetrain.stream.cell import LiveCell, shapes_of
@@ -34,10 +35,11 @@ CUDA_WORKSPACE_BYTES = 2 << 20
 
 @dataclass
 class Bench:
-    """Fake tensors, with a meter of the device side and, for CUDA, the allocator's model."""
+    """Fake tensors, with a meter and a timeline of the device side and, for CUDA, the allocator's model."""
 
     tracker: LiveBytes
     meter: LiveMeter
+    timeline: Timeline
     allocator: CachingAllocatorModel | None
 
     @property
@@ -54,9 +56,11 @@ def bench(device: torch.device) -> Iterator[Bench]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     allocator = CachingAllocatorModel() if device.type == "cuda" else None
-    tracker = LiveBytes(allocator)
+    timeline = Timeline()
+    listeners: list[Listener] = [timeline] if allocator is None else [allocator, timeline]
+    tracker = LiveBytes(*listeners)
     with FakeTensorMode():
-        yield Bench(tracker, LiveMeter(full=True, tracker=tracker), allocator)
+        yield Bench(tracker, LiveMeter(full=True, tracker=tracker), timeline, allocator)
 
 
 class _NoSink:
@@ -91,14 +95,19 @@ class _FakeFeed:
 
 def cell_peak(work: Workload, index: int, micro_batch: int, tiles: int = 1) -> int:
     """Peak bytes of a visit to cell ``index``, streamed: its steps, emitting after them, and evaluation."""
+    peak = visited(work, index, micro_batch, tiles).peak
+    if len(work.objective.unlabelled_names) > 1:  # otherwise evaluation takes a part of what training takes
+        peak = max(peak, _evaluation_peak(work, index, micro_batch, tiles))
+    return peak
+
+
+def visited(work: Workload, index: int, micro_batch: int, tiles: int = 1) -> Bench:
+    """The bench after a visit to cell ``index``, streamed: its first steps, and emitting after them."""
     with bench(work.device) as table:
         cell = place(work, index, table, tiles)
         feed = _FakeFeed(work.formats_into(index), table.meter, slots_on(work.device))
         _run(work, index, micro_batch, table, cell, feed, _NoSink())
-        peak = table.peak
-    if len(work.objective.unlabelled_names) > 1:  # otherwise evaluation takes a part of what training takes
-        peak = max(peak, _evaluation_peak(work, index, micro_batch, tiles))
-    return peak
+    return table
 
 
 def _evaluation_peak(work: Workload, index: int, micro_batch: int, tiles: int) -> int:
@@ -180,7 +189,7 @@ def emitting(
 
 def stepping_readout(work: Workload, micro_batch: int, table: Bench, resident: bool, steps: int) -> None:
     """Some training steps of the classifier."""
-    feed = _FakeCellsFeed([work.format_into(index + 1) for index in work.classifier_reads], work.objective.features)
+    feed = _FakeCellsFeed([work.format_into(index + 1) for index in work.classifier_reads], _reading(work))
     piece, cells = _whole_steps(work, micro_batch, 1, steps), len(work.classifier_reads)
     train_readout(_readout(work, table, resident), feed, piece, cells, work.classes, table.meter, Tally(_CPU))
 
@@ -199,12 +208,17 @@ def _slice(work: Workload, micro_batch: int, phases: int, shuffled: bool = True)
 
 def readout_peak(work: Workload, micro_batch: int, resident: bool) -> int:
     """Peak bytes of a visit to the classifier, its blocks resident or streamed; latents from files."""
+    return visited_readout(work, micro_batch, resident).peak
+
+
+def visited_readout(work: Workload, micro_batch: int, resident: bool) -> Bench:
+    """The bench after a visit to the classifier; see ``readout_peak``."""
     with bench(work.device) as table:
         readout = _readout(work, table, resident)
         formats = [work.format_into(index + 1) for index in work.classifier_reads]
-        feed = _FakeCellsFeed(formats, work.objective.features)
+        feed = _FakeCellsFeed(formats, _reading(work))
         _run_readout(work, micro_batch, table, readout, feed)
-        return table.peak
+    return table
 
 
 def _readout(work: Workload, table: Bench, resident: bool) -> Readout:
@@ -226,11 +240,15 @@ def _run_readout(
     train_readout(readout, feed, piece, len(work.classifier_reads), work.classes, table.meter, tally)
 
 
+def _reading(work: Workload) -> Reading:
+    return Reading(work.objective.classifier_stream, work.objective.features)
+
+
 class _FakeCellsFeed:
     waited_s = 0.0
 
-    def __init__(self, formats: list[RowFormat], features: Callable[[torch.Tensor], torch.Tensor]):
-        self._formats, self._features = formats, features
+    def __init__(self, formats: list[RowFormat], reading: Reading):
+        self._formats, self._reading = formats, reading
 
     def portions(self, work: Slice, sweeps: int) -> Iterator[Portion]:
         """See ``stream.readout.CellsFeed``."""
@@ -239,20 +257,49 @@ class _FakeCellsFeed:
             for _ in range(sweeps):
                 for layout in self._formats:
                     for _, first, last, _ in work.parts(stop - start):
-                        z = layout.decode(slots.view(last - first, layout.row_bytes))
-                        y = LABELS.decode(slots.view_labels(last - first))
-                        yield Portion(first, last, self._features(z), y)
+                        with making("latents"):
+                            z = layout.decode(slots.view(last - first, layout.row_bytes))
+                            y = LABELS.decode(slots.view_labels(last - first))
+                        yield self._reading.portion(first, last, z, y)
                         del z
 
 
 def resident_peak(work: Workload, micro_batches: list[int]) -> tuple[int, list[int]]:
-    """Peak bytes with data set, latents and cells all on the device: of the run, and by visit.
+    """Peak bytes with data set, latents and cells all on the device: of the run, and by visit."""
+    _, visits = visited_all(work, micro_batches)
+    peaks = [max(visit.peak for visit in visits if visit.node == node) for node in range(len(micro_batches))]
+    return max(peaks), peaks
+
+
+@dataclass(frozen=True)
+class ResidentVisit:
+    """A visit with everything on the device.
+
+    Attributes:
+        node: the cell's number, or one behind the last: the classifier.
+        peak: bytes.
+        operation: that reached it, of live bytes.
+        last: the timeline's changes when it ended.
+    """
+
+    node: int
+    peak: int
+    operation: str
+    last: int
+
+
+def visited_all(work: Workload, micro_batches: list[int]) -> tuple[Bench, list[ResidentVisit]]:
+    """The bench after a run with data set, latents and cells all on the device, and its visits.
 
     Cells that take turns every epoch meet all others on the device from the second epoch on.
     """
-    peaks = [0] * len(micro_batches)
+    visits: list[ResidentVisit] = []
+
+    def note(node: int) -> None:
+        visits.append(ResidentVisit(node, table.peak, table.tracker.peak_operation, table.timeline.changes))
+
     with bench(work.device) as table:
-        with table.meter.watch():
+        with table.meter.watch(), making("latents"):
             latents = {0: _resident(work.rows, work.inputs)}
             labels = torch.empty(work.rows, dtype=torch.int64)
         kept: list[LiveCell | TiledCell] = []
@@ -265,21 +312,20 @@ def resident_peak(work: Workload, micro_batches: list[int]) -> tuple[int, list[i
                 out = DeviceLatents(work.rows * work.views, work.latent_dtype, work.emits_in_training)
                 _run(work, index, micro_batches[index], table, kept[index], DeviceFeed(latents[index], labels), out)
                 latents[index + 1] = out
-                peaks[index] = max(peaks[index], table.peak)
+                note(index)
                 if index and index - 1 not in work.classifier_reads:
                     latents.pop(index).free()  # nobody reads the cell's inputs any more
             if work.readout is not None:
                 table.tracker.reset_peak()
                 readout = readout or _readout(work, table, resident=True)
-                reading = Reading(work.objective.classifier_stream, work.objective.features)
                 read = [index + 1 for index in work.classifier_reads]
-                feed = DeviceCellsFeed([latents[index] for index in read], labels, reading)
+                feed = DeviceCellsFeed([latents[index] for index in read], labels, _reading(work))
                 _run_readout(work, micro_batches[-1], table, readout, feed)
-                peaks[-1] = max(peaks[-1], table.peak)
+                note(work.depth)
                 for index in read:
                     latents.pop(index).free()
         latents[0].free()
-    return max(peaks), peaks
+    return table, visits
 
 
 def _resident(rows: int, layout: RowFormat) -> DeviceLatents:

@@ -163,16 +163,20 @@ def backprop_peak(work: Workload, recipes: Sequence[CellRecipe], options: Option
     return total
 
 
-def _backprop(work: Workload, recipes: list[CellRecipe], options: Options) -> int:
-    whole = nodes([joined(recipes)], recipes[0].in_shape, work.seed)
-    baseline = replace(
+def backprop_work(work: Workload, recipes: Sequence[CellRecipe], options: Options) -> Workload:
+    """Plain backpropagation on the same data, net, batch and optimizer."""
+    whole = nodes([joined(list(recipes))], recipes[0].in_shape, work.seed)
+    return replace(
         work,
         nodes=tuple(whole),
         objective=Backpropagation(work.classes, options),
         readout=None,
         readout_epochs=0,
     )
-    return cell_peak(baseline, 0, work.batch_size)
+
+
+def _backprop(work: Workload, recipes: list[CellRecipe], options: Options) -> int:
+    return cell_peak(backprop_work(work, recipes, options), 0, work.batch_size)
 
 
 def _asked(work: Workload, micro_batch: int | list[int] | None) -> list[int] | None:

@@ -15,6 +15,7 @@ from edgetrain.data.fetch import locate
 from edgetrain.data.known import KNOWN
 from edgetrain.memory import device as devices
 from edgetrain.memory import host, rates
+from edgetrain.memory.energy import sensor_of
 from edgetrain.memory.rates import Rates
 from edgetrain.units import MIB, to_mb
 
@@ -30,7 +31,7 @@ def examine(folder: Path) -> dict[str, Any]:
     rates.save(found, device)
     facts: dict[str, Any] = {
         "machine": host.machine_facts(),
-        "device": {**devices.describe(device), **_speeds(found)},
+        "device": {**devices.describe(device), **_speeds(found), "energy_sensor": _sensor_name(device)},
         "disk": {"folder": str(folder.absolute()), "free_mb": to_mb(free), **_disk(found)},
         "data": {
             name: str(locate(known) or "not on this machine; fetched when asked for") for name, known in KNOWN.items()
@@ -59,6 +60,11 @@ def _show(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {part}" for key, part in value.items())
     return "unknown" if value is None else str(value)
+
+
+def _sensor_name(device: torch.device) -> str | None:
+    sensor = sensor_of(device)
+    return sensor.name if sensor else None
 
 
 def _speeds(found: Rates) -> dict[str, float | None]:

@@ -178,8 +178,17 @@ def show_run(record: RunRecord) -> None:
         f"{show_seconds(record.seconds)}, {waited:.1%} of it waiting for data; run folder {record.run}",
         soft_wrap=True,
     )
+    console.print(_energy_in_words(record), soft_wrap=True)
     for citation in record.citations:
         console.print(f"{record.method}: {citation}", soft_wrap=True)
+
+
+def _energy_in_words(record: RunRecord) -> str:
+    epoch, sample = record.joules_per_epoch, record.joules_per_sample
+    if record.energy_j is None or epoch is None or sample is None:
+        return "energy unknown: no sensor that can be read tells it"
+    each = f"{epoch:.3g} J an epoch, {sample * 1e3:.3g} mJ a sample"
+    return f"energy {record.energy_j:.4g} J, {each} ({record.energy_source})"
 
 
 def show_plan(plan: Plan, bp_peak: int, times: Sequence[VisitTime] | None) -> None:

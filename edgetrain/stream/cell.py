@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edgetrain.errors import InputError
 from edgetrain.keys import seeded
+from edgetrain.memory.timeline import making
 from edgetrain.objectives.base import Node, Objective, Phase
 
 State = dict[str, Tensor]
@@ -79,15 +80,17 @@ class LiveCell:
         self.node, self.device = node, device
         with host():
             self.module, self.head = shapes or _modules(node, objective, known=state is not None)
-        for name, owner, leaf in _slots(self.module, self.head):
-            _place(owner, leaf, device, None if state is None else state.get(name))
+        with making("weights"):
+            for name, owner, leaf in _slots(self.module, self.head):
+                _place(owner, leaf, device, None if state is None else state.get(name))
         self.phases: list[tuple[Phase, list[nn.Parameter], torch.optim.Optimizer]] = []
         for phase in objective.phases:
             learned = [value for name, value in self.parameters() if phase.parameters(name)]
             learned = [value for value in learned if value.requires_grad]
             self.phases.append((phase, learned, optimizer.build(learned)) if learned else (phase, [], _NOTHING))
         if state is not None:
-            self._load_optimizers(state)
+            with making("optimizer state"):
+                self._load_optimizers(state)
 
     @property
     def tiles(self) -> int:

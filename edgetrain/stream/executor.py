@@ -16,6 +16,7 @@ from torch import Tensor
 from edgetrain.data.augment import Augmentation
 from edgetrain.errors import DivergedError
 from edgetrain.memory.meter import Meter
+from edgetrain.memory.timeline import making
 from edgetrain.objectives.base import Batch, Node, Objective, Streams
 from edgetrain.stream.cell import LiveCell, copied
 from edgetrain.stream.draws import StepDraws
@@ -202,7 +203,8 @@ class Executor:
                 return
             for _ in work.parts(size):
                 part = next(parts)
-                latents = self._objective.latent(cell.module, inputs(part))
+                with making("latents"):
+                    latents = self._objective.latent(cell.module, inputs(part))
                 if sink is not None:
                     sink.put(base + part.start + part.first, latents)
                 part.streams = {}
@@ -233,7 +235,8 @@ class Executor:
                 latents = rows
             else:
                 part = next(parts)
-                latents, scores = self._objective.read(cell.module, cell.head, inputs(part))
+                with making("latents"):
+                    latents, scores = self._objective.read(cell.module, cell.head, inputs(part))
             if sink is not None:
                 sink.put(part.start, latents)
             if isinstance(cell, TiledCell) and self._objective.trains_classifier:
@@ -291,7 +294,8 @@ class Executor:
         self._backward(cell, part, draws, tally, emitting, phase.name, learned)
         part.streams = {}
         if part.closes:
-            optimizer.step()
+            with making("optimizer state"):
+                optimizer.step()
             for parameter in learned:
                 parameter.grad = None
 
@@ -305,8 +309,9 @@ class Executor:
         phase: str,
         learned: list[torch.nn.Parameter],
     ) -> None:
-        streams = self._drawn_inputs(cell.node, draws)(part)
-        with self._saving(cell):
+        with making("latents"):
+            streams = self._drawn_inputs(cell.node, draws)(part)
+        with making("activations"), self._saving(cell):
             step = self._objective.loss(phase, cell.module, cell.head, Batch(streams, part.y, draws))
         if sink is not None and step.emitted is not None:
             sink.put(part.start + part.first, step.emitted)
@@ -315,11 +320,12 @@ class Executor:
         if part.phase == 0:
             tally.add(part, step.loss, step.scores)
         if learned:
-            (step.loss / part.size).backward(inputs=learned)  # type: ignore[no-untyped-call]
+            with making("gradients"):
+                (step.loss / part.size).backward(inputs=learned)  # type: ignore[no-untyped-call]
 
     def _clean(self, cell: LiveCell, streams: Streams) -> Streams:
         """Latents of clean inputs from the weights before the update."""
-        with torch.no_grad():
+        with torch.no_grad(), making("latents"):
             return self._objective.latent(cell.module, streams)
 
     def _drawn_inputs(self, node: Node, draws: StepDraws) -> Callable[[Part], Streams]:

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgetrain.memory.timeline import making
 from edgetrain.store.latents import LatentFile, Rows
 from edgetrain.store.rows import RowFormat
 from edgetrain.stream.cell import Host
@@ -242,7 +243,8 @@ class Transfer:
         phase, first, last, closes = cut
         if slot.filled is not None:
             torch.cuda.current_stream().wait_event(slot.filled)
-        values = {stream: layout.decode(slot.rows(stream, last - first)) for stream, layout in self._formats.items()}
+        with making("latents"):
+            values = {name: layout.decode(slot.rows(name, last - first)) for name, layout in self._formats.items()}
         y = values.pop("y")
         yield Part(batch.step, phase, batch.start, batch.size, first, last, closes, values, y)
         if slot.filled is not None:
@@ -261,10 +263,11 @@ class _Slot:
     def __init__(self, formats: Mapping[str, RowFormat], device: torch.device, rows: int):
         self.filled: torch.cuda.Event | None = None
         self.used: torch.cuda.Event | None = None
-        self._buffers = {
-            stream: torch.empty(rows, layout.row_bytes, dtype=torch.uint8, device=device)
-            for stream, layout in formats.items()
-        }
+        with making("latents"):
+            self._buffers = {
+                stream: torch.empty(rows, layout.row_bytes, dtype=torch.uint8, device=device)
+                for stream, layout in formats.items()
+            }
 
     def fill(self, batch: HostBatch, first: int, last: int) -> None:
         """Copy rows first..last-1 of the batch to the start of the slot."""
@@ -293,11 +296,12 @@ class DeviceFeed:
         for step, start, stop in work.steps():
             for phase, first, last, closes in work.parts(stop - start):
                 rows = work.source_rows(start + first, start + last, self._source.step_order)
-                streams = {
-                    stream: layout.decode(picked(self._source.tensors[stream], rows))
-                    for stream, layout in self._source.formats.items()
-                }
-                y = labels_of(self._labels, work, start + first, start + last)
+                with making("latents"):
+                    streams = {
+                        stream: layout.decode(picked(self._source.tensors[stream], rows))
+                        for stream, layout in self._source.formats.items()
+                    }
+                    y = labels_of(self._labels, work, start + first, start + last)
                 yield Part(step, phase, start, stop - start, first, last, closes, streams, y)
 
 

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from edgetrain.memory.timeline import making
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.rows import RowFormat
 from edgetrain.store.tensors import FileEntry
@@ -300,7 +301,9 @@ class DeviceLatents:
             if stream not in self.tensors:
                 layout = RowFormat(tuple(values.shape[1:]), self._dtype)
                 self.formats[stream] = layout
-                self.tensors[stream] = torch.empty(self.rows, layout.row_bytes, dtype=torch.uint8, device=values.device)
+                with making("latents"):
+                    room = torch.empty(self.rows, layout.row_bytes, dtype=torch.uint8, device=values.device)
+                self.tensors[stream] = room
             encoded = self.formats[stream].encode(values)
             self.written = first + values.shape[0]
             self.tensors[stream][first : self.written].copy_(encoded)
@@ -329,7 +332,8 @@ class DeviceLatents:
 
 def _load(file: LatentFile, device: torch.device, host: Host) -> Tensor:
     """A file's rows on the device; those that are not written yet have room."""
-    out = torch.empty(file.rows, file.format.row_bytes, dtype=torch.uint8, device=device)
+    with making("latents"):
+        out = torch.empty(file.rows, file.format.row_bytes, dtype=torch.uint8, device=device)
     with host():
         buffer = torch.empty(min(_COPIED_ROWS, file.rows), file.format.row_bytes, dtype=torch.uint8)
     for first in range(0, file.written, _COPIED_ROWS):

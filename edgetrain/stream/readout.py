@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from edgetrain.keys import generator
 from edgetrain.memory.meter import Meter
+from edgetrain.memory.timeline import making
 from edgetrain.store.latents import LatentFile, Rows
 from edgetrain.stream.cell import Host, OptimizerRecipe, State, copied
 from edgetrain.stream.executor import Tally
@@ -76,7 +77,8 @@ class Readout:
         """A block's values on the device."""
         if name in self._here:
             return self._here[name].value.detach()
-        return copied(self._away[name]["value"], self._device)
+        with making("weights"):
+            return copied(self._away[name]["value"], self._device)
 
     def update(self, name: str, gradient: Tensor) -> None:
         """One optimizer step of a block."""
@@ -108,15 +110,18 @@ class _Block:
     """One block on the device with its optimizer."""
 
     def __init__(self, state: Mapping[str, Tensor], optimizer: OptimizerRecipe, device: torch.device):
-        self.value = nn.Parameter(copied(state["value"], device))
+        with making("weights"):
+            self.value = nn.Parameter(copied(state["value"], device))
         self._optimizer = optimizer.build([self.value])
-        for key, value in state.items():
-            if key != "value":
-                self._optimizer.state[self.value][key] = value if self._is_hosts(value) else copied(value, device)
+        with making("optimizer state"):
+            for key, value in state.items():
+                if key != "value":
+                    self._optimizer.state[self.value][key] = value if self._is_hosts(value) else copied(value, device)
 
     def step(self, gradient: Tensor) -> None:
         self.value.grad = gradient
-        self._optimizer.step()
+        with making("optimizer state"):
+            self._optimizer.step()
         self.value.grad = None
 
     def state(self) -> State:
@@ -142,6 +147,16 @@ def flattened(z: Tensor) -> Tensor:
     return z.flatten(1)
 
 
+@dataclass
+class Portion:
+    """One micro-batch of one cell's features, [B, n]: rows ``first``..``last`` of a step's batch."""
+
+    first: int
+    last: int
+    z: Tensor
+    y: Tensor
+
+
 @dataclass(frozen=True)
 class Reading:
     """What the classifier reads of a cell's latents.
@@ -154,18 +169,13 @@ class Reading:
     stream: str = "x"
     features: Callable[[Tensor], Tensor] = flattened
 
+    def portion(self, first: int, last: int, rows: Tensor, y: Tensor) -> Portion:
+        """What the classifier sees of a cell's decoded rows [B, ...] with labels [B]."""
+        with making("latents"):
+            return Portion(first, last, self.features(rows), y)
+
 
 _PLAIN = Reading()
-
-
-@dataclass
-class Portion:
-    """One micro-batch of one cell's features, [B, n]: rows ``first``..``last`` of a step's batch."""
-
-    first: int
-    last: int
-    z: Tensor
-    y: Tensor
 
 
 class CellsFeed(Protocol):
@@ -248,9 +258,10 @@ class FileCellsFeed:
             layout = self._files[index][0].format
             rows = buffers[0][: size * layout.row_bytes].view(size, layout.row_bytes)
             for _, first, last, _ in work.parts(size):
-                z = layout.decode(slots.view(last - first, layout.row_bytes).copy_(rows[first:last]))
-                y = self._labels.format.decode(slots.view_labels(last - first).copy_(buffers[1][first:last]))
-                yield Portion(first, last, self._reading.features(z), y)
+                with making("latents"):
+                    z = layout.decode(slots.view(last - first, layout.row_bytes).copy_(rows[first:last]))
+                    y = self._labels.format.decode(slots.view_labels(last - first).copy_(buffers[1][first:last]))
+                yield self._reading.portion(first, last, z, y)
                 del z
             free.put(buffers)
 
@@ -259,8 +270,9 @@ class Slots:
     """Room on the device for one micro-batch of any cell's rows, and its labels."""
 
     def __init__(self, row_bytes: list[int], rows: int, device: torch.device):
-        self._z = torch.empty(rows * max(row_bytes), dtype=torch.uint8, device=device)
-        self._y = torch.empty(rows, 8, dtype=torch.uint8, device=device)
+        with making("latents"):
+            self._z = torch.empty(rows * max(row_bytes), dtype=torch.uint8, device=device)
+            self._y = torch.empty(rows, 8, dtype=torch.uint8, device=device)
 
     def view(self, rows: int, row_bytes: int) -> Tensor:
         """Room for rows [rows, row_bytes]."""
@@ -288,9 +300,10 @@ class DeviceCellsFeed:
 
     def _portion(self, cell: DeviceLatents, work: Slice, start: int, first: int, last: int) -> Portion:
         stream = self._reading.stream
-        rows = picked(cell.tensors[stream], work.source_rows(start + first, start + last, cell.step_order))
-        z = self._reading.features(cell.formats[stream].decode(rows))
-        return Portion(first, last, z, labels_of(self._labels, work, start + first, start + last))
+        with making("latents"):
+            rows = picked(cell.tensors[stream], work.source_rows(start + first, start + last, cell.step_order))
+            y = labels_of(self._labels, work, start + first, start + last)
+            return self._reading.portion(first, last, cell.formats[stream].decode(rows), y)
 
 
 def train_readout(
@@ -341,8 +354,9 @@ def _step(
     tally: Tally,
 ) -> None:
     bias = readout.weight(BIAS)
-    y = torch.empty(size, dtype=torch.int64, device=bias.device)
-    statistic = bias.expand(size, classes).contiguous()  # S, [B, C]
+    with making("activations"):
+        y = torch.empty(size, dtype=torch.int64, device=bias.device)
+        statistic = bias.expand(size, classes).contiguous()  # S, [B, C]
     for index in range(cells):
         block = readout.weight(f"{index}.weight")
         for _ in work.parts(size):
@@ -351,16 +365,19 @@ def _step(
             y[portion.first : portion.last] = portion.y
             del portion
         del block
-    loss = cross_entropy(statistic, y, reduction="sum")
+    with making("activations"):
+        loss = cross_entropy(statistic, y, reduction="sum")
     tally.add(Part(step, 0, 0, size, 0, size, True, {}, y), loss, statistic)
-    error = (statistic.softmax(1) - one_hot(y, classes)) / size  # D, [B, C]
+    with making("gradients"):
+        error = (statistic.softmax(1) - one_hot(y, classes)) / size  # D, [B, C]
     readout.update(BIAS, error.sum(0))
     for index in range(cells):
         gradient: Tensor | None = None
         for _ in work.parts(size):
             portion = next(portions)
             if gradient is None:
-                gradient = error.new_zeros(classes, prod(portion.z.shape[1:]))
+                with making("gradients"):
+                    gradient = error.new_zeros(classes, prod(portion.z.shape[1:]))
             gradient.addmm_(error[portion.first : portion.last].T, portion.z)
             del portion
         assert gradient is not None

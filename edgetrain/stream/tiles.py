@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from edgetrain.memory.timeline import making
 from edgetrain.objectives.base import Batch, Node, Objective, Streams
 from edgetrain.stream.cell import Host, LiveCell, Modules, OptimizerRecipe, State, copied, first_state, unstored
 from edgetrain.stream.draws import StepDraws
@@ -220,12 +221,15 @@ class Sweeps:
             _, learned, optimizer = tile.phases[0]
             for _ in range(pieces):
                 part = next(parts)
-                found, _ = self._objective.statistic(cell.node, tile.module, tile.head, self._learned(part))
+                with making("activations"):
+                    found, _ = self._objective.statistic(cell.node, tile.module, tile.head, self._learned(part))
                 weight = slope[part.first : part.last]
-                (found * weight).sum().backward(inputs=learned)  # type: ignore[no-untyped-call]
+                with making("gradients"):
+                    (found * weight).sum().backward(inputs=learned)  # type: ignore[no-untyped-call]
                 part.streams = {}
                 del found
-            optimizer.step()
+            with making("optimizer state"):
+                optimizer.step()
             cell.keep(number, tile)
             del tile, learned, optimizer
 
@@ -239,9 +243,12 @@ class Sweeps:
                 tile = cell.tile(number)
                 for _ in range(pieces):
                     part = next(parts)
-                    found, latents = self._objective.statistic(cell.node, tile.module, tile.head, self._inputs(part))
-                    if total is None:
-                        total = found.new_zeros(size, found.shape[1])
+                    with making("activations"):
+                        found, latents = self._objective.statistic(
+                            cell.node, tile.module, tile.head, self._inputs(part)
+                        )
+                        if total is None:
+                            total = found.new_zeros(size, found.shape[1])
                     total[part.first : part.last] += found
                     if sink is not None:
                         rows = rows or cell.rows(size, list(latents))
@@ -264,23 +271,28 @@ class Sweeps:
         add: Callable[[Part, Tensor, Tensor | None], None],
     ) -> Tensor:
         """D = dL/dS [size, m] of the mean loss, and the step of what belongs to no unit."""
-        slope = torch.empty_like(statistic)
+        with making("gradients"):
+            slope = torch.empty_like(statistic)
         common = cell.common
         learned = [] if common is None else common.phases[0][1]
         for _ in range(pieces):
             part = next(parts)
             draws.first = part.first
             leaf = statistic[part.first : part.last].detach().requires_grad_()
-            batch = Batch(self._inputs(part), part.y, draws)
-            step = self._objective.tiled_loss(cell.node, leaf, None if common is None else common.head, batch)
+            with making("latents"):
+                batch = Batch(self._inputs(part), part.y, draws)
+            with making("activations"):
+                step = self._objective.tiled_loss(cell.node, leaf, None if common is None else common.head, batch)
             add(part, step.loss, step.scores)
-            (step.loss / part.size).backward(inputs=[leaf, *learned])  # type: ignore[no-untyped-call]
+            with making("gradients"):
+                (step.loss / part.size).backward(inputs=[leaf, *learned])  # type: ignore[no-untyped-call]
             assert leaf.grad is not None
             slope[part.first : part.last] = leaf.grad
             part.streams = {}
             del batch, leaf, step
         if common is not None and learned:
-            common.phases[0][2].step()
+            with making("optimizer state"):
+                common.phases[0][2].step()
             for value in learned:
                 value.grad = None
             cell.settle()
@@ -294,7 +306,8 @@ class Sweeps:
             tile = cell.tile(number)
             for _ in range(pieces_of(work, size)):
                 part = next(parts)
-                latents = self._objective.latent(tile.module, self._inputs(part))
+                with making("latents"):
+                    latents = self._objective.latent(tile.module, self._inputs(part))
                 rows = rows or cell.rows(size, list(latents))
                 cell.put(rows, part, units, latents)
                 part.streams, start = {}, part.start
@@ -308,7 +321,8 @@ class Sweeps:
         rows: dict[str, Tensor] = {}
         for number, units in enumerate(cell.units):
             tile, part = cell.tile(number), next(parts)
-            found, latents = self._objective.statistic(cell.node, tile.module, tile.head, self._inputs(part))
+            with making("latents"):
+                found, latents = self._objective.statistic(cell.node, tile.module, tile.head, self._inputs(part))
             total = found if total is None else total.add_(found)
             rows = rows or cell.rows(size, list(latents))
             cell.put(rows, part, units, latents)

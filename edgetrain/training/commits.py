@@ -7,10 +7,12 @@ nobody can emit again.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -100,6 +102,7 @@ class Commits:
         conditions: looked at now and then.
         every: seconds between commits, or ``None``: a minute or 5% of the run, but no more than 3% of the time.
         began: when this process began with the run, by the monotonic clock.
+        energy: joules that the device took since then, or ``None`` where that is unknown.
     """
 
     def __init__(
@@ -115,10 +118,12 @@ class Commits:
         conditions: Conditions,
         every: float | None,
         began: float,
+        energy: Callable[[], float | None],
     ):
         self._folder, self._nodes, self._cells, self._caches = folder, nodes, cells, caches
         self._records, self._readout, self._inputs, self._data = records, readout, inputs, data
         self._conditions, self._every, self._began = conditions, every, began
+        self._energy, self._energy_before = energy, 0.0
         self._number = 0
         self._seconds_before = self._written_before = self._committing_before = 0.0
         self._cost_s = self._spent_s = 0.0
@@ -140,6 +145,7 @@ class Commits:
             self._seconds_before = float(last.get("seconds", 0.0))
             self._written_before = float(last.get("written", 0))
             self._committing_before = float(last.get("commit_seconds", 0.0))
+            self._energy_before = float("nan") if last.get("energy") is None else float(last["energy"])
             for record, values in zip(self._records, last["cells"], strict=True):
                 record.restore(values)
             self._adopt(visits, position.visit)
@@ -201,9 +207,12 @@ class Commits:
         self._cost_s = self._last - began
         self._spent_s += self._cost_s
 
-    def totals(self) -> dict[str, float]:
-        """Seconds, those of commits among them, and bytes written, by this process and those before."""
+    def totals(self) -> dict[str, Any]:
+        """Seconds, those of commits among them, bytes written and joules, by this process and those before."""
+        taken = self._energy()
+        energy = float("nan") if taken is None else self._energy_before + taken
         return {
+            "energy": None if math.isnan(energy) else round(energy, 3),
             "commit_seconds": round(self._committing_before + self._spent_s, 3),
             "seconds": round(self._seconds_before + time.monotonic() - self._began, 3),
             "written": self._written_before + self._folder.written,

@@ -26,7 +26,7 @@ from edgetrain.errors import CorruptError, EdgetrainWarning, InputError
 from edgetrain.memory import device as devices
 from edgetrain.memory.meter import Meter, meter_of
 from edgetrain.objectives.base import Node, Objective
-from edgetrain.record import CellRecord, RunRecord
+from edgetrain.record import CellRecord, MemorySeries, RunRecord
 from edgetrain.store.run import Files, RunFolder
 from edgetrain.stream.cell import LiveCell, OptimizerRecipe, State
 from edgetrain.stream.latents import FileLatents
@@ -245,8 +245,15 @@ def read_record(path: Path) -> tuple[RunRecord, Shape]:
         values = json.loads(RunFolder(path).read_record())
         shape = Shape.from_dict(values.pop("data"))
         cells = [CellRecord(**cell) for cell in values.pop("cells")]
-        readout = values.pop("readout")
-        record = RunRecord(**values, cells=cells, readout=CellRecord(**readout) if readout else None)
+        memory = [MemorySeries(**series) for series in values.pop("memory", [])]
+        readout, bp = values.pop("readout"), values.pop("bp_memory", None)
+        record = RunRecord(
+            **values,
+            cells=cells,
+            readout=CellRecord(**readout) if readout else None,
+            memory=memory,
+            bp_memory=MemorySeries(**bp) if bp else None,
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CorruptError(f"{path / 'record.json'}: is not a record of edgetrain ({reason})") from error

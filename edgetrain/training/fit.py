@@ -26,8 +26,10 @@ from edgetrain.errors import (
     StorageError,
 )
 from edgetrain.memory import device as devices
+from edgetrain.memory.energy import EnergyMeter
 from edgetrain.memory.host import PeakRss
 from edgetrain.memory.meter import Meter, meter_of
+from edgetrain.planning import timelines
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import require_fit
 from edgetrain.record import RunRecord
@@ -200,13 +202,14 @@ def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: An
     stop = Stop(watcher.note, job.settings.time_limit)
     if folder.restore_config():
         watcher.note(f"{folder.path / 'config.toml'}: was not as it was written; it was made again from the journal")
-    with PeakRss() as host, ExitStack() as opened:
+    with PeakRss() as host, EnergyMeter(device) as energy, ExitStack() as opened:
         try:
             folder.clear_working_files(working_files(folder.last()))
             devices.cap(device, plan.budget)
             meter = meter_of(device, job.settings.meter == "full")
-            plan, record, trainer, test = _train_or_retry(job, plan, folder, meter, watcher, stop, opened)
+            plan, record, trainer, test = _train_or_retry(job, plan, folder, meter, watcher, stop, energy, opened)
             _evaluate(job, folder, plan, test, meter, record, trainer)
+            record.energy_source = energy.source
             _complete(folder, record, trainer, host, job, plan)
         except BaseException as error:
             if folder.last() is None:
@@ -230,7 +233,14 @@ def _resuming(path: Path, settings: Settings) -> str:
 
 
 def _train_or_retry(
-    job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher, stop: Stop, opened: ExitStack
+    job: Job,
+    plan: Plan,
+    folder: RunFolder,
+    meter: Meter,
+    watcher: Watcher,
+    stop: Stop,
+    energy: EnergyMeter,
+    opened: ExitStack,
 ) -> tuple[Plan, RunRecord, Trainer, Prepared | None]:
     """Train; if memory runs out all the same, or latents are damaged, say so and go on once from the newest commit.
 
@@ -243,7 +253,7 @@ def _train_or_retry(
         record = _record(job, plan, folder)
         watcher.planned(plan, record)
         try:
-            return plan, record, *_train(job, plan, folder, meter, watcher, stop, opened)
+            return plan, record, *_train(job, plan, folder, meter, watcher, stop, energy, opened)
         except DamagedLatentsError as error:
             if retried:
                 raise
@@ -262,7 +272,8 @@ def _train_or_retry(
             plan = smaller
             folder.reconfigure(as_planned(job, plan).to_toml())
         folder.clear_working_files(working_files(folder.last()))
-        stop.began = time.monotonic()  # the newest commit knows the time until then
+        stop.began = time.monotonic()  # the newest commit knows the time until then, and the energy
+        energy.restart()
     raise AssertionError("the second try returns or raises")
 
 
@@ -295,7 +306,14 @@ def _budget_in_words(plan: Plan) -> str:
 
 
 def _train(
-    job: Job, plan: Plan, folder: RunFolder, meter: Meter, watcher: Watcher, stop: Stop, opened: ExitStack
+    job: Job,
+    plan: Plan,
+    folder: RunFolder,
+    meter: Meter,
+    watcher: Watcher,
+    stop: Stop,
+    energy: EnergyMeter,
+    opened: ExitStack,
 ) -> tuple[Trainer, Prepared | None]:
     assert job.data.train is not None
     scaling = scaling_of(job.data, job.data.train, job.work.objective.nonnegative_input)
@@ -311,7 +329,9 @@ def _train(
         host_tier(job, plan), job.settings.prefetch, job.settings.keep_latents, job.settings.checkpoint_every
     )
     inputs = FileLatents.of_files({"x": train.x}, meter.host)
-    trainer = Trainer(job.work, plan, folder, inputs, train.y, pack(scaling), meter, watcher, choices, stop)
+    trainer = Trainer(
+        job.work, plan, folder, inputs, train.y, pack(scaling), meter, watcher, choices, stop, lambda: energy.joules
+    )
     with stop.listening():
         trainer.run()
     return trainer, test
@@ -361,7 +381,7 @@ def _complete(folder: RunFolder, record: RunRecord, trainer: Trainer, host: Peak
     last = folder.last()
     assert last is not None
     if not last.get("finished"):
-        kept = ("visits", "cells", "data", "seconds", "commit_seconds", "written")
+        kept = ("visits", "cells", "data", "seconds", "commit_seconds", "written", "energy")
         folder.finish(folder.commits() + 1, {name: value for name, value in last.items() if name in kept})
     record.waited_seconds = round(sum(cell.waited_seconds for cell in trainer.records), 3)
     peaks = [cell.peak_gpu_mb for cell in trainer.records if cell.peak_gpu_mb is not None]
@@ -369,12 +389,15 @@ def _complete(folder: RunFolder, record: RunRecord, trainer: Trainer, host: Peak
     record.context_mb = to_mb(devices.context_bytes(job.work.device))
     record.peak_host_mb = to_mb(host.peak_bytes)
     record.latents_mb = to_mb(trainer.latents_peak)
+    record.memory = timelines.of_run(job.work, plan)
+    if job.settings.schedule is not None:  # a local rule
+        record.bp_memory = timelines.of_backpropagation(job.work, job.net.cells, job.net.options)
 
     def measured() -> dict[str, Any]:
         record.disk_mb = to_mb(folder.peak_space)
         totals = trainer.commits.totals()
         record.seconds, record.commit_seconds = totals["seconds"], totals["commit_seconds"]
-        record.written_mb = to_mb(int(totals["written"]))
+        record.written_mb, record.energy_j = to_mb(int(totals["written"])), totals["energy"]
         return {**record.as_dict(), "data": asdict(job.shape)}
 
     folder.write_results({"format": 1, "settings": asdict(as_planned(job, plan)), "data": asdict(job.shape)}, measured)
@@ -389,6 +412,8 @@ def _record(job: Job, plan: Plan, folder: RunFolder) -> RunRecord:
         schedule=job.settings.schedule,
         device=devices.name(job.work.device),
         seed=job.settings.seed,
+        rows=job.work.rows,
+        epochs=job.work.epochs,
         budget_mb=to_mb(plan.budget),
         predicted_peak_mb=to_mb(plan.predicted_peak),
         placement=plan.placement,

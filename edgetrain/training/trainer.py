@@ -71,6 +71,7 @@ class Trainer:
         watcher: is told of progress.
         choices: see ``Choices``.
         stop: asked whether to end early.
+        energy: joules of the device so far, or ``None``.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Trainer:
         watcher: Watcher,
         choices: Choices,
         stop: Stop,
+        energy: Callable[[], float | None],
     ):
         self._work, self._plan, self._meter = work, plan, meter
         self._labels, self._watcher, self._choices, self._stop = labels, watcher, choices, stop
@@ -112,7 +114,7 @@ class Trainer:
         self._conditions, self._symptoms = conditions, Symptoms(work, self.records, watcher.note)
         self.commits = Commits(
             folder, work.nodes, self._cells, self._caches, self.records, self._current_readout, input_state,
-            inputs.digest() + labels.digest(), conditions, choices.checkpoint_every, stop.began,
+            inputs.digest() + labels.digest(), conditions, choices.checkpoint_every, stop.began, energy,
         )  # fmt: skip
         self._visits = work.visits(plan.cut)
         self._resumed = Position.before(0, self._visits)

@@ -22,6 +22,8 @@ from machine import assert_same, data, settings, units
 
 from edgetrain.data.arrays import from_arrays
 from edgetrain.errors import CorruptError, DivergedError, InputError, Stopped, StorageError
+from edgetrain.memory import energy
+from edgetrain.memory.energy import Sensor
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.run import RunFolder, size_of
 from edgetrain.stream.readout import Readout
@@ -433,3 +435,26 @@ def test_too_many_open_files_are_a_line(tmp_path: Path) -> None:
             fit(asked, tmp_path / "run", data=rows)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# -- energy --------------------------------------------------------------------------------------------
+
+
+def test_energy_of_a_run_in_parts_is_that_of_all_parts(tmp_path: Path) -> None:
+    def sensor(joules: float) -> Any:
+        asked = count()
+        told = Sensor("made up", 1000.0, lambda: joules * (next(asked) == 1))  # once, after the meter began
+        return mock.patch.object(energy, "sensor_of", lambda device, sysfs: told)
+
+    given_, rows = given(RUNS["mf, separate"])
+    with sensor(30.0):
+        stopped_after(4, given_, tmp_path / "run", rows)
+    with sensor(12.0):
+        record = fit(given_, tmp_path / "run", data=rows, resume=True).record
+    assert (record.energy_j, record.energy_source) == (42.0, "made up")
+    assert record.joules_per_epoch == 42.0 / given_.epochs
+    assert record.joules_per_sample == 42.0 / given_.epochs / record.rows
+    stopped_after(4, given_, tmp_path / "unknown", rows)
+    with sensor(12.0):
+        record = fit(given_, tmp_path / "unknown", data=rows, resume=True).record
+    assert record.energy_j is None

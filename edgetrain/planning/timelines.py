@@ -1,0 +1,79 @@
+"""What lives on the device in the course of a run: the dry run's timelines, made short enough to be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from itertools import groupby
+from typing import Any
+
+from numpy.typing import NDArray
+
+from edgetrain.memory.timeline import Timeline, thinned
+from edgetrain.nets.base import CellRecipe, Options
+from edgetrain.planning.dryrun import Bench, visited, visited_all, visited_readout
+from edgetrain.planning.plan import Plan
+from edgetrain.planning.planner import backprop_work
+from edgetrain.planning.workload import Workload
+from edgetrain.record import MemorySeries
+from edgetrain.units import MIB, to_mb
+
+_POINTS = 600  # of a whole run,
+_MOST, _LEAST = 96, 8  # and of a visit
+_DEEPEST = 64  # cells of a net whose backpropagation is tried as a whole
+
+
+def of_run(work: Workload, plan: Plan) -> list[MemorySeries]:
+    """Of each visit of a run, equal visits in a row once; under ``sequence`` those of one epoch."""
+    if plan.placement == "resident":
+        return _of_resident(work, plan)
+    found: list[MemorySeries] = []
+    groups = [list(group) for _, group in groupby(range(len(plan.visits)), key=lambda node: _kind(work, plan, node))]
+    points = max(_LEAST, min(_MOST, _POINTS // len(groups)))
+    for group in groups:
+        node, cell = group[0], plan.visits[group[0]]
+        if node == work.depth:
+            table = visited_readout(work, cell.micro_batch, plan.readout_resident)
+        else:
+            table = visited(work, node, cell.micro_batch, cell.tiles)
+        found.append(_series(cell.name, len(group), table, points))
+    return found
+
+
+def of_backpropagation(work: Workload, recipes: Sequence[CellRecipe], options: Options) -> MemorySeries | None:
+    """Of plain backpropagation on the same net; ``None`` where the net is too deep to try it as a whole."""
+    if len(recipes) > _DEEPEST:
+        return None
+    return _series("bp", 1, visited(backprop_work(work, recipes, options), 0, work.batch_size), 2 * _MOST)
+
+
+def _of_resident(work: Workload, plan: Plan) -> list[MemorySeries]:
+    table, visits = visited_all(work, plan.micro_batches)
+    live = table.timeline.bytes_by_kind()
+    points, first, found = max(_LEAST, min(_MOST, _POINTS // len(visits))), 0, []
+    for visit in visits:
+        stretch, first = live[first : visit.last], visit.last
+        at = f"{visit.operation} (cell {visit.node + 1})"
+        found.append(_of(plan.visits[visit.node].name, 1, stretch, at, points))
+    return found
+
+
+def _series(name: str, count: int, table: Bench, points: int) -> MemorySeries:
+    timeline: Timeline = table.timeline
+    at = f"{table.tracker.peak_operation} {timeline.peak_phase}"
+    return _of(name, count, timeline.bytes_by_kind(), at, points)
+
+
+def _of(name: str, count: int, live: NDArray[Any], at: str, points: int) -> MemorySeries:
+    kept = thinned(live, points)
+    return MemorySeries(name, count, to_mb(live.sum(1).max()) or 0.0, at, (kept / MIB).round(4).tolist())
+
+
+def _kind(work: Workload, plan: Plan, node: int) -> Hashable:
+    """Equal for visits that are the same program."""
+    cell = plan.visits[node]
+    if node == work.depth:
+        return cell.name
+    recipe, parent = work.nodes[node].recipe, work.nodes[node].parent
+    assert recipe is not None
+    assert parent is not None
+    return recipe.signature, parent.shape, node == 0, work.hands_on(node), cell.micro_batch, cell.tiles
