@@ -8,11 +8,12 @@ from typing import Any
 from edgetrain.config import resolve
 from edgetrain.data.arrays import from_arrays
 from edgetrain.data.base import DataSet
+from edgetrain.report.tensorboard import logged
 from edgetrain.training import edits
 from edgetrain.training.finished import Run
 from edgetrain.training.fit import fit as _fit
 from edgetrain.training.fit import free_path, resumed_settings
-from edgetrain.training.watcher import Watcher
+from edgetrain.training.watcher import Silent, Watcher
 
 __all__ = ["Run", "append_cells", "drop_cells", "fit", "open_run", "retrain_cells"]
 
@@ -27,6 +28,7 @@ def fit(
     resume: bool = False,
     force: bool = False,
     watcher: Watcher | None = None,
+    tensorboard: bool = False,
     **settings: Any,
 ) -> Run:
     """Train a net one cell at a time; returns the finished run.
@@ -42,6 +44,7 @@ def fit(
         resume: go on with the run in ``run_dir``.
         force: replace the run in ``run_dir``.
         watcher: is told of progress; by default nobody is.
+        tensorboard: write TensorBoard's event files into the run folder.
         **settings: any field of ``edgetrain.config.Settings``, e.g. ``max_gpu_mb=512``.
 
     Raises:
@@ -60,7 +63,8 @@ def fit(
     path = Path(run_dir) if run_dir is not None else free_path(resolved.data, resolved.method)
     if resume:
         resolved = resumed_settings(path, given, resolved)
-    return _fit(resolved, path, modules, opened, resume, force, watcher)
+    with logged(watcher or Silent(), tensorboard) as looking:
+        return _fit(resolved, path, modules, opened, resume, force, looking)
 
 
 def open_run(path: str | Path, net: Any = None) -> Run:

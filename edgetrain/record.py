@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
 
 _TRAINED = (
     "epochs",
@@ -110,6 +112,8 @@ class RunRecord:
         waited_seconds: time in which the device waited for data; ``commit_seconds``: for commits.
         readout: the trained classifier, if there is one.
         edits: what was changed after the run was first finished (``edgetrain cells``).
+        plan: its choices, in sentences.
+        bp_predicted_peak_mb: of backpropagation on the same net, batch and optimizer, for local rules.
         memory: of the visits, in order; ``bp_memory``: of backpropagation on the same net, batch and optimizer, or
             ``None`` where the method is a baseline itself, or the net too deep for a dry run of the whole of it.
     """
@@ -141,6 +145,8 @@ class RunRecord:
     readout: CellRecord | None = None
     citations: list[str] = field(default_factory=list)
     edits: list[str] = field(default_factory=list)
+    plan: list[str] = field(default_factory=list)
+    bp_predicted_peak_mb: float | None = None
     memory: list[MemorySeries] = field(default_factory=list)
     bp_memory: MemorySeries | None = None
 
@@ -158,3 +164,31 @@ class RunRecord:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+
+def parsed(kind: type[T], values: Any) -> T:
+    """A record from plain JSON values; what is not there has its default.
+
+    Raises:
+        TypeError: a value is not of its field's type, or a field is missing or unknown.
+    """
+    if not isinstance(values, dict):
+        raise TypeError(f"{str(values)[:40]!r} for a {kind.__name__}")
+    hints = get_type_hints(kind)
+    if unknown := set(values) - {each.name for each in fields(kind)}:  # type: ignore[arg-type]
+        raise TypeError(f"unknown: {str(min(unknown))[:40]!r}")
+    return kind(**{name: _parsed(name, hints[name], value) for name, value in values.items()})
+
+
+def _parsed(name: str, hint: Any, value: Any) -> Any:
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if NoneType in get_args(hint) else [hint]
+    if value is None and kinds != [hint]:
+        return None
+    kind = kinds[0]
+    if is_dataclass(kind):
+        return parsed(kind, value)  # type: ignore[arg-type]
+    if get_origin(kind) is list and isinstance(value, list):
+        return [_parsed(name, get_args(kind)[0], each) for each in value]
+    if kind is Any or type(value) is (get_origin(kind) or kind) or (kind is float and type(value) is int):
+        return value
+    raise TypeError(f"{name} is {str(value)[:40]!r}")

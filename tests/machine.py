@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 
 from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
+from edgetrain.errors import Stopped
 from edgetrain.keys import seeded
 from edgetrain.memory.meter import meter_of
 from edgetrain.objectives.base import Batch
@@ -21,6 +24,7 @@ from edgetrain.stream.draws import StepDraws
 from edgetrain.stream.readout import Readout
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job
+from edgetrain.training.stopping import Stop
 
 ROWS, TEST_ROWS, CLASSES, EPOCHS, BATCH, SEED = 70, 9, 4, 3, 16, 5  # the last batch holds 6 rows
 NET = "mlp:23x3"  # rows of odd length: nothing stands on a convenient address by luck
@@ -36,6 +40,26 @@ EVERY_WAY = pytest.mark.parametrize(
 # a step may come of it), and float64.
 ALMOST = {"rtol": 1e-5, "atol": LR / 100}
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+# -- runs that end early ---------------------------------------------------------------------------------
+
+
+def stopping_after(questions):
+    """A stand-in for ``Stop.asked`` that says yes from so many questions of a process on."""
+
+    def asked(self):
+        number = vars(self).setdefault("questions", count())
+        return next(number) >= questions
+
+    return asked
+
+
+def stopped_after(questions, asked, path, rows, resume=False, watcher=None):
+    """Let a run end early; what it says."""
+    with mock.patch.object(Stop, "asked", stopping_after(questions)), pytest.raises(Stopped) as told:
+        fit(asked, path, data=rows, resume=resume, watcher=watcher)
+    return str(told.value)
 
 
 # -- data ----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ EPILOG = "Example: edgetrain fit --data mnist --net mlp:1000x2 --method mf --epo
 @click.option("--resume", is_flag=True, help="Go on with the run in --run-dir.")
 @click.option("--force", is_flag=True, help="Replace the run in --run-dir.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard's event files into the run folder.")
 @click.option("--print-config", is_flag=True, help="Print the resolved profile and train nothing.")
 @output_options
 def command(
@@ -27,6 +28,7 @@ def command(
     resume: bool,
     force: bool,
     quiet: bool,
+    tensorboard: bool,
     print_config: bool,
     as_json: bool,
     **flags: Any,
@@ -43,13 +45,14 @@ def command(
 
         click.echo(with_defaults(settings, method_of(settings)).to_toml(), nl=False)
         return
+    from edgetrain.report.tensorboard import logged
     from edgetrain.report.terminal import show_run, watcher
     from edgetrain.training.fit import fit, free_path, resumed_settings
 
     path = run_dir or free_path(settings.data, settings.method)
     if resume:
         settings = resumed_settings(path, given, settings)
-    with watcher(quiet) as looking:
+    with watcher(quiet) as looking, logged(looking, tensorboard) as looking:
         run = fit(settings, path, resume=resume, force=force, watcher=looking)
     if as_json:
         click.echo(json.dumps(run.record.as_dict()))

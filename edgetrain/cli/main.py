@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "Measure the accuracy of a finished run.",
     "predict": "Read labels off a finished run for new data.",
     "cells": "Change a finished run's cells: list, append, drop, retrain.",
+    "report": "Write a page that shows runs at a glance, several side by side.",
     "profile": "Show peak memory against depth, width and batch size, for methods side by side.",
     "doctor": "Show what this machine is, and what would go wrong.",
 }

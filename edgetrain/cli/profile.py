@@ -25,7 +25,12 @@ def _numbers(context: click.Context, option: click.Parameter, text: str) -> list
 
 
 @click.command("profile", epilog=EPILOG)
-@click.option("--methods", default="mf,bp", show_default=True, help="Local rules and baselines, side by side.")
+@click.option(
+    "--methods",
+    default="mf,bp,bp-checkpoint,bp-offload",
+    show_default=True,
+    help="Local rules and baselines, side by side.",
+)
 @click.option("--family", default="mlp", show_default=True, help="Of the nets: mlp, cnn or vit.")
 @click.option(
     "--depths", callback=_numbers, metavar="N,N,...", default="1,2,4,8", show_default=True, help="Layers (vit: blocks)."
@@ -44,6 +49,11 @@ def _numbers(context: click.Context, option: click.Parameter, text: str) -> list
 )
 @click.option("--dry", is_flag=True, help="Predict only: no memory, no time.")
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the points there too.")
+@click.option("--png", type=click.Path(path_type=Path, file_okay=False), help="Write the figures into that folder too.")
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with figures and points too."
+)
+@click.option("--timeline", is_flag=True, help="Show what lives on the device when, by kind, for each method.")
 @chosen_options(SHARED)
 @output_options
 def command(
@@ -54,6 +64,9 @@ def command(
     batch_sizes: list[int],
     dry: bool,
     csv_path: Path | None,
+    png: Path | None,
+    html: Path | None,
+    timeline: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -62,19 +75,33 @@ def command(
     Slopes are in MiB for each further layer, by least squares.
     """
     settings, _ = given_settings({"data": "digits", **{k: v for k, v in flags.items() if v is not None}}, None)
-    from edgetrain.report.profile import points, slopes, write_csv
-    from edgetrain.report.terminal import show_point, show_slopes
+    from edgetrain.memory.timeline import KINDS
+    from edgetrain.report.page import require_packages, write_profile
+    from edgetrain.report.profile import points, slopes, timelines_of, write_csv
+    from edgetrain.report.terminal import show_point, show_slopes, show_timelines
 
     names = [name.strip() for name in methods.split(",")]
+    if png or html:
+        require_packages()
     found = []
-    for point in points(settings, names, family, depths, widths, batch_sizes, dry):
+    nets = names, family, depths, widths, batch_sizes
+    for point in points(settings, *nets, dry):
         found.append(point)
         if not as_json:
             show_point(point, heading=len(found) == 1)
     steep = slopes(found)
     if csv_path is not None:
         write_csv(csv_path, found)
+    lived = timelines_of(settings, *nets) if timeline or png or html else {}
+    if png or html:
+        write_profile(html, png, found, steep, lived)
     if as_json:
-        click.echo(json.dumps({"rows": [asdict(point) for point in found], "slopes_mb_per_layer": steep}))
+        values: dict[str, Any] = {"rows": [asdict(point) for point in found], "slopes_mb_per_layer": steep}
+        if timeline:
+            series = {name: [asdict(visit) for visit in visits] for name, visits in lived.items()}
+            values |= {"kinds": KINDS, "timelines": series}
+        click.echo(json.dumps(values))
     else:
         show_slopes(steep)
+        if timeline:
+            show_timelines(lived)

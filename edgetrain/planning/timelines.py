@@ -19,7 +19,7 @@ from edgetrain.units import MIB, to_mb
 
 _POINTS = 600  # of a whole run,
 _MOST, _LEAST = 96, 8  # and of a visit
-_DEEPEST = 64  # cells of a net whose backpropagation is tried as a whole
+DEEPEST = 64  # cells of a net whose backpropagation is tried as a whole
 
 
 def of_run(work: Workload, plan: Plan) -> list[MemorySeries]:
@@ -41,7 +41,7 @@ def of_run(work: Workload, plan: Plan) -> list[MemorySeries]:
 
 def of_backpropagation(work: Workload, recipes: Sequence[CellRecipe], options: Options) -> MemorySeries | None:
     """Of plain backpropagation on the same net; ``None`` where the net is too deep to try it as a whole."""
-    if len(recipes) > _DEEPEST:
+    if len(recipes) > DEEPEST:
         return None
     return _series("bp", 1, visited(backprop_work(work, recipes, options), 0, work.batch_size), 2 * _MOST)
 

@@ -20,8 +20,10 @@ import numpy as np
 from edgetrain.config import Settings
 from edgetrain.data.base import DataSet
 from edgetrain.errors import InputError
+from edgetrain.planning import timelines
 from edgetrain.planning.planner import require_fit
 from edgetrain.planning.workload import Workload
+from edgetrain.record import MemorySeries
 from edgetrain.store.atomic import storage_errors
 from edgetrain.training.fit import fit
 from edgetrain.training.job import METHODS, method_of, open_job, plan_job
@@ -75,12 +77,31 @@ def points(
         BudgetError: a net does not fit the stated budget.
     """
     varied = list(product(methods, widths, batch_sizes, depths))
-    asked = [_settings(settings, method, family, depth, width, batch) for method, width, batch, depth in varied]
-    for one in asked:
-        method_of(replace(one, like=None))
-    asked = [_applying(one, methods) for one in asked]
+    asked = _asked(settings, methods, family, varied)
     for (_, width, batch, depth), one in zip(varied, asked, strict=True):
         yield _point(one, depth, width, batch, dry, data)
+
+
+def timelines_of(
+    settings: Settings,
+    methods: Sequence[str],
+    family: str,
+    depths: Sequence[int],
+    widths: Sequence[int],
+    batch_sizes: Sequence[int],
+    data: DataSet | None = None,
+) -> dict[str, list[MemorySeries]]:
+    """What lives on the device when, in each method's visits; of the deepest net that can be drawn.
+
+    Arguments are those of ``points``.
+    """
+    depth = max((depth for depth in depths if depth <= timelines.DEEPEST), default=min(depths))
+    varied = [(method, max(widths), max(batch_sizes), depth) for method in methods]
+    found = {}
+    for one in _asked(settings, methods, family, varied):
+        job = open_job(one, data=data)
+        found[one.method] = timelines.of_run(job.work, plan_job(job))
+    return found
 
 
 def spec(family: str, depth: int, width: int) -> str:
@@ -128,6 +149,15 @@ def write_csv(path: Path, found: Sequence[Point]) -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(Point)])
         writer.writeheader()
         writer.writerows(asdict(point) for point in found)
+
+
+def _asked(
+    settings: Settings, methods: Sequence[str], family: str, varied: Sequence[tuple[str, int, int, int]]
+) -> list[Settings]:
+    asked = [_settings(settings, method, family, depth, width, batch) for method, width, batch, depth in varied]
+    for one in asked:
+        method_of(replace(one, like=None))
+    return [_applying(one, methods) for one in asked]
 
 
 def _settings(settings: Settings, method: str, family: str, depth: int, width: int, batch: int) -> Settings:

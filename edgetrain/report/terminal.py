@@ -14,14 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from edgetrain.memory.timeline import KINDS
 from edgetrain.planning.plan import CellPlan, Plan, VisitTime
-from edgetrain.record import CellRecord, RunRecord
+from edgetrain.planning.words import counted, plan_in_words
+from edgetrain.record import CellRecord, MemorySeries, RunRecord
 from edgetrain.report.profile import Point
 from edgetrain.training import watcher as watching
 from edgetrain.training.edits import CellState
 from edgetrain.training.finished import Run
 from edgetrain.training.predictor import Predictions
-from edgetrain.units import ceil_mb, show_mb, show_seconds
+from edgetrain.units import show_mb, show_seconds
 
 _PLAIN_EVERY_S = 2.0
 _POINT = "{:>13} {:>6} {:>6} {:>6} {:>12} {:>12} {:>8} {:>12}"  # a profile's rows come one by one, minutes apart
@@ -202,7 +204,7 @@ def show_plan(plan: Plan, bp_peak: int, times: Sequence[VisitTime] | None) -> No
     for cell, run in groupby(zip(plan.visits, each, strict=True), key=itemgetter(0)):
         table.add_row(*_plan_row(cell, [time for _, time in run]))
     console.print(table)
-    for line in _words(plan, bp_peak, times):
+    for line in plan_in_words(plan, bp_peak, times):
         console.print(line, soft_wrap=True)
 
 
@@ -238,6 +240,15 @@ def show_slopes(found: Sequence[Mapping[str, Any]]) -> None:
             kind = "predicted" if row["measured"] is None else "measured"
             where = f"width {row['width']}, batch {row['batch_size']}"
             print(f"{row['method']}, {where}: {slope:g} MiB for each further layer, {kind}")
+
+
+def show_timelines(lived: Mapping[str, Sequence[MemorySeries]]) -> None:
+    """What each method's highest visit holds at its peak, on stdout."""
+    for method, visits in lived.items():
+        top = max(visits, key=lambda visit: visit.peak_mb)
+        sizes = zip(KINDS, max(top.mb, key=sum), strict=True)
+        held = ", ".join(f"{kind} {_mb(size)}" for kind, size in sizes if size)
+        print(f"{method}: {_mb(top.peak_mb)} at {top.peak_at}, in {top.name!r}: {held}")
 
 
 def show_votes(run: Run, found: Predictions, per_cell: bool) -> None:
@@ -277,13 +288,9 @@ def _headline(plan: Plan, record: RunRecord) -> str:
     budget = "no budget" if plan.budget is None else f"budget {show_mb(plan.budget)}"
     schedule = f", {record.schedule}" if record.schedule else ""
     return (
-        f"{record.method}{schedule}: {_count(len(plan.cells))} on {record.device}, {plan.placement};"
+        f"{record.method}{schedule}: {counted(len(plan.cells))} on {record.device}, {plan.placement};"
         f" predicted peak {show_mb(plan.predicted_peak)}, {budget}; {record.run}"
     )
-
-
-def _count(cells: int) -> str:
-    return "1 cell" if cells == 1 else f"{cells} cells"
 
 
 def _where(progress: watching.Progress) -> str:
@@ -323,68 +330,6 @@ def _cells_row(cell: CellRecord) -> list[str]:
         _mb(cell.predicted_peak_mb),
         show_seconds(cell.seconds),
     ]
-
-
-def _words(plan: Plan, bp_peak: int, times: Sequence[VisitTime] | None) -> Iterator[str]:
-    """The choices of a plan, and why."""
-    if plan.placement == "resident":
-        yield "Everything stays on the device: data set, latents and all cells."
-    else:
-        yield "Cells stream one at a time; the data set and latents stream from disk in batches."
-    yield from _pieces_in_words(plan)
-    yield from _cut_in_words(plan)
-    smallest = f"the smallest budget that works is {ceil_mb(plan.min_budget):.2f} MiB"
-    if plan.budget is None:
-        yield f"Peak {show_mb(plan.predicted_peak)}; {smallest}."
-    elif plan.fits:
-        yield f"It fits: {show_mb(plan.predicted_peak)} of {show_mb(plan.budget)}; {smallest}."
-    else:
-        yield f"It does not fit into {show_mb(plan.budget)}; {smallest}."
-    yield f"Backpropagation on the same net and batch: {show_mb(bp_peak)}."
-    yield (
-        f"Host {show_mb(plan.host_bytes)}{'' if plan.host_fits else ' (over --max-host-mb)'};"
-        f" disk {show_mb(plan.disk_bytes)}{'' if plan.disk_fits else ' (over --max-disk-gb)'};"
-        f" writes {show_mb(plan.written_bytes)} in all."
-    )
-    if times is None:
-        yield "Time: unknown until `edgetrain doctor` has measured this machine once."
-    else:
-        yield f"Time: about {show_seconds(sum(time.seconds for time in times))}, by this machine's measured rates."
-
-
-def _pieces_in_words(plan: Plan) -> Iterator[str]:
-    """Why batches are cut, and cells."""
-    largest = max(plan.micro_batches)
-    smaller = [cell for cell in plan.visits if cell.micro_batch < largest and cell.tiles == 1]
-    tiled = [cell for cell in plan.cells if cell.tiles > 1]
-    if smaller:
-        worst = min(smaller, key=lambda cell: cell.micro_batch)
-        yield (
-            f"{_count(len(smaller))} of {len(plan.visits)} take batches in parts to fit, {worst.name!r} in parts of"
-            f" {worst.micro_batch}: the result is the same up to rounding."
-        )
-    if tiled:
-        most = max(tiled, key=lambda cell: cell.tiles)
-        yield (
-            f"{_count(len(tiled))} of {len(plan.cells)} do not fit whole: they wait on the host and come in tiles,"
-            f" {most.name!r} in {most.tiles}, each twice a step."
-        )
-
-
-def _cut_in_words(plan: Plan) -> Iterator[str]:
-    cut = plan.cut
-    if cut.cached is None and cut.ranges > 1:
-        yield (
-            f"The disk does not hold an epoch's latents: visits are cut to 1/{cut.ranges} of an epoch, and cells"
-            " come and go as often."
-        )
-    elif cut.cached is not None:
-        whole = ", ".join(str(index) for index in sorted(cut.cached) if index)
-        kept = f"those of cell {whole} are cached whole; the others" if whole else "they"
-        yield (
-            f"The disk does not hold all latents: {kept} are emitted again when they are needed, in {cut.ranges}"
-            " ranges of an epoch."
-        )
 
 
 def _mb(value: float | None, unknown: str = "unknown") -> str:

@@ -41,7 +41,8 @@ class Spilled:
 RECORD, MODEL = "record.json", "model.safetensors"
 _RESULTS = (RECORD, MODEL, "report.html")  # of a finished run
 _MEMBERS = ("config.toml", "journal.jsonl", "lock", *_RESULTS)
-_FOLDERS = ("cells", "latents", "scratch", "figures")
+TENSORBOARD = "tensorboard"
+_FOLDERS = ("cells", "latents", "scratch", "figures", TENSORBOARD)
 Files = dict[str, dict[str, FileEntry]]  # by unit ("000", "readout"), then kind ("weights", "optim")
 
 
@@ -319,7 +320,9 @@ class RunFolder:
             InputError: the run is unfinished, or there is none.
         """
         known, path = self.results().get(RECORD), self.path / RECORD
-        if known is None or not path.exists():
+        if known is not None and not path.exists():
+            raise InputError(f"{path}: is missing; fit --resume --run-dir {self.path} makes it again")
+        if known is None:
             unfinished = "an unfinished run; finish it with fit --resume" if self.is_run() else "no run"
             raise InputError(f"{self.path}: holds {unfinished}")
         if (found := checksum(path)) != known.checksum:
@@ -329,6 +332,17 @@ class RunFolder:
             )
         with storage_errors(path):
             return path.read_text(encoding="utf-8")
+
+    def verify_model(self) -> None:
+        """See whether ``model.safetensors`` is as it was written.
+
+        Raises:
+            CorruptError: it is not.
+            StorageError: it is missing or unreadable.
+        """
+        known, path = self.results().get(MODEL), self.path / MODEL
+        if known is not None and (found := checksum(path)) != known.checksum:
+            raise CorruptError(f"{path}: checksum {found}, expected {known.checksum}: the file is damaged")
 
     def cell_path(self, file: FileEntry) -> Path:
         """Where a committed file is: under its own name, or its plain one if finishing was cut short."""

@@ -26,7 +26,7 @@ from edgetrain.errors import CorruptError, EdgetrainWarning, InputError
 from edgetrain.memory import device as devices
 from edgetrain.memory.meter import Meter, meter_of
 from edgetrain.objectives.base import Node, Objective
-from edgetrain.record import CellRecord, MemorySeries, RunRecord
+from edgetrain.record import RunRecord, parsed
 from edgetrain.store.run import Files, RunFolder
 from edgetrain.stream.cell import LiveCell, OptimizerRecipe, State
 from edgetrain.stream.latents import FileLatents
@@ -124,6 +124,16 @@ class Run:
         self._predict(opened, opened.test, device, keep)
         out.flush()
         return shape
+
+    def report(self, folder: str | Path | None = None) -> Path:
+        """Write ``report.html`` and ``figures/``; by default into the run's folder. Returns the page.
+
+        Raises:
+            InputError: matplotlib or jinja2 is not installed.
+        """
+        from edgetrain.report.page import write_report  # reports read runs
+
+        return write_report([self.path], None if folder is None else Path(folder))[0]
 
     def model(self) -> nn.Sequential:
         """The trained cells as plain modules on the CPU, in evaluation mode; heads are left out."""
@@ -241,19 +251,19 @@ def read_record(path: Path) -> tuple[RunRecord, Shape]:
         InputError: the folder holds no finished run.
         CorruptError: the record is damaged.
     """
+    return parse_record(RunFolder(path).read_record(), path)
+
+
+def parse_record(text: str, path: Path) -> tuple[RunRecord, Shape]:
+    """What ``record.json`` of the run in a folder says.
+
+    Raises:
+        CorruptError: it is no record.
+    """
     try:
-        values = json.loads(RunFolder(path).read_record())
+        values = json.loads(text)
         shape = Shape.from_dict(values.pop("data"))
-        cells = [CellRecord(**cell) for cell in values.pop("cells")]
-        memory = [MemorySeries(**series) for series in values.pop("memory", [])]
-        readout, bp = values.pop("readout"), values.pop("bp_memory", None)
-        record = RunRecord(
-            **values,
-            cells=cells,
-            readout=CellRecord(**readout) if readout else None,
-            memory=memory,
-            bp_memory=MemorySeries(**bp) if bp else None,
-        )
+        record = parsed(RunRecord, values)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CorruptError(f"{path / 'record.json'}: is not a record of edgetrain ({reason})") from error

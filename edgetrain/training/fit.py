@@ -31,7 +31,8 @@ from edgetrain.memory.host import PeakRss
 from edgetrain.memory.meter import Meter, meter_of
 from edgetrain.planning import timelines
 from edgetrain.planning.plan import Plan
-from edgetrain.planning.planner import require_fit
+from edgetrain.planning.planner import backprop_peak, require_fit
+from edgetrain.planning.words import choices_in_words
 from edgetrain.record import RunRecord
 from edgetrain.store.run import RunFolder, size_of
 from edgetrain.stream.latents import FileLatents
@@ -391,6 +392,7 @@ def _complete(folder: RunFolder, record: RunRecord, trainer: Trainer, host: Peak
     record.latents_mb = to_mb(trainer.latents_peak)
     record.memory = timelines.of_run(job.work, plan)
     if job.settings.schedule is not None:  # a local rule
+        record.bp_predicted_peak_mb = to_mb(backprop_peak(job.work, job.net.cells, job.net.options))
         record.bp_memory = timelines.of_backpropagation(job.work, job.net.cells, job.net.options)
 
     def measured() -> dict[str, Any]:
@@ -418,6 +420,7 @@ def _record(job: Job, plan: Plan, folder: RunFolder) -> RunRecord:
         predicted_peak_mb=to_mb(plan.predicted_peak),
         placement=plan.placement,
         citations=[job.work.objective.citation],
+        plan=list(choices_in_words(plan)),
         edits=[entry["edit"] for entry in folder.journal.entries() if "edit" in entry],
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,3 +82,35 @@ class Silent:
 
     def finished(self, record: RunRecord) -> None:
         """See ``Watcher``."""
+
+
+class Several:
+    """Tells several watchers the same."""
+
+    def __init__(self, watchers: Sequence[Watcher]):
+        self._watchers = watchers
+
+    def planned(self, plan: Plan, record: RunRecord) -> None:
+        """See ``Watcher``."""
+        for watcher in self._watchers:
+            watcher.planned(plan, record)
+
+    def note(self, text: str) -> None:
+        """See ``Watcher``."""
+        for watcher in self._watchers:
+            watcher.note(text)
+
+    def stepped(self, progress: Progress) -> None:
+        """See ``Watcher``."""
+        for watcher in self._watchers:
+            watcher.stepped(progress)
+
+    def visited(self, progress: Progress) -> None:
+        """See ``Watcher``."""
+        for watcher in self._watchers:
+            watcher.visited(progress)
+
+    def finished(self, record: RunRecord) -> None:
+        """See ``Watcher``."""
+        for watcher in self._watchers:
+            watcher.finished(record)

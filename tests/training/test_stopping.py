@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from machine import assert_same, data, settings, units
+from machine import assert_same, data, settings, stopped_after, stopping_after, units
 
 from edgetrain.data.arrays import from_arrays
 from edgetrain.errors import CorruptError, DivergedError, InputError, Stopped, StorageError
@@ -42,23 +42,6 @@ class Heard(Silent):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-
-
-def stopping_after(questions: int) -> Callable[[Stop], bool]:
-    """A stand-in for ``Stop.asked`` that says yes from so many questions of a process on."""
-
-    def asked(self: Stop) -> bool:
-        number = vars(self).setdefault("questions", count())
-        return next(number) >= questions
-
-    return asked
-
-
-def stopped_after(questions: int, asked: Any, path: Path, rows: Any, resume: bool = False) -> str:
-    """Let a run end early; what it says."""
-    with mock.patch.object(Stop, "asked", stopping_after(questions)), pytest.raises(Stopped) as told:
-        fit(asked, path, data=rows, resume=resume)
-    return str(told.value)
 
 
 # -- anywhere ------------------------------------------------------------------------------------------
@@ -444,7 +427,7 @@ def test_energy_of_a_run_in_parts_is_that_of_all_parts(tmp_path: Path) -> None:
     def sensor(joules: float) -> Any:
         asked = count()
         told = Sensor("made up", 1000.0, lambda: joules * (next(asked) == 1))  # once, after the meter began
-        return mock.patch.object(energy, "sensor_of", lambda device, sysfs: told)
+        return mock.patch.object(energy, "sensor_of", return_value=told)
 
     given_, rows = given(RUNS["mf, separate"])
     with sensor(30.0):

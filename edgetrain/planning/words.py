@@ -1,0 +1,83 @@
+"""A plan's choices, and why, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from edgetrain.planning.plan import Plan, VisitTime
+from edgetrain.units import ceil_mb, show_mb, show_seconds
+
+
+def plan_in_words(plan: Plan, bp_peak: int, times: Sequence[VisitTime] | None) -> Iterator[str]:
+    """All that a plan says; times are ``None`` where the machine's rates are unknown.
+
+    It finds the smallest budget that works, which takes longer than the plan.
+    """
+    yield from choices_in_words(plan)
+    smallest = f"the smallest budget that works is {ceil_mb(plan.min_budget):.2f} MiB"
+    if plan.budget is None:
+        yield f"Peak {show_mb(plan.predicted_peak)}; {smallest}."
+    elif plan.fits:
+        yield f"It fits: {show_mb(plan.predicted_peak)} of {show_mb(plan.budget)}; {smallest}."
+    else:
+        yield f"It does not fit into {show_mb(plan.budget)}; {smallest}."
+    yield f"Backpropagation on the same net and batch: {show_mb(bp_peak)}."
+    yield (
+        f"Host {show_mb(plan.host_bytes)}{'' if plan.host_fits else ' (over --max-host-mb)'};"
+        f" disk {show_mb(plan.disk_bytes)}{'' if plan.disk_fits else ' (over --max-disk-gb)'};"
+        f" writes {show_mb(plan.written_bytes)} in all."
+    )
+    if times is None:
+        yield "Time: unknown until `edgetrain doctor` has measured this machine once."
+    else:
+        yield f"Time: about {show_seconds(sum(time.seconds for time in times))}, by this machine's measured rates."
+
+
+def choices_in_words(plan: Plan) -> Iterator[str]:
+    """Where everything stays, how batches and cells are cut, and what of the latents is kept."""
+    if plan.placement == "resident":
+        yield "Everything stays on the device: data set, latents and all cells."
+    else:
+        yield "Cells stream one at a time; the data set and latents stream from disk in batches."
+    yield from _pieces_in_words(plan)
+    yield from _cut_in_words(plan)
+
+
+def counted(cells: int) -> str:
+    """``1 cell``, ``2 cells``."""
+    return "1 cell" if cells == 1 else f"{cells} cells"
+
+
+def _pieces_in_words(plan: Plan) -> Iterator[str]:
+    """Why batches are cut, and cells."""
+    largest = max(plan.micro_batches)
+    smaller = [cell for cell in plan.visits if cell.micro_batch < largest and cell.tiles == 1]
+    tiled = [cell for cell in plan.cells if cell.tiles > 1]
+    if smaller:
+        worst = min(smaller, key=lambda cell: cell.micro_batch)
+        yield (
+            f"{counted(len(smaller))} of {len(plan.visits)} take batches in parts to fit, {worst.name!r} in parts of"
+            f" {worst.micro_batch}: the result is the same up to rounding."
+        )
+    if tiled:
+        most = max(tiled, key=lambda cell: cell.tiles)
+        yield (
+            f"{counted(len(tiled))} of {len(plan.cells)} do not fit whole: they wait on the host and come in tiles,"
+            f" {most.name!r} in {most.tiles}, each twice a step."
+        )
+
+
+def _cut_in_words(plan: Plan) -> Iterator[str]:
+    cut = plan.cut
+    if cut.cached is None and cut.ranges > 1:
+        yield (
+            f"The disk does not hold an epoch's latents: visits are cut to 1/{cut.ranges} of an epoch, and cells"
+            " come and go as often."
+        )
+    elif cut.cached is not None:
+        whole = ", ".join(str(index) for index in sorted(cut.cached) if index)
+        kept = f"those of cell {whole} are cached whole; the others" if whole else "they"
+        yield (
+            f"The disk does not hold all latents: {kept} are emitted again when they are needed, in {cut.ranges}"
+            " ranges of an epoch."
+        )

@@ -1,0 +1,565 @@
+"""Figures of runs and profiles, drawn by matplotlib: as SVG for a page of either theme, and as PNG.
+
+In an SVG all ink is ``currentColor``, so that one drawing serves light and dark pages. Colours are those of Okabe
+and Ito, which colour-blind people can tell apart; lines differ in their markers too.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from edgetrain.memory.timeline import KINDS
+from edgetrain.record import CellRecord, MemorySeries, RunRecord
+from edgetrain.store.atomic import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from edgetrain.report.profile import Point
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
+KIND_COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#9A9A9A"), strict=True))
+_MARKERS = "osD^vPX*"
+_INK = "#010203"  # stands for currentColor
+_SIZE = (4.8, 3.2)  # inches: what a phone shows without making letters too small
+_FEW = 12  # cells that are shown one by one
+_STYLE: dict[str, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "text.parse_math": False,  # names are the user's
+    "svg.hashsalt": "edgetrain",
+    "figure.constrained_layout.use": True,
+}
+_INKED = (
+    "text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "grid.color",
+    "hatch.color",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that can be drawn.
+
+    Attributes:
+        name: of its file.
+        title: what it shows.
+        caption: how to read it, in a sentence or two.
+        draw: draws on an empty figure.
+        size: in inches.
+    """
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[Figure], None]
+    size: tuple[float, float] = _SIZE
+
+
+def svg(drawing: Drawing) -> str:
+    """The drawing as an ``<svg>`` element that takes the ink of its surroundings."""
+    target = io.StringIO()
+    _drawn(
+        drawing, _INK, lambda figure: figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
+    )
+    text = target.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
+    return _own_names(text, drawing.name)
+
+
+def png(drawing: Drawing, path: Path) -> None:
+    """Write the drawing as a PNG on white.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    target = io.BytesIO()
+    _drawn(drawing, "#222222", lambda figure: figure.savefig(target, format="png", dpi=200, facecolor="white"))
+    write_bytes(path, target.getvalue())
+
+
+def _drawn(drawing: Drawing, ink: str, save: Callable[[Figure], None]) -> None:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style: Any = {**_STYLE, **dict.fromkeys(_INKED, ink)}
+    with rc_context(style):
+        figure = Figure(figsize=drawing.size)
+        drawing.draw(figure)
+        save(figure)
+
+
+def _own_names(text: str, name: str) -> str:
+    """Ids of a drawing's parts are its own, so that several can stand on one page."""
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
+    return text.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-title" ', 1)
+
+
+# -- of runs -------------------------------------------------------------------------------------------
+
+
+Named = Sequence[tuple[str, RunRecord]]
+
+
+def of_runs(runs: Named) -> list[Drawing]:
+    """All figures that the records of some runs, side by side, have something for."""
+    found = (_by_cell(runs), *_timelines(runs), _losses(runs), _accuracies(runs), _votes(runs), _waits(runs))
+    return [_against_budget(runs), *(drawing for drawing in found if drawing is not None)]
+
+
+def _against_budget(runs: Named) -> Drawing:
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        bars = [
+            ("measured", COLOURS[0], [record.peak_gpu_mb for _, record in runs]),
+            ("predicted", COLOURS[5], [record.predicted_peak_mb for _, record in runs]),
+            ("backpropagation, predicted", COLOURS[1], [record.bp_predicted_peak_mb for _, record in runs]),
+        ]
+        bars = [bar for bar in bars if any(size is not None for size in bar[2])]
+        _grouped(axes, bars, [name for name, _ in runs], "MiB")
+        budgets = [record.budget_mb for _, record in runs]
+        for row, budget in enumerate(budgets):
+            if budget is not None:
+                label = "budget" if row == next(i for i, b in enumerate(budgets) if b is not None) else None
+                axes.plot([budget, budget], [row - 0.45, row + 0.45], color=_ink(axes), lw=2.5, ls=":", label=label)
+        _legend_above(axes)
+
+    rows = max(1, len(runs))
+    return Drawing(
+        "budget",
+        "Device memory against the budget",
+        "The highest memory of the device in the whole run, as planned and as measured; backpropagation on the same"
+        " net, batch and optimizer beside it.",
+        draw,
+        (_SIZE[0], 1.4 + 0.75 * rows),
+    )
+
+
+def _by_cell(runs: Named) -> Drawing | None:
+    if not any(cell.peak_gpu_mb is not None for _, record in runs for cell in _visits(record)):
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for (name, record), colour, marker in zip(runs, cycle(COLOURS), cycle(_MARKERS), strict=False):
+            visits = _visits(record)
+            numbers = range(1, len(visits) + 1)
+            prefix = f"{name}, " if len(runs) > 1 else ""
+            style: dict[str, Any] = {"color": colour, "marker": marker if len(visits) <= 4 * _FEW else None}
+            axes.plot(numbers, _known([cell.peak_gpu_mb for cell in visits]), label=f"{prefix}measured", **style)
+            foreseen = _known([cell.predicted_peak_mb for cell in visits])
+            style |= {"ls": "--", "lw": 3.5, "alpha": 0.4, "marker": None}
+            axes.plot(numbers, foreseen, label=f"{prefix}predicted", **style)
+        axes.set_ylabel("peak, MiB")
+        axes.set_ylim(bottom=0)
+        _cells_below(axes, [record for _, record in runs])
+        _legend_above(axes)
+
+    return Drawing(
+        "cells",
+        "Peak by cell",
+        "Each cell's visit has its own peak; the broad dashed line is what the plan foresaw. A trained classifier"
+        " comes last.",
+        draw,
+    )
+
+
+def _timelines(runs: Named) -> list[Drawing]:
+    found = []
+    for number, (name, record) in enumerate(runs, start=1):
+        if record.memory:
+            panels = [(f"{record.method}: one visit after the other", record.memory)]
+            if record.bp_memory is not None:
+                panels.append(("backpropagation on the same net", [record.bp_memory]))
+            title = "What lives on the device when" + (f": {name}" if len(runs) > 1 else "")
+            found.append(timeline(f"timeline-{number}" if len(runs) > 1 else "timeline", title, panels))
+    return found
+
+
+def timeline(name: str, title: str, panels: Sequence[tuple[str, Sequence[MemorySeries]]]) -> Drawing:
+    """Memory by kind in the course of visits, panels to the same scale; at most ``_FEW`` visits of each."""
+    shown = [(label, _some(series)) for label, series in panels]
+    highest = [max(series, key=lambda each: each.peak_mb) for _, series in panels]
+    peaks = [
+        f"{label.partition(':')[0]}: {top.peak_mb:,.4g} MiB at {_operation(top.peak_at)}, in {top.name!r}"
+        for (label, _), top in zip(panels, highest, strict=True)
+    ]
+
+    def draw(figure: Figure) -> None:
+        every = figure.subplots(len(shown), 1, sharey=True, squeeze=False)[:, 0]
+        for axes, (label, series) in zip(every, shown, strict=True):
+            rows = np.concatenate([np.array(each.mb, np.float64).reshape(-1, len(KINDS)) for each, _ in series])
+            axes.stackplot(
+                np.arange(len(rows)), rows.T, colors=[KIND_COLOURS[kind] for kind in KINDS], labels=KINDS, step="post"
+            )
+            axes.set_title(label, loc="left")
+            axes.set_ylabel("MiB")
+            axes.set_xlim(0, max(1, len(rows) - 1))
+            _visits_below(axes, series)
+            top = int(rows.sum(1).argmax())
+            axes.plot([top], [rows[top].sum()], marker="v", color=_ink(axes), clip_on=False, ls="")
+        every[-1].set_xlabel("allocations and releases, in order")
+        handles, labels = every[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=3)
+
+    return Drawing(
+        name,
+        title,
+        "The first two steps of each visit and what it emits, as the dry run foresees them; all panels have the same"
+        f" scale. The peak (marked): {'; '.join(peaks)}.",
+        draw,
+        (_SIZE[0], 1.4 + 1.7 * len(shown)),
+    )
+
+
+def _some(series: Sequence[MemorySeries]) -> list[tuple[MemorySeries, str]]:
+    """Visits with their labels; of many equal ones in a row two are shown."""
+    found: list[tuple[MemorySeries, str]] = []
+    number = 1
+    for each in series:
+        last = number + each.count - 1
+        found.append((each, f"{number}"))
+        if each.count == 2:
+            found.append((each, f"{last}"))
+        elif each.count > 2:
+            found.append((each, f"… {last}"))
+        number = last + 1
+    return found if len(found) <= 2 * _FEW else [*found[:_FEW], *found[-_FEW:]]
+
+
+def _visits_below(axes: Axes, series: Sequence[tuple[MemorySeries, str]]) -> None:
+    edges = np.cumsum([0, *(len(each.mb) for each, _ in series)])
+    for edge in edges[1:-1]:
+        axes.axvline(edge - 0.5, color=_ink(axes), lw=0.7, ls=":")
+    axes.set_xticks([])
+    if len(series) > 1:
+        labels = [each.name if each.name == "classifier" else text for each, text in series]
+        if len(series) <= _FEW and "classifier" not in labels[:-1]:
+            labels[0] = f"cell {labels[0]}"
+        step = -(-len(series) // _FEW)
+        middles = (edges[:-1] + edges[1:]) / 2
+        axes.set_xticks(middles[::step], labels[::step])
+        axes.tick_params(axis="x", length=0)
+    axes.grid(axis="x", visible=False)
+
+
+def _operation(text: str) -> str:
+    """``aten.mm.default in the backward pass`` without the overload's name."""
+    return re.sub(r"^(aten\.\w+)\.\w+", r"\1", text)
+
+
+def _losses(runs: Named) -> Drawing | None:
+    curves = [
+        (name, cell, number) for name, record in runs for number, cell in enumerate(_visits(record)) if cell.losses
+    ]
+    if not curves:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        deepest = max(len(_visits(record)) for _, record in runs)
+        for (name, record), colour, marker in zip(runs, cycle(COLOURS), cycle(_MARKERS), strict=False):
+            for number, cell in enumerate(_visits(record)):
+                if not cell.losses:
+                    continue
+                label = _label(record, number)
+                if len(runs) > 1:
+                    label = name if number == 0 else "_"
+                elif deepest > _FEW:
+                    label = label if number in (0, deepest // 2, deepest - 1) else "_"
+                shade = _shade(number, deepest) if len(runs) == 1 else colour
+                mark = marker if len(runs) > 1 else _MARKERS[number % len(_MARKERS)]
+                fade = 1.0 if len(runs) == 1 else 1.0 - 0.6 * number / deepest
+                epochs = range(1, len(cell.losses) + 1)
+                shown = mark if len(cell.losses) <= 2 * _FEW else None
+                axes.plot(epochs, cell.losses, color=shade, marker=shown, alpha=fade, label=label)
+        values = [loss for _, cell, _ in curves for loss in cell.losses if np.isfinite(loss)]
+        if values and min(values) > 0 and max(values) > 20 * min(values):
+            _logarithmic(axes, "y")
+        axes.set_xlabel("epoch of the cell")
+        axes.set_ylabel("mean training loss")
+        _whole_numbers(axes)
+        _legend_above(axes)
+
+    return Drawing(
+        "losses",
+        "Loss of each cell",
+        "As it was trained, by the cell's own rule: losses of cells of other widths or rules do not compare."
+        + (" Later cells are paler." if len(runs) > 1 else ""),
+        draw,
+    )
+
+
+def _accuracies(runs: Named) -> Drawing | None:
+    def known(record: RunRecord) -> bool:
+        return any(cell.test_accuracy is not None for cell in record.cells)
+
+    if not any(known(record) and len(record.cells) > 1 for _, record in runs):
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for (name, record), colour, marker in zip(runs, cycle(COLOURS), cycle(_MARKERS), strict=False):
+            if not known(record):
+                continue
+            numbers = range(1, len(record.cells) + 1)
+            shown = marker if len(numbers) <= 4 * _FEW else None
+            label = f"{name}: cell alone" if len(runs) > 1 else "cell alone"
+            axes.plot(
+                numbers, _percent([c.test_accuracy for c in record.cells]), color=colour, marker=shown, label=label
+            )
+            if record.test_accuracy is not None:
+                label = "_" if len(runs) > 1 else "all cells, by the method's vote"
+                axes.axhline(100 * record.test_accuracy, color=colour, ls="--", lw=1.1, label=label)
+        axes.set_ylabel("test accuracy, %")
+        _cells_below(axes, [record for _, record in runs])
+        _legend_above(axes)
+
+    caption = "What each cell finds by itself; the dashed line is the whole run's accuracy, by its method's vote."
+    return Drawing("accuracies", "Test accuracy by cell", caption, draw)
+
+
+def _votes(runs: Named) -> Drawing | None:
+    def votes(record: RunRecord) -> dict[str, float]:
+        return {vote: value for vote, value in record.votes.items() if isinstance(value, float)}
+
+    names = list(dict.fromkeys(vote for _, record in runs for vote in votes(record)))
+    if len(names) * len(runs) < 2:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        bars = []
+        for vote, colour in zip(names, cycle(COLOURS), strict=False):
+            found = [votes(record).get(vote) for _, record in runs]
+            bars.append((vote, colour, [None if value is None else 100 * value for value in found]))
+        _grouped(axes, bars, [name for name, _ in runs], "test accuracy, %", "{:.2f}", unknown="")
+        axes.set_xlim(0, 100)
+        _legend_above(axes)
+
+    caption = "Accuracy by every way in which the cells' answers can be put together."
+    return Drawing("votes", "Votes", caption, draw, (_SIZE[0], 1.3 + 0.3 * len(names) * len(runs)))
+
+
+def _waits(runs: Named) -> Drawing | None:
+    if not any(record.seconds for _, record in runs):
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        rows: list[tuple[str, float, float, float, float]] = []
+        for name, record in runs:
+            visits = _visits(record)
+            if len(runs) == 1 and len(visits) <= _FEW:
+                for number, cell in enumerate(visits):
+                    rows.append((_label(record, number), cell.seconds - cell.waited_seconds, cell.waited_seconds, 0, 0))
+                spent = sum(cell.seconds for cell in visits)
+                rest = max(0.0, record.seconds - spent - record.commit_seconds)
+                rows.append(("the rest", 0, 0, record.commit_seconds, rest))
+            else:
+                trained, waited = sum(cell.seconds for cell in visits), record.waited_seconds
+                rest = max(0.0, record.seconds - trained - record.commit_seconds)
+                rows.append((name, trained - waited, waited, record.commit_seconds, rest))
+        left = np.zeros(len(rows))
+        places = np.arange(len(rows))
+        kinds = ("computing", "waiting for data", "commits", "preparing, evaluating")
+        for column, (kind, colour) in enumerate(
+            zip(kinds, (COLOURS[0], COLOURS[1], COLOURS[3], COLOURS[7]), strict=True)
+        ):
+            widths = np.array([max(0.0, row[1 + column]) for row in rows])
+            axes.barh(places, widths, 0.7, left=left, color=colour, label=kind)
+            left += widths
+        axes.set_yticks(places, [row[0] for row in rows])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("seconds")
+        _legend_above(axes, 2)
+
+    bars = len(_visits(runs[0][1])) + 1 if len(runs) == 1 and len(_visits(runs[0][1])) <= _FEW else len(runs)
+    caption = "Where the time of the run went. Waiting for data means that disk or host could not keep up."
+    return Drawing("time", "What the run waited for", caption, draw, (_SIZE[0], 1.5 + 0.28 * bars))
+
+
+# -- of profiles ---------------------------------------------------------------------------------------
+
+
+def of_profile(points: Sequence[Point], lived: Mapping[str, Sequence[MemorySeries]]) -> list[Drawing]:
+    """Peak memory, and time where it was measured, against what was varied; what lives when, for each method."""
+    axis = next(
+        (name for name in ("depth", "width", "batch_size") if len({getattr(point, name) for point in points}) > 1),
+        "depth",
+    )
+    found = [
+        _profile(
+            points,
+            axis,
+            "peaks",
+            "Peak device memory",
+            "MiB",
+            lambda point: point.peak_mb,
+            lambda point: point.predicted_mb,
+        )
+    ]
+    if any(point.seconds_per_epoch is not None for point in points):
+        found.append(
+            _profile(
+                points, axis, "seconds", "Time of an epoch", "seconds", lambda point: point.seconds_per_epoch, None
+            )
+        )
+    if lived:
+        found.append(timeline("timeline", "What lives on the device when", list(lived.items())))
+    return found
+
+
+def _profile(
+    points: Sequence[Point],
+    axis: str,
+    name: str,
+    title: str,
+    unit: str,
+    measured: Callable[[Point], float | None],
+    foreseen: Callable[[Point], float | None] | None,
+) -> Drawing:
+    others = [other for other in ("width", "batch_size", "depth") if other != axis]
+    varied = [other for other in others if len({getattr(point, other) for point in points}) > 1]
+
+    def key(point: Point) -> str:
+        words = [f"{other.replace('_size', '')} {getattr(point, other)}" for other in varied]
+        return ", ".join([point.method, *words])
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        values: list[float] = []
+        for series, colour, marker in zip(
+            dict.fromkeys(map(key, points)), cycle(COLOURS), cycle(_MARKERS), strict=False
+        ):
+            own = sorted((point for point in points if key(point) == series), key=lambda point: getattr(point, axis))
+            where = [getattr(point, axis) for point in own]
+            seen = [measured(point) for point in own]
+            told = [None] * len(own) if foreseen is None else [foreseen(point) for point in own]
+            values += [value for value in (*seen, *told) if value is not None]
+            if any(value is not None for value in seen):
+                axes.plot(where, _known(seen), color=colour, marker=marker, label=series)
+                axes.plot(where, _known(told), color=colour, ls="--", lw=3.5, alpha=0.4)
+            else:
+                axes.plot(where, _known(told), color=colour, marker=marker, ls="--", label=f"{series}, predicted")
+        spread = [getattr(point, axis) for point in points]
+        if values and min(values) > 0 and max(values) > 50 * min(values):
+            _logarithmic(axes, "y")
+        else:
+            axes.set_ylim(bottom=0)
+        if max(spread) > 50 * min(spread):
+            _logarithmic(axes, "x")
+        else:
+            _whole_numbers(axes)
+        axes.set_xlabel({"depth": "layers", "width": "units of a layer", "batch_size": "samples of a batch"}[axis])
+        axes.set_ylabel(f"{title.lower()}, {unit}" if name == "seconds" else f"peak, {unit}")
+        _legend_above(axes, 2)
+
+    dashed = any(measured(point) is not None for point in points) and foreseen is not None
+    caption = "Points are nets of their own." + (" Broad dashed lines are predictions." if dashed else "")
+    return Drawing(name, title, caption, draw)
+
+
+# -- parts ---------------------------------------------------------------------------------------------
+
+
+def _visits(record: RunRecord) -> list[CellRecord]:
+    return [*record.cells, *([record.readout] if record.readout else [])]
+
+
+def _label(record: RunRecord, number: int) -> str:
+    return f"cell {number + 1}" if number < len(record.cells) else "classifier"
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [float("nan") if value is None else value for value in values]
+
+
+def _percent(values: Sequence[float | None]) -> list[float]:
+    return [100 * value for value in _known(values)]
+
+
+def _ink(axes: Axes) -> Any:
+    return axes.xaxis.label.get_color()
+
+
+def _shade(number: int, of: int) -> Any:
+    """Early cells are dark blue, late ones yellow-green; few cells have colours of their own."""
+    if of <= len(COLOURS):
+        return COLOURS[number]
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.9 * number / max(1, of - 1))
+
+
+def _grouped(
+    axes: Axes,
+    bars: Sequence[tuple[str, str, Sequence[float | None]]],
+    names: list[str],
+    unit: str,
+    text: str = "{:,.4g}",
+    unknown: str = "unknown",
+) -> None:
+    """Horizontal bars, for each name one of each kind, with their values."""
+    height = 0.8 / max(1, len(bars))
+    for row, (label, colour, values) in enumerate(bars):
+        places = np.arange(len(names)) - 0.4 + height * (row + 0.5)
+        drawn = axes.barh(places, [value or 0.0 for value in values], height * 0.9, color=colour, label=label)
+        axes.bar_label(drawn, [unknown if value is None else text.format(value) for value in values], padding=3)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.18)
+    axes.set_xlabel(unit)
+
+
+def _cells_below(axes: Axes, records: Sequence[RunRecord]) -> None:
+    axes.set_xlabel("cell")
+    _whole_numbers(axes)
+    if len(records) == 1 and len(_visits(records[0])) <= _FEW:
+        visits = _visits(records[0])
+        short = [str(number + 1) if number < len(records[0].cells) else "classifier" for number in range(len(visits))]
+        axes.set_xticks(range(1, len(visits) + 1), short)
+
+
+def _whole_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend_above(axes: Axes, columns: int = 2) -> None:
+    handles, _ = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2)

@@ -1,0 +1,144 @@
+"""What a report shows of a run: all that can be read of its folder, and what cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from edgetrain.config import Settings
+from edgetrain.errors import CorruptError, EdgetrainError, InputError
+from edgetrain.record import CellRecord, RunRecord, parsed
+from edgetrain.store.atomic import storage_errors
+from edgetrain.store.journal import Entry
+from edgetrain.store.run import RECORD, RunFolder
+from edgetrain.training.finished import parse_record, read_record, settings_of
+
+T = TypeVar("T")
+
+
+@dataclass
+class ShownRun:
+    """A run as far as it can be read.
+
+    Attributes:
+        path: its folder.
+        record: what it measured; of an unfinished run what its newest commit knows; ``None`` if nothing is known.
+        finished: whether it came to its end.
+        settings: as it was begun, or ``None``.
+        config: the same as text.
+        problems: what is missing or damaged, in sentences.
+    """
+
+    path: Path
+    record: RunRecord | None = None
+    finished: bool = False
+    settings: Settings | None = None
+    config: str = ""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.path.absolute().name
+
+    def tried(self, read: Callable[[], T], otherwise: T) -> T:
+        """What ``read`` returns; if it cannot, that is noted as a problem."""
+        try:
+            return read()
+        except EdgetrainError as error:
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+            return otherwise
+
+
+def open_shown(path: Path) -> ShownRun:
+    """All that can be read of a run.
+
+    Raises:
+        InputError: the folder is none of a run.
+    """
+    folder = RunFolder(path)
+    if not path.is_dir():
+        raise InputError(f"{path}: is no folder; expected that of a run")
+    if not folder.is_run() and not (path / RECORD).is_file():
+        raise InputError(f"{path}: holds no run")
+    shown = ShownRun(path)
+    if not shown.tried(lambda: _is_readable(folder), False):
+        _open_unverified(shown)
+        return shown
+    shown.config = shown.tried(folder.config, None) or ""
+    shown.settings = shown.tried(lambda: settings_of(path), None)
+    shown.finished = bool(shown.tried(folder.results, None))
+    if shown.finished:
+        shown.record = shown.tried(lambda: read_record(path)[0], None)
+        shown.tried(folder.verify_model, None)
+    for files in (shown.tried(folder.files, None) or {}).values():
+        shown.tried(partial(folder.read_unit, files), None)
+    if shown.record is None:
+        shown.record = shown.tried(lambda: _so_far(shown, folder.last()), None)
+    return shown
+
+
+def _is_readable(folder: RunFolder) -> bool:
+    """Whether the journal can be read to its end.
+
+    Raises:
+        CorruptError: it is damaged, or missing.
+    """
+    if not folder.is_run():
+        raise CorruptError(f"{folder.journal.path}: is missing, or no journal")
+    return sum(1 for _ in folder.journal.entries()) > 0
+
+
+def _open_unverified(shown: ShownRun) -> None:
+    """Without its journal a run's files can be read, but nobody knows whether they are as they were written."""
+    shown.problems.append(f"{shown.path}: what is shown could not be verified without a journal")
+    shown.record = shown.tried(lambda: parse_record(_text(shown.path / RECORD), shown.path)[0], None)
+    shown.finished = shown.record is not None
+    shown.config = shown.tried(lambda: _text(shown.path / "config.toml"), "")
+
+
+def _text(path: Path) -> str:
+    with storage_errors(path):
+        return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _so_far(shown: ShownRun, last: Entry | None) -> RunRecord | None:
+    """What the newest commit of an unfinished run knows."""
+    settings = shown.settings
+    if not shown.finished:
+        shown.problems.append(
+            f"{shown.path}: is not finished; what its newest commit knows is shown. Go on with: edgetrain fit --resume"
+            f" --run-dir {shown.path}"
+        )
+    if last is None or settings is None:
+        return None
+    try:
+        cells = [parsed(CellRecord, cell) for cell in last["cells"]]
+        return RunRecord(
+            run=str(shown.path),
+            method=settings.method,
+            schedule=settings.schedule,
+            device=settings.device,
+            seed=settings.seed,
+            epochs=settings.epochs,
+            budget_mb=settings.max_gpu_mb,
+            peak_gpu_mb=_most([cell.peak_gpu_mb for cell in cells]),
+            predicted_peak_mb=max(
+                (c.predicted_peak_mb for c in cells if c.predicted_peak_mb is not None), default=None
+            ),
+            seconds=float(last.get("seconds", 0.0)),
+            waited_seconds=sum(cell.waited_seconds for cell in cells),
+            commit_seconds=float(last.get("commit_seconds", 0.0)),
+            cells=cells,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        shown.problems.append(f"{shown.path}: its newest commit is no run's ({error})")
+        return None
+
+
+def _most(sizes: list[float | None]) -> float | None:
+    return max((size for size in sizes if size is not None), default=None)

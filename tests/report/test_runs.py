@@ -1,0 +1,131 @@
+"""What can be read of whole, unfinished and damaged runs. ``pytest tests/report/test_runs.py``."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from machine import data, settings, stopped_after
+
+from edgetrain.errors import InputError
+from edgetrain.report.page import write_report
+from edgetrain.report.runs import open_shown
+from edgetrain.training.fit import fit
+
+ROWS = data("pixels").set
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("finished") / "run"
+    fit(settings("lbp-ae", net="mlp:24x2"), path, data=ROWS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stopped") / "run"
+    stopped_after(25, settings("mf", net="mlp:24x2"), path, ROWS)  # in the second cell
+    return path
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def flipped(path: Path, at: int = -20) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+def test_a_finished_run_is_shown_whole(finished: Path) -> None:
+    shown = open_shown(finished)
+    assert shown.finished
+    assert shown.problems == []
+    assert shown.record is not None
+    assert shown.record.test_accuracy is not None
+    assert shown.settings is not None
+    assert shown.settings.method == "lbp-ae"
+    assert 'method = "lbp-ae"' in shown.config
+
+
+def test_of_an_unfinished_run_the_newest_commit_is_shown(stopped: Path, tmp_path: Path) -> None:
+    shown = open_shown(stopped)
+    assert not shown.finished
+    assert [problem for problem in shown.problems if "is not finished" in problem and "--resume" in problem]
+    assert shown.record is not None
+    assert shown.record.cells[0].losses
+    assert shown.record.test_accuracy is None
+    page, figures, problems = write_report([stopped], tmp_path)
+    assert "is not finished" in page.read_text()
+    assert {path.stem for path in figures} >= {"losses", "cells"}
+    assert problems == shown.problems
+
+
+@pytest.mark.parametrize(
+    ("broken", "told", "known"),
+    [
+        ("record.json", "record.json", True),  # what the journal's last entry knows
+        ("model.safetensors", "model.safetensors", True),
+        ("cells/001.safetensors", "001.safetensors", True),
+        ("cells/000.optim.safetensors", "000.optim.safetensors", True),
+        ("journal.jsonl", "journal.jsonl", True),  # from record.json, unverified
+    ],
+)
+@pytest.mark.parametrize("how", ["flipped", "empty", "missing"])
+def test_what_is_damaged_is_named_and_the_rest_is_shown(
+    broken: str, told: str, known: bool, how: str, copied: Path, tmp_path: Path
+) -> None:
+    if how == "flipped":
+        flipped(copied / broken, 40)
+    elif how == "empty":
+        (copied / broken).write_bytes(b"")
+    else:
+        (copied / broken).unlink()
+    shown = open_shown(copied)
+    assert any(told in problem for problem in shown.problems), shown.problems
+    assert (shown.record is not None) == known
+    page, figures, problems = write_report([copied], tmp_path / "out")
+    assert problems == shown.problems
+    assert figures
+    assert told in page.read_text()
+
+
+def test_without_journal_and_record_only_the_problems_are_shown(copied: Path, tmp_path: Path) -> None:
+    (copied / "record.json").write_text('{"cells": 3}')
+    (copied / "journal.jsonl").write_text("nothing")
+    page, figures, problems = write_report([copied], tmp_path / "out")
+    assert figures == []
+    assert len(problems) >= 2
+    assert "Nothing is known of its cells" in page.read_text()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    for name in ("nothing", "file", "folder"):
+        with pytest.raises(InputError, match=name):
+            open_shown(tmp_path / name)
+
+
+def test_any_damage_at_all_gives_a_page(finished: Path, tmp_path: Path) -> None:
+    draw = np.random.default_rng(7)
+    for number in range(40):
+        folder = tmp_path / str(number)
+        shutil.copytree(finished, folder)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+        path = files[draw.integers(len(files))]
+        content = bytearray(path.read_bytes())
+        for at in draw.integers(0, len(content), 3):
+            content[at] ^= 1 << int(draw.integers(8))
+        path.write_bytes(content[: draw.integers(1, len(content) + 1)] if number % 2 else content)
+        try:
+            open_shown(folder)
+        except InputError as error:
+            assert "holds no run" in str(error)
+        shutil.rmtree(folder)
