@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgetrain.api import Run, append_cells, drop_cells, fit, open_run, retrain_cells
+    from edgetrain.api import Run, append_cells, drop_cells, fit, open_run, report_runs, retrain_cells
 
-__all__ = ["Run", "append_cells", "drop_cells", "fit", "open_run", "retrain_cells"]
+__all__ = ["Run", "append_cells", "drop_cells", "fit", "open_run", "report_runs", "retrain_cells"]
 __version__ = "0.1.0"
 
 

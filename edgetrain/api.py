@@ -8,14 +8,22 @@ from typing import Any
 from edgetrain.config import resolve
 from edgetrain.data.arrays import from_arrays
 from edgetrain.data.base import DataSet
+from edgetrain.report.page import write_report
 from edgetrain.report.tensorboard import logged
-from edgetrain.training import edits
-from edgetrain.training.finished import Run
+from edgetrain.training import edits, finished
 from edgetrain.training.fit import fit as _fit
 from edgetrain.training.fit import free_path, resumed_settings
 from edgetrain.training.watcher import Silent, Watcher
 
-__all__ = ["Run", "append_cells", "drop_cells", "fit", "open_run", "retrain_cells"]
+__all__ = ["Run", "append_cells", "drop_cells", "fit", "open_run", "report_runs", "retrain_cells"]
+
+
+class Run(finished.Run):
+    """A finished run: evaluate it, predict with it, report it; see ``edgetrain.training.finished.Run``."""
+
+    def report(self, folder: str | Path | None = None) -> Path:
+        """Write ``report.html`` and ``figures/``; see ``report_runs``."""
+        return report_runs(self, folder=folder)
 
 
 def fit(
@@ -64,7 +72,7 @@ def fit(
     if resume:
         resolved = resumed_settings(path, given, resolved)
     with logged(watcher or Silent(), tensorboard) as looking:
-        return _fit(resolved, path, modules, opened, resume, force, looking)
+        return _ours(_fit(resolved, path, modules, opened, resume, force, looking))
 
 
 def open_run(path: str | Path, net: Any = None) -> Run:
@@ -73,7 +81,21 @@ def open_run(path: str | Path, net: Any = None) -> Run:
     Raises:
         InputError: the folder holds no finished run.
     """
-    return Run.open(Path(path), net)
+    return _ours(Run.open(Path(path), net))
+
+
+def report_runs(*runs: Run | str | Path, folder: str | Path | None = None) -> Path:
+    """Write the page of runs, several side by side, and their figures as PNGs; returns the page.
+
+    Args:
+        *runs: runs, or their folders.
+        folder: where ``report.html`` and ``figures/`` go; by default a single run's own, else ``report/``.
+
+    Raises:
+        InputError: matplotlib or jinja2 is not installed, or a folder holds no run.
+    """
+    paths = [run.path if isinstance(run, finished.Run) else Path(run) for run in runs]
+    return write_report(paths, None if folder is None else Path(folder))[0]
 
 
 def append_cells(run: Run, net: Any, data: Any = None, watcher: Watcher | None = None, **settings: Any) -> Run:
@@ -89,7 +111,7 @@ def append_cells(run: Run, net: Any, data: Any = None, watcher: Watcher | None =
     Raises:
         InputError: the net does not begin with the run's cells, or has no more than these.
     """
-    return edits.append(run.path, net, settings, _again(data), watcher)
+    return _ours(edits.append(run.path, net, settings, _again(data), watcher))
 
 
 def drop_cells(
@@ -102,7 +124,7 @@ def drop_cells(
     Raises:
         InputError: there is no such cell, or it is the first.
     """
-    return edits.drop(run.path, number, net, _again(data), watcher)
+    return _ours(edits.drop(run.path, number, net, _again(data), watcher))
 
 
 def retrain_cells(
@@ -113,7 +135,11 @@ def retrain_cells(
     Raises:
         InputError: there is no such cell.
     """
-    return edits.retrain(run.path, number, net, settings, _again(data), watcher)
+    return _ours(edits.retrain(run.path, number, net, settings, _again(data), watcher))
+
+
+def _ours(run: finished.Run) -> Run:
+    return Run(**vars(run))
 
 
 def _again(data: Any) -> DataSet | None:

@@ -43,7 +43,7 @@ def of_backpropagation(work: Workload, recipes: Sequence[CellRecipe], options: O
     """Of plain backpropagation on the same net; ``None`` where the net is too deep to try it as a whole."""
     if len(recipes) > DEEPEST:
         return None
-    return _series("bp", 1, visited(backprop_work(work, recipes, options), 0, work.batch_size), 2 * _MOST)
+    return _series("whole net", 1, visited(backprop_work(work, recipes, options), 0, work.batch_size), 2 * _MOST)
 
 
 def _of_resident(work: Workload, plan: Plan) -> list[MemorySeries]:

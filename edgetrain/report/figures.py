@@ -1,24 +1,28 @@
-"""Figures of runs and profiles, drawn by matplotlib: as SVG for a page of either theme, and as PNG.
-
-In an SVG all ink is ``currentColor``, so that one drawing serves light and dark pages. Colours are those of Okabe
-and Ito, which colour-blind people can tell apart; lines differ in their markers too.
-"""
+"""The figures of runs, made from their records, and those of profiles."""
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgetrain.memory.timeline import KINDS
 from edgetrain.record import CellRecord, MemorySeries, RunRecord
-from edgetrain.store.atomic import write_bytes
+from edgetrain.report.drawing import (
+    COLOURS,
+    MARKERS,
+    SIZE,
+    Drawing,
+    grouped_bars,
+    ink_of,
+    legend_above,
+    logarithmic,
+    numbers_of,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,93 +30,8 @@ if TYPE_CHECKING:
 
     from edgetrain.report.profile import Point
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
 KIND_COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#9A9A9A"), strict=True))
-_MARKERS = "osD^vPX*"
-_INK = "#010203"  # stands for currentColor
-_SIZE = (4.8, 3.2)  # inches: what a phone shows without making letters too small
 _FEW = 12  # cells that are shown one by one
-_STYLE: dict[str, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "text.parse_math": False,  # names are the user's
-    "svg.hashsalt": "edgetrain",
-    "figure.constrained_layout.use": True,
-}
-_INKED = (
-    "text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "grid.color",
-    "hatch.color",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure that can be drawn.
-
-    Attributes:
-        name: of its file.
-        title: what it shows.
-        caption: how to read it, in a sentence or two.
-        draw: draws on an empty figure.
-        size: in inches.
-    """
-
-    name: str
-    title: str
-    caption: str
-    draw: Callable[[Figure], None]
-    size: tuple[float, float] = _SIZE
-
-
-def svg(drawing: Drawing) -> str:
-    """The drawing as an ``<svg>`` element that takes the ink of its surroundings."""
-    target = io.StringIO()
-    _drawn(
-        drawing, _INK, lambda figure: figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
-    )
-    text = target.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
-    return _own_names(text, drawing.name)
-
-
-def png(drawing: Drawing, path: Path) -> None:
-    """Write the drawing as a PNG on white.
-
-    Raises:
-        StorageError: the disk refused.
-    """
-    target = io.BytesIO()
-    _drawn(drawing, "#222222", lambda figure: figure.savefig(target, format="png", dpi=200, facecolor="white"))
-    write_bytes(path, target.getvalue())
-
-
-def _drawn(drawing: Drawing, ink: str, save: Callable[[Figure], None]) -> None:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    style: Any = {**_STYLE, **dict.fromkeys(_INKED, ink)}
-    with rc_context(style):
-        figure = Figure(figsize=drawing.size)
-        drawing.draw(figure)
-        save(figure)
-
-
-def _own_names(text: str, name: str) -> str:
-    """Ids of a drawing's parts are its own, so that several can stand on one page."""
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
-    return text.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-title" ', 1)
 
 
 # -- of runs -------------------------------------------------------------------------------------------
@@ -136,13 +55,13 @@ def _against_budget(runs: Named) -> Drawing:
             ("backpropagation, predicted", COLOURS[1], [record.bp_predicted_peak_mb for _, record in runs]),
         ]
         bars = [bar for bar in bars if any(size is not None for size in bar[2])]
-        _grouped(axes, bars, [name for name, _ in runs], "MiB")
+        grouped_bars(axes, bars, [name for name, _ in runs], "MiB")
         budgets = [record.budget_mb for _, record in runs]
         for row, budget in enumerate(budgets):
             if budget is not None:
                 label = "budget" if row == next(i for i, b in enumerate(budgets) if b is not None) else None
-                axes.plot([budget, budget], [row - 0.45, row + 0.45], color=_ink(axes), lw=2.5, ls=":", label=label)
-        _legend_above(axes)
+                axes.plot([budget, budget], [row - 0.45, row + 0.45], color=ink_of(axes), lw=2.5, ls=":", label=label)
+        legend_above(axes)
 
     rows = max(1, len(runs))
     return Drawing(
@@ -151,7 +70,7 @@ def _against_budget(runs: Named) -> Drawing:
         "The highest memory of the device in the whole run, as planned and as measured; backpropagation on the same"
         " net, batch and optimizer beside it.",
         draw,
-        (_SIZE[0], 1.4 + 0.75 * rows),
+        (SIZE[0], 1.4 + 0.75 * rows),
     )
 
 
@@ -161,19 +80,19 @@ def _by_cell(runs: Named) -> Drawing | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for (name, record), colour, marker in zip(runs, cycle(COLOURS), cycle(_MARKERS), strict=False):
+        for (name, record), colour, marker in zip(runs, cycle(COLOURS), cycle(MARKERS), strict=False):
             visits = _visits(record)
             numbers = range(1, len(visits) + 1)
             prefix = f"{name}, " if len(runs) > 1 else ""
             style: dict[str, Any] = {"color": colour, "marker": marker if len(visits) <= 4 * _FEW else None}
-            axes.plot(numbers, _known([cell.peak_gpu_mb for cell in visits]), label=f"{prefix}measured", **style)
-            foreseen = _known([cell.predicted_peak_mb for cell in visits])
+            axes.plot(numbers, numbers_of([cell.peak_gpu_mb for cell in visits]), label=f"{prefix}measured", **style)
+            foreseen = numbers_of([cell.predicted_peak_mb for cell in visits])
             style |= {"ls": "--", "lw": 3.5, "alpha": 0.4, "marker": None}
             axes.plot(numbers, foreseen, label=f"{prefix}predicted", **style)
         axes.set_ylabel("peak, MiB")
         axes.set_ylim(bottom=0)
         _cells_below(axes, [record for _, record in runs])
-        _legend_above(axes)
+        legend_above(axes)
 
     return Drawing(
         "cells",
@@ -217,7 +136,7 @@ def timeline(name: str, title: str, panels: Sequence[tuple[str, Sequence[MemoryS
             axes.set_xlim(0, max(1, len(rows) - 1))
             _visits_below(axes, series)
             top = int(rows.sum(1).argmax())
-            axes.plot([top], [rows[top].sum()], marker="v", color=_ink(axes), clip_on=False, ls="")
+            axes.plot([top], [rows[top].sum()], marker="v", color=ink_of(axes), clip_on=False, ls="")
         every[-1].set_xlabel("allocations and releases, in order")
         handles, labels = every[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=3)
@@ -228,7 +147,7 @@ def timeline(name: str, title: str, panels: Sequence[tuple[str, Sequence[MemoryS
         "The first two steps of each visit and what it emits, as the dry run foresees them; all panels have the same"
         f" scale. The peak (marked): {'; '.join(peaks)}.",
         draw,
-        (_SIZE[0], 1.4 + 1.7 * len(shown)),
+        (SIZE[0], 1.4 + 1.7 * len(shown)),
     )
 
 
@@ -250,7 +169,7 @@ def _some(series: Sequence[MemorySeries]) -> list[tuple[MemorySeries, str]]:
 def _visits_below(axes: Axes, series: Sequence[tuple[MemorySeries, str]]) -> None:
     edges = np.cumsum([0, *(len(each.mb) for each, _ in series)])
     for edge in edges[1:-1]:
-        axes.axvline(edge - 0.5, color=_ink(axes), lw=0.7, ls=":")
+        axes.axvline(edge - 0.5, color=ink_of(axes), lw=0.7, ls=":")
     axes.set_xticks([])
     if len(series) > 1:
         labels = [each.name if each.name == "classifier" else text for each, text in series]
@@ -278,7 +197,7 @@ def _losses(runs: Named) -> Drawing | None:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         deepest = max(len(_visits(record)) for _, record in runs)
-        for (name, record), colour, marker in zip(runs, cycle(COLOURS), cycle(_MARKERS), strict=False):
+        for (name, record), colour, marker in zip(runs, cycle(COLOURS), cycle(MARKERS), strict=False):
             for number, cell in enumerate(_visits(record)):
                 if not cell.losses:
                     continue
@@ -288,18 +207,18 @@ def _losses(runs: Named) -> Drawing | None:
                 elif deepest > _FEW:
                     label = label if number in (0, deepest // 2, deepest - 1) else "_"
                 shade = _shade(number, deepest) if len(runs) == 1 else colour
-                mark = marker if len(runs) > 1 else _MARKERS[number % len(_MARKERS)]
+                mark = marker if len(runs) > 1 else MARKERS[number % len(MARKERS)]
                 fade = 1.0 if len(runs) == 1 else 1.0 - 0.6 * number / deepest
                 epochs = range(1, len(cell.losses) + 1)
                 shown = mark if len(cell.losses) <= 2 * _FEW else None
                 axes.plot(epochs, cell.losses, color=shade, marker=shown, alpha=fade, label=label)
         values = [loss for _, cell, _ in curves for loss in cell.losses if np.isfinite(loss)]
         if values and min(values) > 0 and max(values) > 20 * min(values):
-            _logarithmic(axes, "y")
+            logarithmic(axes, "y")
         axes.set_xlabel("epoch of the cell")
         axes.set_ylabel("mean training loss")
-        _whole_numbers(axes)
-        _legend_above(axes)
+        whole_numbers(axes)
+        legend_above(axes)
 
     return Drawing(
         "losses",
@@ -319,7 +238,7 @@ def _accuracies(runs: Named) -> Drawing | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for (name, record), colour, marker in zip(runs, cycle(COLOURS), cycle(_MARKERS), strict=False):
+        for (name, record), colour, marker in zip(runs, cycle(COLOURS), cycle(MARKERS), strict=False):
             if not known(record):
                 continue
             numbers = range(1, len(record.cells) + 1)
@@ -333,7 +252,7 @@ def _accuracies(runs: Named) -> Drawing | None:
                 axes.axhline(100 * record.test_accuracy, color=colour, ls="--", lw=1.1, label=label)
         axes.set_ylabel("test accuracy, %")
         _cells_below(axes, [record for _, record in runs])
-        _legend_above(axes)
+        legend_above(axes)
 
     caption = "What each cell finds by itself; the dashed line is the whole run's accuracy, by its method's vote."
     return Drawing("accuracies", "Test accuracy by cell", caption, draw)
@@ -353,12 +272,12 @@ def _votes(runs: Named) -> Drawing | None:
         for vote, colour in zip(names, cycle(COLOURS), strict=False):
             found = [votes(record).get(vote) for _, record in runs]
             bars.append((vote, colour, [None if value is None else 100 * value for value in found]))
-        _grouped(axes, bars, [name for name, _ in runs], "test accuracy, %", "{:.2f}", unknown="")
+        grouped_bars(axes, bars, [name for name, _ in runs], "test accuracy, %", "{:.2f}", unknown="")
         axes.set_xlim(0, 100)
-        _legend_above(axes)
+        legend_above(axes)
 
     caption = "Accuracy by every way in which the cells' answers can be put together."
-    return Drawing("votes", "Votes", caption, draw, (_SIZE[0], 1.3 + 0.3 * len(names) * len(runs)))
+    return Drawing("votes", "Votes", caption, draw, (SIZE[0], 1.3 + 0.3 * len(names) * len(runs)))
 
 
 def _waits(runs: Named) -> Drawing | None:
@@ -393,11 +312,11 @@ def _waits(runs: Named) -> Drawing | None:
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("seconds")
-        _legend_above(axes, 2)
+        legend_above(axes, 2)
 
     bars = len(_visits(runs[0][1])) + 1 if len(runs) == 1 and len(_visits(runs[0][1])) <= _FEW else len(runs)
     caption = "Where the time of the run went. Waiting for data means that disk or host could not keep up."
-    return Drawing("time", "What the run waited for", caption, draw, (_SIZE[0], 1.5 + 0.28 * bars))
+    return Drawing("time", "What the run waited for", caption, draw, (SIZE[0], 1.5 + 0.28 * bars))
 
 
 # -- of profiles ---------------------------------------------------------------------------------------
@@ -451,7 +370,7 @@ def _profile(
         axes = figure.subplots()
         values: list[float] = []
         for series, colour, marker in zip(
-            dict.fromkeys(map(key, points)), cycle(COLOURS), cycle(_MARKERS), strict=False
+            dict.fromkeys(map(key, points)), cycle(COLOURS), cycle(MARKERS), strict=False
         ):
             own = sorted((point for point in points if key(point) == series), key=lambda point: getattr(point, axis))
             where = [getattr(point, axis) for point in own]
@@ -459,22 +378,22 @@ def _profile(
             told = [None] * len(own) if foreseen is None else [foreseen(point) for point in own]
             values += [value for value in (*seen, *told) if value is not None]
             if any(value is not None for value in seen):
-                axes.plot(where, _known(seen), color=colour, marker=marker, label=series)
-                axes.plot(where, _known(told), color=colour, ls="--", lw=3.5, alpha=0.4)
+                axes.plot(where, numbers_of(seen), color=colour, marker=marker, label=series)
+                axes.plot(where, numbers_of(told), color=colour, ls="--", lw=3.5, alpha=0.4)
             else:
-                axes.plot(where, _known(told), color=colour, marker=marker, ls="--", label=f"{series}, predicted")
+                axes.plot(where, numbers_of(told), color=colour, marker=marker, ls="--", label=f"{series}, predicted")
         spread = [getattr(point, axis) for point in points]
         if values and min(values) > 0 and max(values) > 50 * min(values):
-            _logarithmic(axes, "y")
+            logarithmic(axes, "y")
         else:
             axes.set_ylim(bottom=0)
         if max(spread) > 50 * min(spread):
-            _logarithmic(axes, "x")
+            logarithmic(axes, "x")
         else:
-            _whole_numbers(axes)
+            whole_numbers(axes)
         axes.set_xlabel({"depth": "layers", "width": "units of a layer", "batch_size": "samples of a batch"}[axis])
         axes.set_ylabel(f"{title.lower()}, {unit}" if name == "seconds" else f"peak, {unit}")
-        _legend_above(axes, 2)
+        legend_above(axes, 2)
 
     dashed = any(measured(point) is not None for point in points) and foreseen is not None
     caption = "Points are nets of their own." + (" Broad dashed lines are predictions." if dashed else "")
@@ -492,16 +411,8 @@ def _label(record: RunRecord, number: int) -> str:
     return f"cell {number + 1}" if number < len(record.cells) else "classifier"
 
 
-def _known(values: Sequence[float | None]) -> list[float]:
-    return [float("nan") if value is None else value for value in values]
-
-
 def _percent(values: Sequence[float | None]) -> list[float]:
-    return [100 * value for value in _known(values)]
-
-
-def _ink(axes: Axes) -> Any:
-    return axes.xaxis.label.get_color()
+    return [100 * value for value in numbers_of(values)]
 
 
 def _shade(number: int, of: int) -> Any:
@@ -513,53 +424,10 @@ def _shade(number: int, of: int) -> Any:
     return colormaps["viridis"](0.9 * number / max(1, of - 1))
 
 
-def _grouped(
-    axes: Axes,
-    bars: Sequence[tuple[str, str, Sequence[float | None]]],
-    names: list[str],
-    unit: str,
-    text: str = "{:,.4g}",
-    unknown: str = "unknown",
-) -> None:
-    """Horizontal bars, for each name one of each kind, with their values."""
-    height = 0.8 / max(1, len(bars))
-    for row, (label, colour, values) in enumerate(bars):
-        places = np.arange(len(names)) - 0.4 + height * (row + 0.5)
-        drawn = axes.barh(places, [value or 0.0 for value in values], height * 0.9, color=colour, label=label)
-        axes.bar_label(drawn, [unknown if value is None else text.format(value) for value in values], padding=3)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.margins(x=0.18)
-    axes.set_xlabel(unit)
-
-
 def _cells_below(axes: Axes, records: Sequence[RunRecord]) -> None:
     axes.set_xlabel("cell")
-    _whole_numbers(axes)
+    whole_numbers(axes)
     if len(records) == 1 and len(_visits(records[0])) <= _FEW:
         visits = _visits(records[0])
         short = [str(number + 1) if number < len(records[0].cells) else "classifier" for number in range(len(visits))]
         axes.set_xticks(range(1, len(visits) + 1), short)
-
-
-def _whole_numbers(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set(**{f"{which}scale": "log"})
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _legend_above(axes: Axes, columns: int = 2) -> None:
-    handles, _ = axes.get_legend_handles_labels()
-    if handles:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2)

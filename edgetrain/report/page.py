@@ -11,7 +11,7 @@ from edgetrain import __version__
 from edgetrain.errors import InputError
 from edgetrain.record import MemorySeries, RunRecord
 from edgetrain.report import figures
-from edgetrain.report.figures import Drawing
+from edgetrain.report.drawing import Drawing, png, svg
 from edgetrain.report.profile import Point
 from edgetrain.report.runs import ShownRun, open_shown
 from edgetrain.store.atomic import storage_errors, write_text
@@ -109,7 +109,7 @@ def _write_pngs(folder: Path, drawings: list[Drawing]) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     found = [folder / f"{drawing.name}.png" for drawing in drawings]
     for drawing, path in zip(drawings, found, strict=True):
-        figures.png(drawing, path)
+        png(drawing, path)
     return found
 
 
@@ -125,7 +125,7 @@ def _page(template: str, drawings: list[Drawing], **values: Any) -> str:
         lstrip_blocks=True,
     )
     made.filters |= {"mib": _mib, "percent": _percent, "number": _number, "seconds": _seconds}
-    drawn = [(drawing, Markup(figures.svg(drawing))) for drawing in drawings]
+    drawn = [(drawing, Markup(svg(drawing))) for drawing in drawings]
     return str(made.get_template(template).render(version=__version__, drawings=drawn, **values))
 
 

@@ -11,9 +11,9 @@ from typing import TypeVar
 from edgetrain.config import Settings
 from edgetrain.errors import CorruptError, EdgetrainError, InputError
 from edgetrain.record import CellRecord, RunRecord, parsed
-from edgetrain.store.atomic import storage_errors
+from edgetrain.store.atomic import checksum, storage_errors
 from edgetrain.store.journal import Entry
-from edgetrain.store.run import RECORD, RunFolder
+from edgetrain.store.run import MODEL, RECORD, RunFolder
 from edgetrain.training.finished import parse_record, read_record, settings_of
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ def open_shown(path: Path) -> ShownRun:
     shown.finished = bool(shown.tried(folder.results, None))
     if shown.finished:
         shown.record = shown.tried(lambda: read_record(path)[0], None)
-        shown.tried(folder.verify_model, None)
+        shown.tried(lambda: _verify_model(folder), None)
     for files in (shown.tried(folder.files, None) or {}).values():
         shown.tried(partial(folder.read_unit, files), None)
     if shown.record is None:
@@ -104,6 +104,12 @@ def _open_unverified(shown: ShownRun) -> None:
 def _text(path: Path) -> str:
     with storage_errors(path):
         return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _verify_model(folder: RunFolder) -> None:
+    known, path = folder.results().get(MODEL), folder.path / MODEL
+    if known is not None and (found := checksum(path)) != known.checksum:
+        raise CorruptError(f"{path}: checksum {found}, expected {known.checksum}: the file is damaged")
 
 
 def _so_far(shown: ShownRun, last: Entry | None) -> RunRecord | None:

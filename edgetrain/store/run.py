@@ -333,17 +333,6 @@ class RunFolder:
         with storage_errors(path):
             return path.read_text(encoding="utf-8")
 
-    def verify_model(self) -> None:
-        """See whether ``model.safetensors`` is as it was written.
-
-        Raises:
-            CorruptError: it is not.
-            StorageError: it is missing or unreadable.
-        """
-        known, path = self.results().get(MODEL), self.path / MODEL
-        if known is not None and (found := checksum(path)) != known.checksum:
-            raise CorruptError(f"{path}: checksum {found}, expected {known.checksum}: the file is damaged")
-
     def cell_path(self, file: FileEntry) -> Path:
         """Where a committed file is: under its own name, or its plain one if finishing was cut short."""
         path = self.path / "cells" / file.name

@@ -125,16 +125,6 @@ class Run:
         out.flush()
         return shape
 
-    def report(self, folder: str | Path | None = None) -> Path:
-        """Write ``report.html`` and ``figures/``; by default into the run's folder. Returns the page.
-
-        Raises:
-            InputError: matplotlib or jinja2 is not installed.
-        """
-        from edgetrain.report.page import write_report  # reports read runs
-
-        return write_report([self.path], None if folder is None else Path(folder))[0]
-
     def model(self) -> nn.Sequential:
         """The trained cells as plain modules on the CPU, in evaluation mode; heads are left out."""
         folder, cells = RunFolder(self.path), []

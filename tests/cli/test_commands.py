@@ -162,3 +162,55 @@ def test_doctor_tells_what_the_machine_is(edgetrain: Command) -> None:
     facts = json.loads(edgetrain("doctor", "--json").stdout)
     assert facts.keys() == {"machine", "device", "disk", "data", "warnings"}
     assert facts["device"]["gflops_float32"] > 0
+
+
+# -- reports and profiles ------------------------------------------------------------------------------
+
+
+def test_a_report_is_a_page_beside_the_run(edgetrain: Command, tmp_path: Path) -> None:
+    done = edgetrain("fit", "--epochs", "1", "--run-dir", "a", "--quiet", "--tensorboard")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "a" / "tensorboard").iterdir())
+    done = edgetrain("report", "a")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "a/report.html, 7 figures in a/figures\n"
+    (tmp_path / "a" / "record.json").unlink()
+    done = edgetrain("report", "a", "--out", "b", "--json")
+    found = json.loads(done.stdout)
+    assert found["report"] == "b/report.html"
+    assert all((tmp_path / path).stat().st_size > 1000 for path in found["figures"])
+    assert ["record.json" in problem for problem in found["problems"]] == [True]
+    assert "record.json" in edgetrain("report", "a").stderr
+
+
+@pytest.mark.parametrize("words", [["nothing"], ["file"], ["folder"], [], ["a", "--out", "file"]])
+def test_a_report_of_no_run_is_refused(words: list[str], edgetrain: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    done = edgetrain("report", *words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["file", "folder"]
+
+
+def test_a_profile_as_json_csv_png_and_page(edgetrain: Command, tmp_path: Path) -> None:
+    flags = ["--depths", "1,2,3", "--widths", "16", "--batch-size", "32", "--methods", "mf,bp"]
+    outputs = ["--csv", "points.csv", "--png", "pictures", "--html", "page.html", "--timeline", "--json"]
+    done = edgetrain("profile", *flags, *outputs)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["depth"] for row in found["rows"]] == [1, 2, 3, 1, 2, 3]
+    assert all(row["peak_mb"] == row["predicted_mb"] for row in found["rows"])
+    assert len((tmp_path / "points.csv").read_text().splitlines()) == 7
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"peaks.png", "seconds.png", "timeline.png"}
+    assert "<svg" in (tmp_path / "page.html").read_text()
+    assert found["timelines"].keys() == {"mf", "bp"}
+    assert len(found["kinds"]) == len(found["timelines"]["bp"][0]["mb"][0])
+    told = edgetrain("profile", *flags, "--dry", "--timeline").stdout.splitlines()
+    assert [line for line in told if line.startswith("mf: ") and "optimizer state" in line]
+
+
+def test_profiles_compare_backpropagation_and_its_remedies_unasked(edgetrain: Command) -> None:
+    found = json.loads(edgetrain("profile", "--dry", "--depths", "1,2", "--widths", "16", "--json").stdout)
+    assert [row["method"] for row in found["slopes_mb_per_layer"]] == ["mf", "bp", "bp-checkpoint", "bp-offload"]
+    assert "timelines" not in found

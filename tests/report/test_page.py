@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from machine import data, settings, stopped_after
 
+import edgetrain
 from edgetrain import __version__
 from edgetrain.errors import InputError
 from edgetrain.memory.timeline import KINDS
 from edgetrain.report import page as pages
 from edgetrain.report.page import write_profile, write_report
 from edgetrain.report.profile import points, slopes, timelines_of
-from edgetrain.training.finished import Run
 from edgetrain.training.fit import fit
 
 ROWS = data("pixels").set
@@ -61,7 +61,7 @@ def outline(path: Path) -> Outline:
 
 
 def test_a_report_lies_in_the_run_and_holds_what_the_record_says(runs: dict[str, Path]) -> None:
-    run = Run.open(runs["mf"])
+    run = edgetrain.open_run(runs["mf"])
     assert run.report() == runs["mf"] / "report.html"
     shown, record = outline(runs["mf"] / "report.html"), run.record
     assert record.test_accuracy is not None
@@ -111,7 +111,7 @@ def test_runs_of_the_same_name_are_told_apart(runs: dict[str, Path], tmp_path: P
 def test_long_names_are_cut_where_they_are_least_telling(runs: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(runs["mf"], tmp_path / ("long" * 40))
     page, _, _ = write_report([tmp_path / ("long" * 40), runs["mf"]], tmp_path / "out")
-    assert f"<th>…{'long' * 40}"[:4] + ("long" * 40)[-23:] in page.read_text()
+    assert f"<th>…{('long' * 40)[-23:]}</th>" in page.read_text()
 
 
 def test_what_a_stranger_wrote_is_text(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -253,4 +253,4 @@ def test_a_page_in_a_browser(
 
 def test_kinds_are_named_in_every_timeline(runs: dict[str, Path]) -> None:
     assert KINDS == ("weights", "optimizer state", "gradients", "activations", "latents", "workspace")
-    assert [len(visit.mb[0]) for visit in Run.open(runs["mf"]).record.memory] == [6, 6, 6]
+    assert [len(visit.mb[0]) for visit in edgetrain.open_run(runs["mf"]).record.memory] == [6, 6, 6]
