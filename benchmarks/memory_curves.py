@@ -60,8 +60,8 @@ def main() -> None:
         asked.out,
         "The papers' memory figures",
         sections,
-        "Backpropagation's slope in Figure 3a is its activations (50,000 x 1000 x 4 bytes = 200 MB) and 12 bytes (weight"
-        " and Adam's moments) for each of a layer's million parameters; the paper's 204 has 4 bytes for each.",
+        "Backpropagation's slope in Figure 3a is its activations (50,000 x 1000 x 4 bytes = 200 MB) and 12 bytes (a"
+        " weight and Adam's moments) for each of a layer's million parameters; the paper's 204 has 4 bytes for each.",
     )
 
 

@@ -157,7 +157,15 @@ def _run(
 
 @dataclass(frozen=True)
 class _Excerpt(Slice):
-    """Steps whose many equal micro-batches are not all run: the second already sums up gradients."""
+    """Steps whose many equal micro-batches are not all run: the second already sums up gradients.
+
+    All are full batches of the same rows, as many as there are for certain.
+    """
+
+    def steps(self) -> Iterator[tuple[int, int, int]]:
+        """See ``Slice``."""
+        for step, _, _ in super().steps():
+            yield step, 0, self.batch_size
 
     def parts(self, size: int) -> Iterator[tuple[int, int, int, bool]]:
         """The first and the last part of each phase, and the second if the last is smaller."""

@@ -340,6 +340,17 @@ def test_a_resident_run_holds_the_data_and_all_cells() -> None:
     assert larger - whole >= added
 
 
+@pytest.mark.parametrize("schedule", ["separate", "sequence"])
+@pytest.mark.parametrize("batch", [36, 50, 69, 70, 90])
+def test_a_resident_run_s_last_batch_may_be_any_part_of_one(schedule: str, batch: int, tmp_path: Path) -> None:
+    rows = from_arrays((np.zeros((70, 30), np.float32), np.arange(70) % CLASSES))
+    asked = Settings(
+        method="mf", net="mlp:30,20", schedule=schedule, batch_size=batch, epochs=2, placement="resident", threads=1
+    )
+    record = fit(asked, tmp_path / "run", data=rows).record
+    assert record.peak_gpu_mb == record.predicted_peak_mb
+
+
 def test_for_cuda_the_allocators_reserve_is_predicted_without_a_gpu() -> None:
     work = workload("mf", "mlp:30,20")
     on_cuda = cell_peak(replace(work, device=torch.device("cuda")), 0, 16)

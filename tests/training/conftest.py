@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from edgetrain.planning import planner
+from edgetrain.planning import planner, timelines
 
 
 @pytest.fixture
@@ -24,3 +24,5 @@ def peaks_unknown(request, monkeypatch):
         monkeypatch.setattr(planner, "cell_peak", lambda work, *how: 0)
         monkeypatch.setattr(planner, "readout_peak", lambda work, size, resident: 0)
         monkeypatch.setattr(planner, "resident_peak", lambda work, sizes: (0, [0] * len(sizes)))
+        monkeypatch.setattr(timelines, "of_run", lambda work, plan: [])
+        monkeypatch.setattr(timelines, "of_backpropagation", lambda *net: None)
