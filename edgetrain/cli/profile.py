@@ -77,22 +77,22 @@ def command(
     settings, _ = given_settings({"data": "digits", **{k: v for k, v in flags.items() if v is not None}}, None)
     from edgetrain.memory.timeline import KINDS
     from edgetrain.report.page import require_packages, write_profile
-    from edgetrain.report.profile import points, slopes, timelines_of, write_csv
+    from edgetrain.report.profile import Varied, points, slopes, timelines_of, write_csv
     from edgetrain.report.terminal import show_point, show_slopes, show_timelines
 
     names = [name.strip() for name in methods.split(",")]
     if png or html:
         require_packages()
     found = []
-    nets = names, family, depths, widths, batch_sizes
-    for point in points(settings, *nets, dry):
+    varied = Varied(names, family, depths, widths, batch_sizes)
+    for point in points(settings, varied, dry):
         found.append(point)
         if not as_json:
             show_point(point, heading=len(found) == 1)
     steep = slopes(found)
     if csv_path is not None:
         write_csv(csv_path, found)
-    lived = timelines_of(settings, *nets) if timeline or png or html else {}
+    lived = timelines_of(settings, varied) if timeline or png or html else {}
     if png or html:
         write_profile(html, png, found, steep, lived)
     if as_json:

@@ -50,25 +50,31 @@ class Point:
     moved_mb_per_epoch: float | None
 
 
-def points(
-    settings: Settings,
-    methods: Sequence[str],
-    family: str,
-    depths: Sequence[int],
-    widths: Sequence[int],
-    batch_sizes: Sequence[int],
-    dry: bool,
-    data: DataSet | None = None,
-) -> Iterator[Point]:
-    """The points, one after the other as they are found.
+@dataclass(frozen=True)
+class Varied:
+    """What is varied: every combination is a point.
 
-    Args:
-        settings: everything that is not varied.
+    Attributes:
         methods: local rules and baselines.
         family: of the nets, one of ``FAMILIES``.
         depths: numbers of hidden layers (``vit``: of blocks).
         widths: units (``cnn``: channels) of every layer.
         batch_sizes: samples of a step.
+    """
+
+    methods: Sequence[str]
+    family: str
+    depths: Sequence[int]
+    widths: Sequence[int]
+    batch_sizes: Sequence[int]
+
+
+def points(settings: Settings, varied: Varied, dry: bool, data: DataSet | None = None) -> Iterator[Point]:
+    """The points, one after the other as they are found.
+
+    Args:
+        settings: everything that is not varied.
+        varied: see ``Varied``.
         dry: predict only.
         data: a data set given in Python instead of ``settings.data``.
 
@@ -76,29 +82,21 @@ def points(
         InputError: a net or a method is wrong; before the first point.
         BudgetError: a net does not fit the stated budget.
     """
-    varied = list(product(methods, widths, batch_sizes, depths))
-    asked = _asked(settings, methods, family, varied)
-    for (_, width, batch, depth), one in zip(varied, asked, strict=True):
+    combined = list(product(varied.methods, varied.widths, varied.batch_sizes, varied.depths))
+    asked = _asked(settings, varied, combined)
+    for (_, width, batch, depth), one in zip(combined, asked, strict=True):
         yield _point(one, depth, width, batch, dry, data)
 
 
-def timelines_of(
-    settings: Settings,
-    methods: Sequence[str],
-    family: str,
-    depths: Sequence[int],
-    widths: Sequence[int],
-    batch_sizes: Sequence[int],
-    data: DataSet | None = None,
-) -> dict[str, list[MemorySeries]]:
+def timelines_of(settings: Settings, varied: Varied, data: DataSet | None = None) -> dict[str, list[MemorySeries]]:
     """What lives on the device when, in each method's visits; of the deepest net that can be drawn.
 
     Arguments are those of ``points``.
     """
-    depth = max((depth for depth in depths if depth <= timelines.DEEPEST), default=min(depths))
-    varied = [(method, max(widths), max(batch_sizes), depth) for method in methods]
+    depth = max((depth for depth in varied.depths if depth <= timelines.DEEPEST), default=min(varied.depths))
+    combined = [(method, max(varied.widths), max(varied.batch_sizes), depth) for method in varied.methods]
     found = {}
-    for one in _asked(settings, methods, family, varied):
+    for one in _asked(settings, varied, combined):
         job = open_job(one, data=data)
         found[one.method] = timelines.of_run(job.work, plan_job(job))
     return found
@@ -151,13 +149,13 @@ def write_csv(path: Path, found: Sequence[Point]) -> None:
         writer.writerows(asdict(point) for point in found)
 
 
-def _asked(
-    settings: Settings, methods: Sequence[str], family: str, varied: Sequence[tuple[str, int, int, int]]
-) -> list[Settings]:
-    asked = [_settings(settings, method, family, depth, width, batch) for method, width, batch, depth in varied]
+def _asked(settings: Settings, varied: Varied, combined: Sequence[tuple[str, int, int, int]]) -> list[Settings]:
+    asked = [
+        _settings(settings, method, varied.family, depth, width, batch) for method, width, batch, depth in combined
+    ]
     for one in asked:
         method_of(replace(one, like=None))
-    return [_applying(one, methods) for one in asked]
+    return [_applying(one, varied.methods) for one in asked]
 
 
 def _settings(settings: Settings, method: str, family: str, depth: int, width: int, batch: int) -> Settings:
@@ -180,7 +178,7 @@ def _point(settings: Settings, depth: int, width: int, batch: int, dry: bool, da
     require_fit(plan)
     peak = seconds = None
     if not dry:
-        epochs = 1 if work.steps > 1 else 2  # the second step finds the optimizer's state there
+        epochs = 1 if work.rows >= 2 * work.batch_size else 2  # the second full batch finds the optimizer's state there
         with TemporaryDirectory(prefix="edgetrain-") as folder:
             run = fit(settings.with_values({"epochs": epochs}), Path(folder) / "run", data=data)
         cells = [*run.record.cells, *([run.record.readout] if run.record.readout else [])]

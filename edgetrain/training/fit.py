@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,8 @@ def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: An
             folder.clear_working_files(working_files(folder.last()))
             devices.cap(device, plan.budget)
             meter = meter_of(device, job.settings.meter == "full")
-            plan, record, trainer, test = _train_or_retry(job, plan, folder, meter, watcher, stop, energy, opened)
+            around = _Surroundings(folder, meter, watcher, stop, energy, opened)
+            plan, record, trainer, test = _train_or_retry(job, plan, around)
             _evaluate(job, folder, plan, test, meter, record, trainer)
             record.energy_source = energy.source
             _complete(folder, record, trainer, host, job, plan)
@@ -233,16 +234,19 @@ def _resuming(path: Path, settings: Settings) -> str:
     return f"edgetrain fit --resume --run-dir {shlex.quote(str(path))}{own}"
 
 
-def _train_or_retry(
-    job: Job,
-    plan: Plan,
-    folder: RunFolder,
-    meter: Meter,
-    watcher: Watcher,
-    stop: Stop,
-    energy: EnergyMeter,
-    opened: ExitStack,
-) -> tuple[Plan, RunRecord, Trainer, Prepared | None]:
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a run's training has to do with, besides the job and its plan; ``opened`` closes what is opened."""
+
+    folder: RunFolder
+    meter: Meter
+    watcher: Watcher
+    stop: Stop
+    energy: EnergyMeter
+    opened: ExitStack
+
+
+def _train_or_retry(job: Job, plan: Plan, around: _Surroundings) -> tuple[Plan, RunRecord, Trainer, Prepared | None]:
     """Train; if memory runs out all the same, or latents are damaged, say so and go on once from the newest commit.
 
     Raises:
@@ -250,15 +254,15 @@ def _train_or_retry(
         DamagedLatentsError: latents are damaged again, or belong to the newest commit.
     """
     for retried in (False, True):
-        folder.measure()
-        record = _record(job, plan, folder)
-        watcher.planned(plan, record)
+        around.folder.measure()
+        record = _record(job, plan, around.folder)
+        around.watcher.planned(plan, record)
         try:
-            return plan, record, *_train(job, plan, folder, meter, watcher, stop, energy, opened)
+            return plan, record, *_train(job, plan, around)
         except DamagedLatentsError as error:
             if retried:
                 raise
-            watcher.note(f"{error}; going on from the newest commit, with latents made anew")
+            around.watcher.note(f"{error}; going on from the newest commit, with latents made anew")
         except Exception as error:
             if not devices.is_out_of_memory(error):
                 raise
@@ -269,12 +273,12 @@ def _train_or_retry(
             )
             if smaller is None:
                 raise BudgetError(f"{said}; state a smaller --max-gpu-mb, --batch-size or --micro-batch") from error
-            watcher.note(f"{said}; trying once more, with micro-batches of {_compact(smaller.micro_batches)}")
+            around.watcher.note(f"{said}; trying once more, with micro-batches of {_compact(smaller.micro_batches)}")
             plan = smaller
-            folder.reconfigure(as_planned(job, plan).to_toml())
-        folder.clear_working_files(working_files(folder.last()))
-        stop.began = time.monotonic()  # the newest commit knows the time until then, and the energy
-        energy.restart()
+            around.folder.reconfigure(as_planned(job, plan).to_toml())
+        around.folder.clear_working_files(working_files(around.folder.last()))
+        around.stop.began = time.monotonic()  # the newest commit knows the time until then, and the energy
+        around.energy.restart()
     raise AssertionError("the second try returns or raises")
 
 
@@ -306,22 +310,14 @@ def _budget_in_words(plan: Plan) -> str:
     return "no budget" if plan.budget is None else f"budget {show_mb(plan.budget)}"
 
 
-def _train(
-    job: Job,
-    plan: Plan,
-    folder: RunFolder,
-    meter: Meter,
-    watcher: Watcher,
-    stop: Stop,
-    energy: EnergyMeter,
-    opened: ExitStack,
-) -> tuple[Trainer, Prepared | None]:
+def _train(job: Job, plan: Plan, around: _Surroundings) -> tuple[Trainer, Prepared | None]:
     assert job.data.train is not None
+    folder = around.folder
     scaling = scaling_of(job.data, job.data.train, job.work.objective.nonnegative_input)
     train = prepare(job.data, job.data.train, folder.latents, "000", scaling)
     test = None if job.data.test is None else prepare(job.data, job.data.test, folder.latents, "test", scaling)
     for part in filter(None, (train, test)):
-        opened.callback(part.close)
+        around.opened.callback(part.close)
         folder.space(part.written)
         folder.wrote(part.written)
     assert train.y is not None
@@ -329,11 +325,12 @@ def _train(
     choices = Choices(
         host_tier(job, plan), job.settings.prefetch, job.settings.keep_latents, job.settings.checkpoint_every
     )
-    inputs = FileLatents.of_files({"x": train.x}, meter.host)
+    inputs = FileLatents.of_files({"x": train.x}, around.meter.host)
     trainer = Trainer(
-        job.work, plan, folder, inputs, train.y, pack(scaling), meter, watcher, choices, stop, lambda: energy.joules
-    )
-    with stop.listening():
+        job.work, plan, folder, inputs, train.y, pack(scaling), around.meter, around.watcher, choices, around.stop,
+        lambda: around.energy.joules,
+    )  # fmt: skip
+    with around.stop.listening():
         trainer.run()
     return trainer, test
 

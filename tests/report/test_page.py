@@ -22,7 +22,7 @@ from edgetrain.errors import InputError
 from edgetrain.memory.timeline import KINDS
 from edgetrain.report import page as pages
 from edgetrain.report.page import write_profile, write_report
-from edgetrain.report.profile import points, slopes, timelines_of
+from edgetrain.report.profile import Varied, points, slopes, timelines_of
 from edgetrain.training.fit import fit
 
 ROWS = data("pixels").set
@@ -138,8 +138,7 @@ def test_without_the_packages_the_extra_is_named(runs: dict[str, Path], monkeypa
 
 
 def profiled(tmp_path: Path) -> Path:
-    given = settings("mf"), ["mf", "bp"], "mlp", [1, 2, 4], [24], [16]
-    given = (replace(given[0], micro_batch=None, lr=None), *given[1:])
+    given = replace(settings("mf"), micro_batch=None, lr=None), Varied(["mf", "bp"], "mlp", [1, 2, 4], [24], [16])
     found = list(points(*given, dry=False, data=ROWS))
     lived = timelines_of(*given, data=ROWS)
     write_profile(tmp_path / "profile.html", tmp_path / "pictures", found, slopes(found), lived)

@@ -17,7 +17,7 @@ from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
 from edgetrain.data.base import DataSet
 from edgetrain.errors import BudgetError, InputError
-from edgetrain.report.profile import Point, points, slopes, spec, write_csv
+from edgetrain.report.profile import Point, Varied, points, slopes, spec, write_csv
 from edgetrain.training.fit import fit
 
 
@@ -30,7 +30,7 @@ def data(rows: int = 96, shape: tuple[int, ...] = (12,)) -> DataSet:
 
 def found(methods: list[str], depths: list[int], dry: bool = False, batch: int = 32, **more: Any) -> list[Point]:
     settings = Settings().with_values({"threads": 1, "device": "cpu", **more})
-    return list(points(settings, methods, "mlp", depths, [20], [batch], dry, data()))
+    return list(points(settings, Varied(methods, "mlp", depths, [20], [batch]), dry, data()))
 
 
 @pytest.mark.parametrize("batch", [32, 96])  # the second is the whole data set: one step an epoch
@@ -80,14 +80,14 @@ def test_nets_of_every_family_are_read() -> None:
     settings = Settings().with_values({"threads": 1, "device": "cpu"})
     images = data(shape=(8, 8))
     for family, width in (("mlp", 9), ("cnn", 6), ("vit", 12)):
-        assert list(points(settings, ["mf"], family, [1, 2], [width], [32], True, images))
+        assert list(points(settings, Varied(["mf"], family, [1, 2], [width], [32]), True, images))
     assert spec("cnn", 3, 6) == "cnn:6,6,6"
 
 
 def test_what_is_wrong_is_said_before_the_first_point() -> None:
     for methods, family in ((["mf", "bpp"], "mlp"), (["mf"], "lstm")):
         with pytest.raises(InputError, match=r"did you mean 'bp'|expected one of mlp, cnn, vit"):
-            next(points(Settings(), methods, family, [1], [4], [8], True, data()))
+            next(points(Settings(), Varied(methods, family, [1], [4], [8]), True, data()))
     with pytest.raises(BudgetError):
         found(["bp"], [8], max_gpu_mb=0.01)
 
