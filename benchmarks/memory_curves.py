@@ -63,10 +63,11 @@ def main() -> None:
         "The papers' memory figures",
         sections,
         "Backpropagation's slope in Figure 3a is its activations (50,000 x 1000 x 4 bytes = 200 MB) and 12 bytes (a"
-        " weight and Adam's moments) for each of a layer's million parameters; the paper's 204 has 4 bytes for each. Its"
-        " 16.16 is 16 bytes for each of 1.01 million parameters: weight, gradient and two moments; here a cell's gradients"
-        " are given back before the next cell's turn, which leaves 12. Checkpoints at every layer keep what an MLP without"
-        " biases needs anyway. With convolutions the peak is the first layer's, at the full size of the image.",
+        " weight and Adam's moments) for each of a layer's million parameters; the paper's 204 has 4 bytes for each."
+        " Its 16.16 is 16 bytes for each of 1.01 million parameters: weight, gradient and two moments; here a cell's"
+        " gradients are given back before the next cell's turn, which leaves 12. Checkpoints at every layer keep what"
+        " an MLP without biases needs anyway. With convolutions the peak is the first layer's, at the image's full"
+        " size.",
     )
 
 
