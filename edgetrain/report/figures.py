@@ -369,24 +369,25 @@ def _profile(
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         values: list[float] = []
-        for series, colour, marker in zip(
-            dict.fromkeys(map(key, points)), cycle(COLOURS), cycle(MARKERS), strict=False
-        ):
+        every = dict.fromkeys(map(key, points))
+        for number, (series, colour, marker) in enumerate(zip(every, cycle(COLOURS), cycle(MARKERS), strict=False)):
             own = sorted((point for point in points if key(point) == series), key=lambda point: getattr(point, axis))
             where = [getattr(point, axis) for point in own]
             seen = [measured(point) for point in own]
             told = [None] * len(own) if foreseen is None else [foreseen(point) for point in own]
             values += [value for value in (*seen, *told) if value is not None]
+            # Lines that cover each other stay visible: early ones are broad, and markers are hollow.
+            style: dict[str, Any] = {"color": colour, "marker": marker, "mfc": "none", "lw": max(1.2, 3 - 0.6 * number)}
             if any(value is not None for value in seen):
-                axes.plot(where, numbers_of(seen), color=colour, marker=marker, label=series)
+                axes.plot(where, numbers_of(seen), label=series, **style)
                 axes.plot(where, numbers_of(told), color=colour, ls="--", lw=3.5, alpha=0.4)
             else:
-                axes.plot(where, numbers_of(told), color=colour, marker=marker, ls="--", label=f"{series}, predicted")
+                axes.plot(where, numbers_of(told), ls="--", label=f"{series}, predicted", **style)
         spread = [getattr(point, axis) for point in points]
         if values and min(values) > 0 and max(values) > 50 * min(values):
             logarithmic(axes, "y")
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * max(values, default=1.0))
         if max(spread) > 50 * min(spread):
             logarithmic(axes, "x")
         else:
