@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+_LARGEST = 1 << 62
+KINDS = ("weights", "optimizer state", "gradients", "activations", "latents", "workspace")
 
 _TRAINED = (
     "epochs",
@@ -84,10 +87,10 @@ class MemorySeries:
 
     Attributes:
         name: of the cell.
-        count: how many such visits follow each other.
+        first: number of the first of these cells, from 1; ``count``: how many such visits follow each other.
         peak_mb: live MiB at most; on CUDA more than that is reserved.
         peak_at: the operation that reaches it, and in which pass.
-        mb: MiB by kind, [points][kinds], in the order of ``memory.timeline.KINDS``; of each stretch the highest.
+        mb: MiB by kind, [points][kinds], in the order of ``KINDS``; of each stretch the highest.
     """
 
     name: str
@@ -95,6 +98,11 @@ class MemorySeries:
     peak_mb: float
     peak_at: str
     mb: list[list[float]]
+    first: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.mb or any(len(row) != len(KINDS) for row in self.mb):
+            raise TypeError(f"{self.name[:40]!r} holds no MiB by kind")
 
 
 @dataclass
@@ -171,6 +179,7 @@ def parsed(kind: type[T], values: Any) -> T:
 
     Raises:
         TypeError: a value is not of its field's type, or a field is missing or unknown.
+        ValueError: a text or a number is none that can be shown.
     """
     if not isinstance(values, dict):
         raise TypeError(f"{str(values)[:40]!r} for a {kind.__name__}")
@@ -189,6 +198,11 @@ def _parsed(name: str, hint: Any, value: Any) -> Any:
         return parsed(kind, value)  # type: ignore[arg-type]
     if get_origin(kind) is list and isinstance(value, list):
         return [_parsed(name, get_args(kind)[0], each) for each in value]
-    if kind is Any or type(value) is (get_origin(kind) or kind) or (kind is float and type(value) is int):
+    if isinstance(value, str) and not value.isascii():
+        value.encode()  # a UnicodeEncodeError is a ValueError
+    number = type(value) in (int, float)
+    if number and not (abs(value) <= _LARGEST if type(value) is int else math.isfinite(value)):
+        raise TypeError(f"{name} is {str(value)[:40]}")
+    if kind is Any or type(value) is (get_origin(kind) or kind) or (kind is float and number):
         return value
     raise TypeError(f"{name} is {str(value)[:40]!r}")

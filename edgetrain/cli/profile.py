@@ -21,7 +21,20 @@ def _numbers(context: click.Context, option: click.Parameter, text: str) -> list
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and len(word) < 10 and int(word) > 0 for word in words):
         raise click.BadParameter(f"{text[:80]!r}: expected whole numbers from 1, such as 1,2,4")
-    return [int(word) for word in words]
+    return list(dict.fromkeys(map(int, words)))
+
+
+def _make_room(csv_path: Path | None, png: Path | None, html: Path | None) -> None:
+    """Make the folders that are written to in the end, so that nothing is measured in vain.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    from edgetrain.store.atomic import storage_errors
+
+    for folder in filter(None, (csv_path and csv_path.parent, png, html and html.parent)):
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
 
 @click.command("profile", epilog=EPILOG)
@@ -75,14 +88,15 @@ def command(
     Slopes are in MiB for each further layer, by least squares.
     """
     settings, _ = given_settings({"data": "digits", **{k: v for k, v in flags.items() if v is not None}}, None)
-    from edgetrain.memory.timeline import KINDS
+    from edgetrain.record import KINDS
     from edgetrain.report.page import require_packages, write_profile
     from edgetrain.report.profile import Varied, points, slopes, timelines_of, write_csv
     from edgetrain.report.terminal import show_point, show_slopes, show_timelines
 
-    names = [name.strip() for name in methods.split(",")]
+    names = list(dict.fromkeys(name.strip() for name in methods.split(",")))
     if png or html:
         require_packages()
+    _make_room(csv_path, png, html)
     found = []
     varied = Varied(names, family, depths, widths, batch_sizes)
     for point in points(settings, varied, dry):

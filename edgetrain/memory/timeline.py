@@ -16,8 +16,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain.record import KINDS
+
 Kind = Literal["weights", "gradients", "optimizer state", "activations", "latents", "workspace"]
-KINDS: tuple[Kind, ...] = ("weights", "optimizer state", "gradients", "activations", "latents", "workspace")
 _PHASES: dict[Kind | None, str] = {
     "weights": "while the cell is brought to the device",
     "optimizer state": "in the optimizer's step",

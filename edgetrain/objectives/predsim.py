@@ -69,7 +69,8 @@ class PredictionAndSimilarity(Objective):
         logits = head["predict"](self._read(h))
         mapped = head["similarity"](h if h.ndim == 4 else self.vector(h))
         wanted = one_hot(batch.y, self.classes).to(h.dtype)
-        unlike = mse_loss(similarity(_profile(mapped)), similarity(wanted))
+        # Reduced by itself: on a CPU the loss's own mean keeps the room of all its terms.
+        unlike = mse_loss(similarity(_profile(mapped)), similarity(wanted), reduction="none").mean()
         beta = self.constants["beta"]
         total = (1 - beta) * cross_entropy(logits, batch.y, reduction="sum") + beta * unlike * len(h)
         return Step(total, {"x": _tail(cell, h.detach())}, logits.detach())

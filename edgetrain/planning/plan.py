@@ -68,6 +68,7 @@ class Plan:
         written_bytes: what the run writes in all.
         cut: how much of the latents is on disk at once.
         least_disk: the smallest run folder that would do, in bytes.
+        batch_size: samples of a full step.
     """
 
     cells: tuple[CellPlan, ...]
@@ -85,6 +86,7 @@ class Plan:
     whole_batch: int | None = None
     cut: Cut = WHOLE
     least_disk: int = 0
+    batch_size: int = 0
 
     @cached_property
     def min_budget(self) -> int:

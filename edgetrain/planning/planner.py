@@ -91,6 +91,7 @@ def make_plan(
         written_bytes=storage.written_bytes(work, sum(params), chosen, cut),
         cut=cut,
         least_disk=storage.least_disk_bytes(work, sum(params), chosen),
+        batch_size=min(work.batch_size, work.rows),
         whole_batch=_whole_batch(work, budget) if over else None,
     )
 

@@ -23,7 +23,7 @@ DEEPEST = 64  # cells of a net whose backpropagation is tried as a whole
 
 
 def of_run(work: Workload, plan: Plan) -> list[MemorySeries]:
-    """Of each visit of a run, equal visits in a row once; under ``sequence`` those of one epoch."""
+    """Of each visit of a run, equal visits in a row once; under ``sequence`` those of one epoch, resident of two."""
     if plan.placement == "resident":
         return _of_resident(work, plan)
     found: list[MemorySeries] = []
@@ -35,7 +35,7 @@ def of_run(work: Workload, plan: Plan) -> list[MemorySeries]:
             table = visited_readout(work, cell.micro_batch, plan.readout_resident)
         else:
             table = visited(work, node, cell.micro_batch, cell.tiles)
-        found.append(_series(cell.name, len(group), table, points))
+        found.append(_series(cell.name, len(group), table, points, node + 1))
     return found
 
 
@@ -53,19 +53,19 @@ def _of_resident(work: Workload, plan: Plan) -> list[MemorySeries]:
     for visit in visits:
         stretch, first = live[first : visit.last], visit.last
         at = f"{visit.operation} (cell {visit.node + 1})"
-        found.append(_of(plan.visits[visit.node].name, 1, stretch, at, points))
+        found.append(_of(plan.visits[visit.node].name, 1, stretch, at, points, visit.node + 1))
     return found
 
 
-def _series(name: str, count: int, table: Bench, points: int) -> MemorySeries:
+def _series(name: str, count: int, table: Bench, points: int, first: int = 1) -> MemorySeries:
     timeline: Timeline = table.timeline
     at = f"{table.tracker.peak_operation} {timeline.peak_phase}"
-    return _of(name, count, timeline.bytes_by_kind(), at, points)
+    return _of(name, count, timeline.bytes_by_kind(), at, points, first)
 
 
-def _of(name: str, count: int, live: NDArray[Any], at: str, points: int) -> MemorySeries:
+def _of(name: str, count: int, live: NDArray[Any], at: str, points: int, first: int) -> MemorySeries:
     kept = thinned(live, points)
-    return MemorySeries(name, count, to_mb(live.sum(1).max()) or 0.0, at, (kept / MIB).round(4).tolist())
+    return MemorySeries(name, count, to_mb(live.sum(1).max()) or 0.0, at, (kept / MIB).round(4).tolist(), first)
 
 
 def _kind(work: Workload, plan: Plan, node: int) -> Hashable:

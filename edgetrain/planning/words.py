@@ -49,21 +49,20 @@ def counted(cells: int) -> str:
 
 
 def _pieces_in_words(plan: Plan) -> Iterator[str]:
-    """Why batches are cut, and cells."""
-    largest = max(plan.micro_batches)
-    smaller = [cell for cell in plan.visits if cell.micro_batch < largest and cell.tiles == 1]
+    """How batches are cut, and cells."""
+    smaller = [cell for cell in plan.visits if cell.micro_batch < plan.batch_size]
     tiled = [cell for cell in plan.cells if cell.tiles > 1]
     if smaller:
-        worst = min(smaller, key=lambda cell: cell.micro_batch)
+        least = min(smaller, key=lambda cell: cell.micro_batch)
         yield (
-            f"{counted(len(smaller))} of {len(plan.visits)} take batches in parts to fit, {worst.name!r} in parts of"
-            f" {worst.micro_batch}: the result is the same up to rounding."
+            f"Batches of {plan.batch_size} are taken in parts by {len(smaller)} of {len(plan.visits)} visits,"
+            f" {least.name!r} in parts of {least.micro_batch}: the result is the same up to rounding."
         )
     if tiled:
         most = max(tiled, key=lambda cell: cell.tiles)
         yield (
-            f"{counted(len(tiled))} of {len(plan.cells)} do not fit whole: they wait on the host and come in tiles,"
-            f" {most.name!r} in {most.tiles}, each twice a step."
+            f"Waiting on the host and coming in tiles: {len(tiled)} of {counted(len(plan.cells))}, {most.name!r} in"
+            f" {most.tiles}, each twice a step."
         )
 
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX"  # one less than colours, so that pairs of both repeat late
+_FEW_TICKS = 12
+_LONG_LABEL = 20  # letters
 _INK = "#010203"  # stands for currentColor
 SIZE = (4.3, 3.0)  # inches: what a phone shows without making letters too small
 _STYLE: dict[str, Any] = {
@@ -91,6 +93,7 @@ def png(drawing: Drawing, path: Path) -> None:
 
 
 def _drawn(drawing: Drawing, ink: str, save: Callable[[Figure], None]) -> None:
+
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -142,11 +145,14 @@ def grouped_bars(
     axes.set_xlabel(unit)
 
 
-def whole_numbers(axes: Axes) -> None:
-    """Ticks of the x axis stand at whole numbers."""
+def whole_numbers(axes: Axes, last: int | None = None) -> None:
+    """Ticks of the x axis stand at whole numbers; it goes from 1 to ``last``, if that is given."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if last is not None and last <= _FEW_TICKS:
+        axes.set_xlim(0.5, last + 0.5)
+        axes.set_xticks(range(1, last + 1))
 
 
 def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
@@ -161,7 +167,14 @@ def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
 
 
 def legend_above(axes: Axes, columns: int = 2) -> None:
-    """Explain what is drawn, above it."""
-    handles, _ = axes.get_legend_handles_labels()
+    """Explain what is drawn, above it, in as many columns as long labels leave room for."""
+    handles, labels = axes.get_legend_handles_labels()
     if handles:
+        columns = 1 if max(map(len, labels)) > _LONG_LABEL else columns
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2)
+
+
+def room_for(labels: Sequence[str]) -> float:
+    """Inches that a legend of these labels needs beyond two rows."""
+    rows = len(labels) if max(map(len, labels), default=0) > _LONG_LABEL else -(-len(labels) // 2)
+    return 0.17 * max(0, rows - 2)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgetrain.memory.timeline import KINDS
-from edgetrain.record import CellRecord, MemorySeries, RunRecord
+from edgetrain.record import KINDS, CellRecord, MemorySeries, RunRecord
 from edgetrain.report.drawing import (
     COLOURS,
     MARKERS,
@@ -21,6 +20,7 @@ from edgetrain.report.drawing import (
     legend_above,
     logarithmic,
     numbers_of,
+    room_for,
     whole_numbers,
 )
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 KIND_COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#9A9A9A"), strict=True))
 _FEW = 12  # cells that are shown one by one
+NAMES = r"budget|cells|timeline(-\d+)?|losses|accuracies|votes|time"  # of runs' figures
 
 
 # -- of runs -------------------------------------------------------------------------------------------
@@ -52,10 +53,10 @@ def _against_budget(runs: Named) -> Drawing:
         bars = [
             ("measured", COLOURS[0], [record.peak_gpu_mb for _, record in runs]),
             ("predicted", COLOURS[5], [record.predicted_peak_mb for _, record in runs]),
-            ("backpropagation, predicted", COLOURS[1], [record.bp_predicted_peak_mb for _, record in runs]),
+            ("backpropagation", COLOURS[1], [record.bp_predicted_peak_mb for _, record in runs]),
         ]
         bars = [bar for bar in bars if any(size is not None for size in bar[2])]
-        grouped_bars(axes, bars, [name for name, _ in runs], "MiB")
+        grouped_bars(axes, bars, [name for name, _ in runs], "MiB", unknown="unknown" if len(runs) == 1 else "-")
         budgets = [record.budget_mb for _, record in runs]
         for row, budget in enumerate(budgets):
             if budget is not None:
@@ -67,8 +68,8 @@ def _against_budget(runs: Named) -> Drawing:
     return Drawing(
         "budget",
         "Device memory against the budget",
-        "The highest memory of the device in the whole run, as planned and as measured; backpropagation on the same"
-        " net, batch and optimizer beside it.",
+        "The highest memory of the device in the whole run, as planned and as measured; beside it what backpropagation"
+        " on the same net, batch and optimizer is predicted to take.",
         draw,
         (SIZE[0], 1.4 + 0.75 * rows),
     )
@@ -83,14 +84,20 @@ def _by_cell(runs: Named) -> Drawing | None:
         for (name, record), colour, marker in zip(runs, cycle(COLOURS), cycle(MARKERS), strict=False):
             visits = _visits(record)
             numbers = range(1, len(visits) + 1)
-            prefix = f"{name}, " if len(runs) > 1 else ""
+            label, foreseen_label = (name, "_") if len(runs) > 1 else ("measured", "predicted")
             style: dict[str, Any] = {"color": colour, "marker": marker if len(visits) <= 4 * _FEW else None}
-            axes.plot(numbers, numbers_of([cell.peak_gpu_mb for cell in visits]), label=f"{prefix}measured", **style)
+            axes.plot(numbers, numbers_of([cell.peak_gpu_mb for cell in visits]), label=label, **style)
             foreseen = numbers_of([cell.predicted_peak_mb for cell in visits])
             style |= {"ls": "--", "lw": 3.5, "alpha": 0.4, "marker": None}
-            axes.plot(numbers, foreseen, label=f"{prefix}predicted", **style)
+            axes.plot(numbers, foreseen, label=foreseen_label, **style)
         axes.set_ylabel("peak, MiB")
-        axes.set_ylim(bottom=0)
+        sizes = [
+            size
+            for _, record in runs
+            for cell in _visits(record)
+            for size in (cell.peak_gpu_mb, cell.predicted_peak_mb)
+        ]
+        axes.set_ylim(0, 1.08 * max(size for size in sizes if size is not None) or 1.0)
         _cells_below(axes, [record for _, record in runs])
         legend_above(axes)
 
@@ -98,8 +105,9 @@ def _by_cell(runs: Named) -> Drawing | None:
         "cells",
         "Peak by cell",
         "Each cell's visit has its own peak; the broad dashed line is what the plan foresaw. A trained classifier"
-        " comes last.",
+        " comes last." + (" Names stand for what was measured." if len(runs) > 1 else ""),
         draw,
+        _with_names(runs),
     )
 
 
@@ -116,13 +124,15 @@ def _timelines(runs: Named) -> list[Drawing]:
 
 
 def timeline(name: str, title: str, panels: Sequence[tuple[str, Sequence[MemorySeries]]]) -> Drawing:
-    """Memory by kind in the course of visits, panels to the same scale; at most ``_FEW`` visits of each."""
+    """Memory by kind in the course of visits, panels to the same scale; at most ``2 * _FEW`` visits of each."""
     shown = [(label, _some(series)) for label, series in panels]
     highest = [max(series, key=lambda each: each.peak_mb) for _, series in panels]
     peaks = [
         f"{label.partition(':')[0]}: {top.peak_mb:,.4g} MiB at {_operation(top.peak_at)}, in {top.name!r}"
         for (label, _), top in zip(panels, highest, strict=True)
     ]
+
+    gaps = "" if all(label[0] != "…" for _, some in shown for _, label in some) else ", and visits are left out at …"
 
     def draw(figure: Figure) -> None:
         every = figure.subplots(len(shown), 1, sharey=True, squeeze=False)[:, 0]
@@ -145,25 +155,27 @@ def timeline(name: str, title: str, panels: Sequence[tuple[str, Sequence[MemoryS
         name,
         title,
         "The first two steps of each visit and what it emits, as the dry run foresees them; all panels have the same"
-        f" scale. The peak (marked): {'; '.join(peaks)}.",
+        f" scale{gaps}. The peak (marked): {'; '.join(peaks)}.",
         draw,
         (SIZE[0], 1.4 + 1.7 * len(shown)),
     )
 
 
 def _some(series: Sequence[MemorySeries]) -> list[tuple[MemorySeries, str]]:
-    """Visits with their labels; of many equal ones in a row two are shown."""
+    """Visits with their labels: of many equal ones in a row two, of very many the ends and those around the peak."""
     found: list[tuple[MemorySeries, str]] = []
-    number = 1
     for each in series:
-        last = number + each.count - 1
-        found.append((each, f"{number}"))
-        if each.count == 2:
-            found.append((each, f"{last}"))
-        elif each.count > 2:
-            found.append((each, f"… {last}"))
-        number = last + 1
-    return found if len(found) <= 2 * _FEW else [*found[:_FEW], *found[-_FEW:]]
+        last = each.first + each.count - 1
+        found.append((each, f"{each.first}"))
+        if each.count > 1:
+            found.append((each, f"{last}" if each.count == 2 else f"… {last}"))
+    if len(found) <= 2 * _FEW:
+        return found
+    top = max(range(len(found)), key=lambda at: found[at][0].peak_mb)
+    ends, around = _FEW // 2, range(top - 2, top + 3)
+    kept = sorted({at for at in (*range(ends), *around, *range(len(found) - ends, len(found))) if 0 <= at < len(found)})
+    gaps = {at for before, at in pairwise(kept) if at > before + 1}
+    return [(found[at][0], f"… {found[at][1].removeprefix('… ')}" if at in gaps else found[at][1]) for at in kept]
 
 
 def _visits_below(axes: Axes, series: Sequence[tuple[MemorySeries, str]]) -> None:
@@ -217,7 +229,7 @@ def _losses(runs: Named) -> Drawing | None:
             logarithmic(axes, "y")
         axes.set_xlabel("epoch of the cell")
         axes.set_ylabel("mean training loss")
-        whole_numbers(axes)
+        whole_numbers(axes, max(len(cell.losses) for _, cell, _ in curves))
         legend_above(axes)
 
     return Drawing(
@@ -226,6 +238,7 @@ def _losses(runs: Named) -> Drawing | None:
         "As it was trained, by the cell's own rule: losses of cells of other widths or rules do not compare."
         + (" Later cells are paler." if len(runs) > 1 else ""),
         draw,
+        _with_names(runs),
     )
 
 
@@ -243,7 +256,7 @@ def _accuracies(runs: Named) -> Drawing | None:
                 continue
             numbers = range(1, len(record.cells) + 1)
             shown = marker if len(numbers) <= 4 * _FEW else None
-            label = f"{name}: cell alone" if len(runs) > 1 else "cell alone"
+            label = name if len(runs) > 1 else "cell alone"
             axes.plot(
                 numbers, _percent([c.test_accuracy for c in record.cells]), color=colour, marker=shown, label=label
             )
@@ -255,7 +268,7 @@ def _accuracies(runs: Named) -> Drawing | None:
         legend_above(axes)
 
     caption = "What each cell finds by itself; the dashed line is the whole run's accuracy, by its method's vote."
-    return Drawing("accuracies", "Test accuracy by cell", caption, draw)
+    return Drawing("accuracies", "Test accuracy by cell", caption, draw, _with_names(runs))
 
 
 def _votes(runs: Named) -> Drawing | None:
@@ -398,7 +411,8 @@ def _profile(
 
     dashed = any(measured(point) is not None for point in points) and foreseen is not None
     caption = "Points are nets of their own." + (" Broad dashed lines are predictions." if dashed else "")
-    return Drawing(name, title, caption, draw)
+    labels = [f"{series}, predicted" for series in dict.fromkeys(map(key, points))]
+    return Drawing(name, title, caption, draw, (SIZE[0], SIZE[1] + room_for(labels)))
 
 
 # -- parts ---------------------------------------------------------------------------------------------
@@ -406,6 +420,11 @@ def _profile(
 
 def _visits(record: RunRecord) -> list[CellRecord]:
     return [*record.cells, *([record.readout] if record.readout else [])]
+
+
+def _with_names(runs: Named) -> tuple[float, float]:
+    """A figure's size with room for the names of several runs."""
+    return (SIZE[0], SIZE[1] + (room_for([name for name, _ in runs]) if len(runs) > 1 else 0.0))
 
 
 def _label(record: RunRecord, number: int) -> str:
@@ -427,7 +446,7 @@ def _shade(number: int, of: int) -> Any:
 
 def _cells_below(axes: Axes, records: Sequence[RunRecord]) -> None:
     axes.set_xlabel("cell")
-    whole_numbers(axes)
+    whole_numbers(axes, max(len(_visits(record)) for record in records))
     if len(records) == 1 and len(_visits(records[0])) <= _FEW:
         visits = _visits(records[0])
         short = [str(number + 1) if number < len(records[0].cells) else "classifier" for number in range(len(visits))]

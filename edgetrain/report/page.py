@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,11 +14,12 @@ from edgetrain.record import MemorySeries, RunRecord
 from edgetrain.report import figures
 from edgetrain.report.drawing import Drawing, png, svg
 from edgetrain.report.profile import Point
-from edgetrain.report.runs import ShownRun, open_shown
+from edgetrain.report.runs import ShownRun, open_shown, shown_path
 from edgetrain.store.atomic import storage_errors, write_text
 from edgetrain.units import MIB, show_mb, show_seconds
 
 _UNKNOWN = "unknown"
+_REPORT = "report.html"
 _LONGEST = 24  # letters of a run's name
 
 
@@ -36,26 +38,30 @@ def write_report(paths: Sequence[Path], folder: Path | None = None) -> tuple[Pat
         StorageError: the disk refused.
     """
     require_packages()
+    if not paths:
+        raise InputError("no run to report; name the folders of one or more")
     runs = [open_shown(path) for path in paths]
     target = folder or (paths[0] if len(paths) == 1 else Path("report"))
-    known = [(shown, shown.record) for shown in runs if shown.record is not None]
-    names = _distinct([shown for shown, _ in known])
-    drawings = (
-        figures.of_runs([(name, record) for name, (_, record) in zip(names, known, strict=True)]) if known else []
-    )
-    title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs side by side"
-    page = _page(
+    if (target / _REPORT).is_dir():
+        raise InputError(f"{target / _REPORT}: is a folder; expected room for the page")
+    names = _distinct(runs)
+    known = [(name, shown.record) for name, shown in zip(names, runs, strict=True) if shown.record is not None]
+    drawings = figures.of_runs(known) if known else []
+    text = _page(
         "runs.html",
         drawings,
-        title=title,
-        runs=runs,
-        names=names,
+        title=f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs side by side",
+        runs=list(zip(names, runs, strict=True)),
+        names=[name for name, _ in known],
         tiles=_tiles(known[0][1]) if len(runs) == 1 and known else [],
         rows=_rows([record for _, record in known]) if known else [],
     )
     pictures = _write_pngs(target / "figures", drawings)
-    write_text(target / "report.html", page)
-    return target / "report.html", pictures, [problem for shown in runs for problem in shown.problems]
+    for path in (target / "figures").glob("*.png"):  # of an earlier report
+        if path not in pictures and re.fullmatch(figures.NAMES, path.stem):
+            path.unlink(missing_ok=True)
+    write_text(target / _REPORT, text)
+    return target / _REPORT, pictures, [problem for shown in runs for problem in shown.problems]
 
 
 def write_profile(
@@ -132,6 +138,7 @@ def _page(template: str, drawings: list[Drawing], **values: Any) -> str:
 def _distinct(runs: Sequence[ShownRun]) -> list[str]:
     """Names by which runs can be told apart, short enough for a figure; folders of the same name are numbered."""
     names = [shown.name if len(shown.name) <= _LONGEST else f"…{shown.name[1 - _LONGEST :]}" for shown in runs]
+    names = [f" {name}" if name.startswith("_") else name for name in names]  # a figure would leave it out
     doubled = len(set(names)) < len(names)
     return [f"{number}: {name}" if doubled else name for number, name in enumerate(names, start=1)]
 
@@ -156,7 +163,7 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
 
 def _rows(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     shown: list[tuple[str, Callable[[RunRecord], str]]] = [
-        ("folder", lambda r: r.run),
+        ("folder", lambda r: shown_path(Path(r.run))),
         ("method", lambda r: r.method),
         ("schedule", lambda r: r.schedule or "none: the whole net at once"),
         ("device", lambda r: r.device),

@@ -80,10 +80,12 @@ def points(settings: Settings, varied: Varied, dry: bool, data: DataSet | None =
 
     Raises:
         InputError: a net or a method is wrong; before the first point.
-        BudgetError: a net does not fit the stated budget.
+        BudgetError: a net does not fit the stated budget; likewise.
     """
     combined = list(product(varied.methods, varied.widths, varied.batch_sizes, varied.depths))
     asked = _asked(settings, varied, combined)
+    for one in asked:
+        _check(one, data)
     for (_, width, batch, depth), one in zip(combined, asked, strict=True):
         yield _point(one, depth, width, batch, dry, data)
 
@@ -169,6 +171,18 @@ def _applying(settings: Settings, methods: Sequence[str]) -> Settings:
     if settings.method in baselines and len(baselines) < len(set(methods)):
         return replace(settings, schedule=None)
     return settings if settings.method in baselines or not baselines else replace(settings, like=None)
+
+
+def _check(settings: Settings, data: DataSet | None) -> None:
+    """Refuse what is wrong. It is planned only if something was stated that a plan may refuse, as that takes longer.
+
+    Raises:
+        InputError: a net or a setting is wrong.
+        BudgetError: it does not fit.
+    """
+    job = open_job(settings, data=data)
+    if settings.max_gpu_mb is not None or settings.tiles is not None or settings.micro_batch is not None:
+        require_fit(plan_job(job))
 
 
 def _point(settings: Settings, depth: int, width: int, batch: int, dry: bool, data: DataSet | None) -> Point:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from edgetrain.config import Settings
-from edgetrain.errors import CorruptError, EdgetrainError, InputError
+from edgetrain.data.arrays import ARRAYS
+from edgetrain.errors import CorruptError, EdgetrainError, InputError, StorageError
 from edgetrain.record import CellRecord, RunRecord, parsed
 from edgetrain.store.atomic import checksum, storage_errors
 from edgetrain.store.journal import Entry
 from edgetrain.store.run import MODEL, RECORD, RunFolder
 from edgetrain.training.finished import parse_record, read_record, settings_of
+from edgetrain.training.fit import resuming
+from edgetrain.units import to_mb
 
 T = TypeVar("T")
 
@@ -42,16 +45,29 @@ class ShownRun:
     @property
     def name(self) -> str:
         """Of its folder."""
-        return self.path.absolute().name
+        return shown_path(self.path.resolve()).rpartition("/")[2]
+
+    @property
+    def can_be_repeated(self) -> bool:
+        """Whether the configuration alone gives the same run again: neither data, net nor edits came from elsewhere."""
+        asked = self.settings
+        if asked is None or asked.data == ARRAYS or asked.net == "modules" or ".py:" in (asked.net or ""):
+            return False
+        return self.record is not None and not self.record.edits
 
     def tried(self, read: Callable[[], T], otherwise: T) -> T:
         """What ``read`` returns; if it cannot, that is noted as a problem."""
         try:
             return read()
         except EdgetrainError as error:
-            if str(error) not in self.problems:
-                self.problems.append(str(error))
+            self.tell(str(error))
             return otherwise
+
+    def tell(self, problem: str) -> None:
+        """Note a problem, once."""
+        readable = _readable(problem)
+        if readable not in self.problems:
+            self.problems.append(readable)
 
 
 def open_shown(path: Path) -> ShownRun:
@@ -63,9 +79,9 @@ def open_shown(path: Path) -> ShownRun:
     folder = RunFolder(path)
     if not path.is_dir():
         raise InputError(f"{path}: is no folder; expected that of a run")
-    if not folder.is_run() and not (path / RECORD).is_file():
-        raise InputError(f"{path}: holds no run")
     shown = ShownRun(path)
+    if not shown.tried(folder.is_run, True) and not (path / RECORD).is_file():
+        raise InputError(f"{path}: holds no run")
     if not shown.tried(lambda: _is_readable(folder), False):
         _open_unverified(shown)
         return shown
@@ -95,13 +111,15 @@ def _is_readable(folder: RunFolder) -> bool:
 
 def _open_unverified(shown: ShownRun) -> None:
     """Without its journal a run's files can be read, but nobody knows whether they are as they were written."""
-    shown.problems.append(f"{shown.path}: what is shown could not be verified without a journal")
+    shown.tell(f"{shown.path}: what is shown could not be verified without a journal")
     shown.record = shown.tried(lambda: parse_record(_text(shown.path / RECORD), shown.path)[0], None)
     shown.finished = shown.record is not None
     shown.config = shown.tried(lambda: _text(shown.path / "config.toml"), "")
 
 
 def _text(path: Path) -> str:
+    if not path.is_file():
+        raise StorageError(f"{path}: is missing, or no file")
     with storage_errors(path):
         return path.read_text(encoding="utf-8", errors="replace")
 
@@ -116,14 +134,14 @@ def _so_far(shown: ShownRun, last: Entry | None) -> RunRecord | None:
     """What the newest commit of an unfinished run knows."""
     settings = shown.settings
     if not shown.finished:
-        shown.problems.append(
-            f"{shown.path}: is not finished; what its newest commit knows is shown. Go on with: edgetrain fit --resume"
-            f" --run-dir {shown.path}"
-        )
+        again = resuming(shown.path, settings) if settings else "edgetrain fit --resume"
+        shown.tell(f"{shown.path}: is not finished; what its newest commit knows is shown. Go on with: {again}")
     if last is None or settings is None:
         return None
     try:
         cells = [parsed(CellRecord, cell) for cell in last["cells"]]
+        readout = cells.pop() if settings.classifier_epochs and len(cells) > 1 else None
+        visits = [*cells, *([readout] if readout else [])]
         return RunRecord(
             run=str(shown.path),
             method=settings.method,
@@ -132,18 +150,28 @@ def _so_far(shown: ShownRun, last: Entry | None) -> RunRecord | None:
             seed=settings.seed,
             epochs=settings.epochs,
             budget_mb=settings.max_gpu_mb,
-            peak_gpu_mb=_most([cell.peak_gpu_mb for cell in cells]),
-            predicted_peak_mb=max(
-                (c.predicted_peak_mb for c in cells if c.predicted_peak_mb is not None), default=None
-            ),
-            seconds=float(last.get("seconds", 0.0)),
-            waited_seconds=sum(cell.waited_seconds for cell in cells),
-            commit_seconds=float(last.get("commit_seconds", 0.0)),
+            peak_gpu_mb=_most([cell.peak_gpu_mb for cell in visits]),
+            predicted_peak_mb=_most([cell.predicted_peak_mb for cell in visits]),
+            written_mb=to_mb(float(last["written"])),
+            seconds=float(last["seconds"]),
+            waited_seconds=sum(cell.waited_seconds for cell in visits),
+            commit_seconds=float(last["commit_seconds"]),
+            placement=settings.placement,
             cells=cells,
+            readout=readout,
         )
-    except (KeyError, TypeError, ValueError) as error:
-        shown.problems.append(f"{shown.path}: its newest commit is no run's ({error})")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        shown.tell(f"{shown.path}: its newest commit is no run's ({error})")
         return None
+
+
+def shown_path(path: Path) -> str:
+    """A path as text; what of it is no UTF-8 is replaced."""
+    return _readable(str(path))
+
+
+def _readable(text: str) -> str:
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _most(sizes: list[float | None]) -> float | None:

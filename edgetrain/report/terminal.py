@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from edgetrain.memory.timeline import KINDS
 from edgetrain.planning.plan import CellPlan, Plan, VisitTime
 from edgetrain.planning.words import counted, plan_in_words
-from edgetrain.record import CellRecord, MemorySeries, RunRecord
+from edgetrain.record import KINDS, CellRecord, MemorySeries, RunRecord
 from edgetrain.report.profile import Point
 from edgetrain.training import watcher as watching
 from edgetrain.training.edits import CellState

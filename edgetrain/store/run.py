@@ -39,7 +39,8 @@ class Spilled:
 
 
 RECORD, MODEL = "record.json", "model.safetensors"
-_RESULTS = (RECORD, MODEL, "report.html")  # of a finished run
+_REPORT = "report.html"
+_RESULTS = (RECORD, MODEL, _REPORT)  # of a finished run
 _MEMBERS = ("config.toml", "journal.jsonl", "lock", *_RESULTS)
 TENSORBOARD = "tensorboard"
 _FOLDERS = ("cells", "latents", "scratch", "figures", TENSORBOARD)
@@ -227,6 +228,7 @@ class RunFolder:
                 files[unit][kind] = FileEntry(plain, file.checksum, file.size)
         with storage_errors(self.path / "cells"):
             sync_folder(self.path / "cells")
+            (self.path / _REPORT).unlink(missing_ok=True)  # it says that the run is unfinished
         self._append(number, files, {**entry, "finished": True})
         self._sweep(files)
         return files

@@ -255,6 +255,6 @@ def parse_record(text: str, path: Path) -> tuple[RunRecord, Shape]:
         shape = Shape.from_dict(values.pop("data"))
         record = parsed(RunRecord, values)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}; or it is another version's"
         raise CorruptError(f"{path / 'record.json'}: is not a record of edgetrain ({reason})") from error
     return replace(record, run=str(path)), shape

@@ -33,7 +33,7 @@ from edgetrain.planning import timelines
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import backprop_peak, require_fit
 from edgetrain.planning.words import choices_in_words
-from edgetrain.record import RunRecord
+from edgetrain.record import MemorySeries, RunRecord
 from edgetrain.store.run import RunFolder, size_of
 from edgetrain.stream.latents import FileLatents
 from edgetrain.training.commits import working_files
@@ -199,7 +199,7 @@ def working_in(folder: RunFolder) -> Iterator[None]:
 
 def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: Any) -> Run:
     """Train a planned run from its newest commit (or from the start), evaluate and finish it; the folder is locked."""
-    device = job.work.device
+    device, foreseen = job.work.device, _Foreseen.of(job, plan)  # before the clock starts
     stop = Stop(watcher.note, job.settings.time_limit)
     if folder.restore_config():
         watcher.note(f"{folder.path / 'config.toml'}: was not as it was written; it was made again from the journal")
@@ -212,13 +212,13 @@ def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: An
             plan, record, trainer, test = _train_or_retry(job, plan, around)
             _evaluate(job, folder, plan, test, meter, record, trainer)
             record.energy_source = energy.source
-            _complete(folder, record, trainer, host, job, plan)
+            _complete(folder, record, trainer, host, job, plan, foreseen)
         except BaseException as error:
             if folder.last() is None:
                 folder.clear()
                 watcher.note("nothing was committed yet, so the run folder was removed")
             elif not isinstance(error, (CorruptError, DivergedError, InputError)):  # these would come again
-                watcher.note(f"what was committed is kept; go on with: {_resuming(folder.path, job.settings)}")
+                watcher.note(f"what was committed is kept; go on with: {resuming(folder.path, job.settings)}")
             raise
         finally:
             devices.cap(device, None)
@@ -226,7 +226,7 @@ def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: An
     return Run.open(folder.path, _named(job.settings, net))
 
 
-def _resuming(path: Path, settings: Settings) -> str:
+def resuming(path: Path, settings: Settings) -> str:
     """The command that goes on with a run."""
     if settings.data == ARRAYS or settings.net == "modules":
         return f"edgetrain.fit(..., run_dir={str(path)!r}, resume=True)"
@@ -375,7 +375,27 @@ def _evaluate(
         record.readout.test_accuracy = record.test_accuracy
 
 
-def _complete(folder: RunFolder, record: RunRecord, trainer: Trainer, host: PeakRss, job: Job, plan: Plan) -> None:
+@dataclass(frozen=True)
+class _Foreseen:
+    """What dry runs tell of a run and of backpropagation on the same net, for its record."""
+
+    plan: Plan
+    memory: list[MemorySeries]
+    bp_memory: MemorySeries | None = None
+    bp_peak: int | None = None
+
+    @classmethod
+    def of(cls, job: Job, plan: Plan) -> _Foreseen:
+        memory = timelines.of_run(job.work, plan)
+        if job.settings.schedule is None:  # a baseline
+            return cls(plan, memory)
+        net = job.net.cells, job.net.options
+        return cls(plan, memory, timelines.of_backpropagation(job.work, *net), backprop_peak(job.work, *net))
+
+
+def _complete(
+    folder: RunFolder, record: RunRecord, trainer: Trainer, host: PeakRss, job: Job, plan: Plan, foreseen: _Foreseen
+) -> None:
     last = folder.last()
     assert last is not None
     if not last.get("finished"):
@@ -387,10 +407,8 @@ def _complete(folder: RunFolder, record: RunRecord, trainer: Trainer, host: Peak
     record.context_mb = to_mb(devices.context_bytes(job.work.device))
     record.peak_host_mb = to_mb(host.peak_bytes)
     record.latents_mb = to_mb(trainer.latents_peak)
-    record.memory = timelines.of_run(job.work, plan)
-    if job.settings.schedule is not None:  # a local rule
-        record.bp_predicted_peak_mb = to_mb(backprop_peak(job.work, job.net.cells, job.net.options))
-        record.bp_memory = timelines.of_backpropagation(job.work, job.net.cells, job.net.options)
+    record.memory = foreseen.memory if foreseen.plan is plan else timelines.of_run(job.work, plan)
+    record.bp_memory, record.bp_predicted_peak_mb = foreseen.bp_memory, to_mb(foreseen.bp_peak)
 
     def measured() -> dict[str, Any]:
         record.disk_mb = to_mb(folder.peak_space)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from edgetrain.memory.meter import LiveBytes
-from edgetrain.memory.timeline import KINDS, Timeline, making, thinned
+from edgetrain.memory.timeline import Timeline, making, thinned
+from edgetrain.record import KINDS
 
 
 def at_peak(timeline: Timeline) -> dict[str, int]:

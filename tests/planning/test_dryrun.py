@@ -351,6 +351,14 @@ def test_a_resident_run_s_last_batch_may_be_any_part_of_one(schedule: str, batch
     assert record.peak_gpu_mb == record.predicted_peak_mb
 
 
+@pytest.mark.parametrize("net", ["cnn:2,16", "mlp:30,20"])
+def test_a_loss_s_own_mean_keeps_no_room_that_the_dry_run_does_not_see(net: str, tmp_path: Path) -> None:
+    rows = from_arrays((np.random.default_rng(0).random((256, 1, 8, 8), np.float32), np.arange(256) % CLASSES))
+    asked = Settings(method="predsim", net=net, batch_size=128, epochs=1, threads=1)
+    record = fit(asked, tmp_path / "run", data=rows).record
+    assert record.peak_gpu_mb == record.predicted_peak_mb
+
+
 def test_for_cuda_the_allocators_reserve_is_predicted_without_a_gpu() -> None:
     work = workload("mf", "mlp:30,20")
     on_cuda = cell_peak(replace(work, device=torch.device("cuda")), 0, 16)

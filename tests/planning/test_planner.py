@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from edgetrain.objectives.sll import StochasticLayerwise
 from edgetrain.planning import dryrun, planner
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import backprop_peak, make_plan, require_fit
+from edgetrain.planning.words import choices_in_words
 from edgetrain.planning.workload import Workload
 from edgetrain.store.rows import RowFormat
 from edgetrain.stream.cell import OptimizerRecipe
@@ -399,3 +401,16 @@ def test_disk_holds_at_least_inputs_cells_and_the_latents_needed_at_once(rows: i
     pairs = [sum(cell.latents for cell in plan.cells[index : index + 2]) for index in range(len(widths))]
     params = sum(cell.params for cell in plan.cells)
     assert plan.disk_bytes >= rows * (prod(work.inputs.shape) * 4 + 8) + max(pairs) + 12 * params
+
+
+def test_words_say_how_batches_and_cells_are_cut() -> None:
+    work = workload("mf", "mlp:64x3")
+
+    def said(**asked: Any) -> str:
+        return " ".join(choices_in_words(make_plan(work, None, **asked)))
+
+    assert said() == "Cells stream one at a time; the data set and latents stream from disk in batches."
+    assert "Batches of 16 are taken in parts by 3 of 3 visits, 'linear 64-64' in parts of 4" in said(
+        micro_batch=[8, 4, 8]
+    )
+    assert "in tiles: 1 of 3 cells, 'linear 64-64' in 2" in said(tiles=[1, 2, 1])

@@ -10,10 +10,10 @@ import pytest
 from machine import data, settings
 
 from edgetrain.memory.meter import LiveBytes, LiveMeter
-from edgetrain.memory.timeline import KINDS, Timeline
+from edgetrain.memory.timeline import Timeline
 from edgetrain.planning import timelines
 from edgetrain.planning.planner import backprop_peak
-from edgetrain.record import MemorySeries
+from edgetrain.record import KINDS, MemorySeries
 from edgetrain.training import fit as fitting
 from edgetrain.training.finished import read_record
 from edgetrain.training.job import METHODS, Job, open_job, plan_job

@@ -11,8 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from edgetrain.memory.timeline import KINDS
-from edgetrain.record import CellRecord, MemorySeries, RunRecord
+from edgetrain.record import KINDS, CellRecord, MemorySeries, RunRecord
 from edgetrain.report import figures
 from edgetrain.report.drawing import Drawing, png, svg
 from edgetrain.report.figures import of_profile, of_runs
@@ -29,13 +28,18 @@ def cell(number: int, **values: Any) -> CellRecord:
     )  # fmt: skip
 
 
-def series(count: int = 1, name: str = "linear") -> MemorySeries:
-    return MemorySeries(name, count, 3.0, "aten.mm.default in the backward pass", [[1.0] * 3 + [0.0] * 3, [0.5] * 6])
+def series(count: int = 1, name: str = "linear", first: int = 1, peak: float = 3.0) -> MemorySeries:
+    rows = [[peak / 3] * 3 + [0.0] * 3, [0.5] * 6]
+    return MemorySeries(name, count, peak, "aten.mm.default in the backward pass", rows, first)
 
 
 def record(**values: Any) -> RunRecord:
     run = RunRecord("runs/a", "mf", "separate", "cpu", 0, rows=100, epochs=2)
-    run.cells, run.memory, run.bp_memory = [cell(1), cell(2), cell(3)], [series(), series(2)], series(name="bp")
+    run.cells, run.memory, run.bp_memory = (
+        [cell(1), cell(2), cell(3)],
+        [series(), series(2, first=2)],
+        series(name="bp"),
+    )
     run.budget_mb, run.peak_gpu_mb, run.predicted_peak_mb, run.bp_predicted_peak_mb = 8.0, 3.0, 3.25, 12.0
     run.seconds, run.waited_seconds, run.commit_seconds = 20.0, 1.5, 0.75
     run.test_accuracy, run.votes = 0.9, {"sum": 0.9, "last": 0.85, "cells": [0.81, 0.82, 0.83]}
@@ -67,7 +71,7 @@ def test_a_run_has_every_figure() -> None:
 def test_figures_hold_the_record_s_numbers() -> None:
     found = by_name(of_runs([("a", record())]))
     bars = {bar.get_label(): [patch.get_width() for patch in bar] for bar in drawn(found["budget"]).axes[0].containers}
-    assert bars == {"measured": [3.0], "predicted": [3.25], "backpropagation, predicted": [12.0]}
+    assert bars == {"measured": [3.0], "predicted": [3.25], "backpropagation": [12.0]}
     assert lines(drawn(found["cells"]).axes[0]) == {"measured": [1.0, 2.0, 3.0], "predicted": [1.25, 2.25, 3.25]}
     losses = lines(drawn(found["losses"]).axes[0])
     assert losses == {"cell 1": [1.0, 0.5], "cell 2": [0.5, 0.25], "cell 3": [1 / 3, 0.5 / 3]}
@@ -94,9 +98,54 @@ def test_panels_of_a_timeline_have_the_same_scale_and_every_kind() -> None:
 
 
 def test_of_a_thousand_equal_visits_a_few_are_drawn() -> None:
-    deep = record(memory=[series(), series(998), series()])
+    deep = record(memory=[series(), series(998, first=2), series(first=1000)])
     figure = drawn(by_name(of_runs([("a", deep)]))["timeline"])
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["cell 1", "2", "… 999", "1000"]
+
+
+def test_of_many_different_visits_those_around_the_peak_are_drawn_and_gaps_are_said() -> None:
+    visits = [series(first=number, peak=9.0 if number == 40 else 1.5) for number in range(1, 81)]
+    drawing = by_name(of_runs([("a", record(memory=visits))]))["timeline"]
+    axes = drawn(drawing).axes[0]
+    assert "visits are left out" in drawing.caption
+    (marker,) = [line for line in axes.get_lines() if line.get_marker() == "v"]
+    assert marker.get_ydata()[0] == 9.0
+    shown = [text.get_text() for text in axes.get_xticklabels()]
+    assert shown[0] == "1"
+    assert any(text.startswith("… ") for text in shown)
+    assert "visits are left out" not in by_name(of_runs([("a", record())]))["timeline"].caption
+
+
+def test_two_epochs_of_a_resident_run_name_their_cells() -> None:
+    turns = record(memory=[series(first=number) for number in (1, 2, 3, 1, 2, 3)])
+    axes = drawn(by_name(of_runs([("a", turns)]))["timeline"]).axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["cell 1", "2", "3", "1", "2", "3"]
+
+
+def test_many_runs_with_long_names_leave_room_for_what_is_drawn() -> None:
+    many = [(f"{number:02} {'long' * 5}", record()) for number in range(12)]
+    for name in ("cells", "losses", "accuracies"):
+        drawing = by_name(of_runs(many))[name]
+        figure = drawn(drawing)
+        figure.set_layout_engine("constrained")
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        assert axes.get_position().height * drawing.size[1] > 1.5  # inches
+        box = axes.get_legend().get_window_extent()
+        assert box.x1 <= figure.bbox.x1 + 1
+        assert len(axes.get_legend().get_texts()) == 12
+        styles = {(line.get_color(), line.get_marker()) for line in axes.get_lines() if line.get_marker() != "None"}
+        assert len(styles) == 12
+
+
+def test_one_epoch_and_one_cell_stand_at_whole_numbers() -> None:
+    single = record(cells=[cell(1, losses=[0.5], epochs=1)])
+    found = by_name(of_runs([("a", single)]))
+    for name in ("losses", "cells"):
+        figure = drawn(found[name])
+        figure.draw_without_rendering()
+        low, high = figure.axes[0].get_xlim()
+        assert [tick for tick in figure.axes[0].get_xticks() if low <= tick <= high] == [1.0]
 
 
 def test_a_deep_run_s_figures_stay_readable() -> None:
@@ -110,9 +159,9 @@ def test_a_deep_run_s_figures_stay_readable() -> None:
 def test_runs_side_by_side_share_their_figures() -> None:
     found = by_name(of_runs([("a", record()), ("b", record(budget_mb=None, bp_predicted_peak_mb=None))]))
     assert {"timeline-1", "timeline-2"} <= set(found)
-    assert {"a, measured", "b, measured"} <= set(lines(drawn(found["cells"]).axes[0]))
+    assert {"a", "b"} <= set(lines(drawn(found["cells"]).axes[0]))
     budget = drawn(found["budget"]).axes[0]
-    assert [text.get_text() for text in budget.texts] == ["3", "3", "3.25", "3.25", "12", "unknown"]
+    assert [text.get_text() for text in budget.texts] == ["3", "3", "3.25", "3.25", "12", "-"]
     assert [bar.get_width() for bar in drawn(found["time"]).axes[0].containers[0]] == [10.5, 10.5]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import re
 import shutil
 import threading
@@ -19,7 +20,7 @@ from machine import data, settings, stopped_after
 import edgetrain
 from edgetrain import __version__
 from edgetrain.errors import InputError
-from edgetrain.memory.timeline import KINDS
+from edgetrain.record import KINDS
 from edgetrain.report import page as pages
 from edgetrain.report.page import write_profile, write_report
 from edgetrain.report.profile import Varied, points, slopes, timelines_of
@@ -105,7 +106,8 @@ def test_runs_of_the_same_name_are_told_apart(runs: dict[str, Path], tmp_path: P
     shutil.copytree(runs["mf"], tmp_path / "elsewhere" / "mf")
     page, _, _ = write_report([runs["mf"], tmp_path / "elsewhere" / "mf"], tmp_path / "out")
     assert re.findall(r"<th>(\d: mf)</th>", page.read_text()) == ["1: mf", "2: mf"]
-    assert f"<td>{tmp_path}/elsewhere/mf</td>" in page.read_text()
+    assert f'<td class="words">{tmp_path}/elsewhere/mf</td>' in page.read_text()
+    assert re.findall(r"<h2>(\d: mf)</h2>", page.read_text()) == ["1: mf", "2: mf"]
 
 
 def test_long_names_are_cut_where_they_are_least_telling(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -129,6 +131,72 @@ def test_what_a_stranger_wrote_is_text(runs: dict[str, Path], tmp_path: Path) ->
     assert shown.text.count("<script>alert(1)</script>") >= 3
     assert "49" not in re.findall(r"\{?\{? ?7 \* 7|onerror=alert\(1\)>(49)", shown.text)
     assert any("could not be verified" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"budget_mb": 10**400},
+        {"seconds": float("inf")},
+        {"method": "\ud800"},
+        {"plan": ["\ud800"]},
+        {"memory": [{"name": "a", "count": 1, "peak_mb": 1.0, "peak_at": "x", "mb": [[1.0] * 5]}]},
+        {"memory": [{"name": "a", "count": 1, "peak_mb": 1.0, "peak_at": "x", "mb": []}]},
+        {"cells": [{"name": "a", "params": 10**30}]},
+    ],
+)
+def test_what_cannot_be_shown_is_no_record(change: dict[str, Any], runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "stranger"
+    folder.mkdir()
+    known = json.loads((runs["mf"] / "record.json").read_text())
+    (folder / "record.json").write_text(json.dumps({**known, **change}))
+    page, figures, problems = write_report([folder], tmp_path / "out")
+    assert figures == []
+    assert any("is not a record of edgetrain" in problem for problem in problems)
+    assert page.exists()
+
+
+def test_folders_that_are_no_utf_8_are_shown(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff"))
+    shutil.copytree(runs["mf"], folder)
+    page, figures, problems = write_report([folder], tmp_path / "out")
+    assert "bad\ufffd" in page.read_text()
+    assert (len(figures), problems) == (7, [])
+
+
+def test_names_with_a_line_below_stand_in_legends(runs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs["mf"], tmp_path / "_under")
+    page, _, _ = write_report([tmp_path / "_under", runs["bp"]], tmp_path / "out")
+    assert "<th> _under</th>" in page.read_text()
+
+
+def test_pictures_of_an_earlier_report_go_and_those_of_others_stay(runs: dict[str, Path], tmp_path: Path) -> None:
+    write_report([runs["mf"], runs["bp"]], tmp_path)
+    (tmp_path / "figures" / "mine.png").write_bytes(b"")
+    write_report([runs["mf"]], tmp_path)
+    names = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert names == {"budget", "cells", "timeline", "losses", "accuracies", "votes", "time", "mine"}
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(InputError, match=r"report.html: is a folder"):
+        write_report([runs["mf"]], tmp_path)
+    with pytest.raises(InputError, match="no run to report"):
+        edgetrain.report_runs()
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_only_a_configuration_that_gives_the_same_run_is_said_to(tmp_path: Path) -> None:
+    said = "gives the same run"
+    arrays = edgetrain.fit(
+        "mlp:8x1", (data("pixels").raw, data("pixels").labels), epochs=1, run_dir=tmp_path / "arrays"
+    )
+    assert said not in arrays.report().read_text()
+    run = edgetrain.fit("mlp:8x1", "digits", epochs=1, run_dir=tmp_path / "spec")
+    assert said in run.report().read_text()
+    longer = edgetrain.append_cells(run, "mlp:8x2", epochs=1)
+    assert said not in longer.report().read_text()
 
 
 def test_without_the_packages_the_extra_is_named(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

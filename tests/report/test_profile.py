@@ -16,7 +16,7 @@ from edgetrain.cli.profile import command
 from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
 from edgetrain.data.base import DataSet
-from edgetrain.errors import BudgetError, InputError
+from edgetrain.errors import BudgetError, EdgetrainError, InputError
 from edgetrain.report.profile import Point, Varied, points, slopes, spec, write_csv
 from edgetrain.training.fit import fit
 
@@ -123,3 +123,12 @@ def test_the_command_prints_a_table_or_one_json_object(tmp_path: Path) -> None:
         refused = CliRunner().invoke(command, ["--depths", bad])
         assert refused.exit_code == 2
         assert "expected whole numbers from 1" in refused.output
+
+
+def test_what_is_wrong_with_a_later_point_is_said_before_the_first() -> None:
+    for flags in ({"tiles": 2}, {"max_gpu_mb": 0.01}):
+        with pytest.raises(EdgetrainError):
+            next(points(Settings().with_values(flags), Varied(["mf", "bp"], "mlp", [1], [64], [32]), True, data()))
+    small = data(shape=(1, 8, 8))
+    with pytest.raises(InputError, match="at most 3"):
+        next(points(Settings(), Varied(["mf"], "cnn", [1, 4], [8], [32]), True, small))

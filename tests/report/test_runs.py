@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from machine import data, settings, stopped_after
 
-from edgetrain.errors import InputError
+from edgetrain.errors import InputError, StorageError
 from edgetrain.report.page import write_report
 from edgetrain.report.runs import open_shown
+from edgetrain.store.journal import Journal
 from edgetrain.training.fit import fit
 
 ROWS = data("pixels").set
@@ -65,6 +66,39 @@ def test_of_an_unfinished_run_the_newest_commit_is_shown(stopped: Path, tmp_path
     assert "is not finished" in page.read_text()
     assert {path.stem for path in figures} >= {"losses", "cells"}
     assert problems == shown.problems
+
+
+def test_an_unfinished_run_s_classifier_is_no_cell(tmp_path: Path) -> None:
+    path = tmp_path / "a run"
+    stopped_after(40, settings("lbp-ae", net="mlp:24x2"), path, ROWS)
+    record = open_shown(path).record
+    assert record is not None
+    assert [cell.name for cell in record.cells] == ["linear 21-24", "linear 24-24"]
+    assert record.readout is not None
+    assert record.written_mb
+    assert any(f"--resume --run-dir '{path}'" in problem for problem in open_shown(path).problems)
+
+
+def test_a_journal_that_cannot_be_opened_is_a_problem_of_one_run(
+    finished: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Journal) -> bool:
+        if self.path.parent == copied:
+            raise StorageError(f"{self.path}: permission denied")
+        return True
+
+    monkeypatch.setattr(Journal, "is_begun", refused)
+    page, _, problems = write_report([copied, finished], tmp_path / "out")
+    assert any("permission denied" in problem for problem in problems)
+    assert page.exists()
+
+
+def test_a_page_of_an_unfinished_run_goes_when_it_is_finished(tmp_path: Path) -> None:
+    asked = settings("mf", net="mlp:24x2")
+    stopped_after(25, asked, tmp_path / "run", ROWS)
+    write_report([tmp_path / "run"])
+    fit(asked, tmp_path / "run", data=ROWS, resume=True)
+    assert not (tmp_path / "run" / "report.html").exists()
 
 
 @pytest.mark.parametrize(
