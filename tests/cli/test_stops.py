@@ -28,8 +28,9 @@ def started(folder: Path, *more: str, words: list[str] = RUN) -> subprocess.Pope
 
 
 def _heard() -> None:
-    """What runs in the background of a shell ignores SIGINT, and so do its children."""
+    """What runs in the background of a shell ignores SIGINT, what runs under nohup SIGHUP, and so do their children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def once_it_trains(child: subprocess.Popen[str], run: Path, at_commit: bool = False) -> None:
@@ -82,7 +83,7 @@ def test_a_run_whose_terminal_is_gone_still_commits(gone: str, whole: bytes, tmp
     env = {name: value for name, value in os.environ.items() if not name.startswith("EDGETRAIN_")}
     child = subprocess.Popen(
         [sys.executable, "-m", "edgetrain", "fit", *RUN], cwd=tmp_path, env=env, stdout=theirs, stderr=theirs,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=_heard,
     )  # fmt: skip
     os.close(theirs)
     limit = time.monotonic() + 60

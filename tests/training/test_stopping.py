@@ -188,10 +188,12 @@ def test_a_stop_at_the_last_step_of_a_visit_calls_no_cell_dead(tmp_path: Path, m
 
 @pytest.fixture(autouse=True)
 def heard_signals() -> Iterator[None]:
-    """What runs in the background of a shell ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """What runs in the background of a shell ignores SIGINT, and what runs under nohup SIGHUP."""
+    heard = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Signals(Silent):

@@ -225,7 +225,7 @@ class InTheMachinesOrder(predsim.Cell):
         alike = [of_length_one(rows) for rows in (self.rows(a), one_hot(y, CLASSES).to(a.dtype))]
         found, wanted = ((rows @ rows.T).clamp(-1, 1) for rows in alike)
         total = predsim.PREDICTION * cross_entropy(logits, y, reduction="sum")
-        return total + predsim.SIMILARITY * mse_loss(found, wanted) * len(a)
+        return total + predsim.SIMILARITY * mse_loss(found, wanted, reduction="none").mean() * len(a)
 
 
 def of_length_one(rows):
