@@ -171,7 +171,9 @@ def legend_above(axes: Axes, columns: int = 2) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         columns = 1 if max(map(len, labels)) > _LONG_LABEL else columns
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2)
+        figure = axes.get_figure()
+        assert figure is not None
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns)
 
 
 def room_for(labels: Sequence[str]) -> float:

@@ -131,9 +131,9 @@ def test_many_runs_with_long_names_leave_room_for_what_is_drawn() -> None:
         figure.draw_without_rendering()
         (axes,) = figure.axes
         assert axes.get_position().height * drawing.size[1] > 1.5  # inches
-        box = axes.get_legend().get_window_extent()
+        box = figure.legends[0].get_window_extent()
         assert box.x1 <= figure.bbox.x1 + 1
-        assert len(axes.get_legend().get_texts()) == 12
+        assert len(figure.legends[0].get_texts()) == 12
         styles = {(line.get_color(), line.get_marker()) for line in axes.get_lines() if line.get_marker() != "None"}
         assert len(styles) == 12
 
@@ -151,7 +151,7 @@ def test_one_epoch_and_one_cell_stand_at_whole_numbers() -> None:
 def test_a_deep_run_s_figures_stay_readable() -> None:
     deep = record(cells=[cell(number) for number in range(1, 201)])
     found = by_name(of_runs([("a", deep)]))
-    assert len(drawn(found["losses"]).axes[0].get_legend().get_texts()) == 3
+    assert len(drawn(found["losses"]).legends[0].get_texts()) == 3
     assert found["time"].size[1] < 4
     assert found["cells"].size == by_name(of_runs([("a", record())]))["cells"].size
 
