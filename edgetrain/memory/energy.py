@@ -136,7 +136,7 @@ def _since_last(count: Callable[[], float], wrap: float = 0.0) -> Callable[[], f
         nonlocal last
         now = count()
         before, last = now if last is None else last, now
-        return now - before if now >= before else now - before + wrap
+        return now - before if now >= before else max(0.0, now - before + wrap)
 
     return difference
 
