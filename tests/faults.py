@@ -1,4 +1,7 @@
-"""Faults of a disk, one at a time: every operation on a folder's files is numbered, and one of them made to fail.
+"""Faults of a disk, one at a time: every operation on a folder's files is counted, and one of them made to fail.
+
+An operation is known by its kind, its file's name and how often that came before, as a thread that reads ahead may
+come sooner or later than the last time.
 
 Operations are those of ``os`` and of opened files, and the two of safetensors. A fault is one of
 
@@ -17,6 +20,7 @@ import errno
 import io
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +31,9 @@ from edgetrain.store import tensors
 
 WRITES, READS = {"write", "pwrite", "save"}, {"read", "preadv", "load"}
 MODES = ("error", "short", "crash", "torn", "power")
+
+
+Point = tuple[str, str, int]
 
 
 class Crash(BaseException):
@@ -91,15 +98,16 @@ class Medium:
 
 
 class Faults:
-    """Numbers the operations below ``root`` and lets number ``at`` fail.
+    """Counts the operations below ``root`` and lets the one ``at`` fail.
 
     Attributes:
-        seen: (operation, file name) of each.
+        seen: operation, file name and count of each.
     """
 
-    def __init__(self, root: Path, at: int | None = None, mode: str = "error"):
+    def __init__(self, root: Path, at: Point | None = None, mode: str = "error"):
         self.root, self.at, self.mode = root, at, mode
-        self.seen: list[tuple[str, str]] = []
+        self.seen: list[Point] = []
+        self._counts: Counter[tuple[str, str]] = Counter()
         self.dead = False
         self._inside = False  # an operation of our own
         self._medium = Medium(root) if mode == "power" else None
@@ -139,8 +147,10 @@ class Faults:
             return False
         if self.dead:
             raise Crash
-        self.seen.append((kind, Path(path).name))
-        if len(self.seen) - 1 != self.at:
+        point = kind, Path(path).name, self._counts[kind, Path(path).name]
+        self._counts[point[:2]] += 1
+        self.seen.append(point)
+        if point != self.at:
             return False
         if self.mode == "error":
             number = errno.ENOSPC if kind in WRITES or kind == "posix_fallocate" else errno.EIO
@@ -241,7 +251,7 @@ class _File:
         return done
 
 
-def points(seen: list[tuple[str, str]], mode: str) -> list[int]:
+def points(seen: list[Point], mode: str) -> list[Point]:
     """The operations to which a fault can happen."""
     kinds = {"short": {"pwrite", "preadv"}, "torn": WRITES - {"read"}}.get(mode)
-    return [number for number, (kind, _) in enumerate(seen) if kinds is None or kind in kinds]
+    return [point for point in seen if kinds is None or point[0] in kinds]

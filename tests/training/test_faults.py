@@ -75,8 +75,8 @@ def tried(schedule: str, mode: str, folder: Path) -> Counter[str]:
     assert any("within" in entry for entry in entries)
     assert any("latents" in entry for entry in entries) == (schedule == "sequence")
     found: Counter[str] = Counter()
-    for at in points(seen.seen, mode):
-        path = folder / f"{at}" / "run"
+    for number, at in enumerate(points(seen.seen, mode)):
+        path = folder / f"{number}" / "run"
         path.parent.mkdir()
         found[after(Faults(path, at, mode), schedule, expected)] += 1
     return found
