@@ -215,4 +215,4 @@ def _slope(found: list[tuple[int, float | None]]) -> float | None:
         return None
     depths, peaks = np.array(known, np.float64).T
     centred = depths - depths.mean()
-    return round(float(centred @ (peaks - peaks.mean()) / (centred @ centred)), 4)
+    return round(float(centred @ (peaks - peaks.mean()) / (centred @ centred)), 4) + 0.0  # never -0

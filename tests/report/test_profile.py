@@ -132,3 +132,8 @@ def test_what_is_wrong_with_a_later_point_is_said_before_the_first() -> None:
     small = data(shape=(1, 8, 8))
     with pytest.raises(InputError, match="at most 3"):
         next(points(Settings(), Varied(["mf"], "cnn", [1, 4], [8], [32]), True, small))
+
+
+def test_a_slope_of_nothing_is_plain_nothing() -> None:
+    flat = [Point("mf", depth, 8, 8, None, peak, None, None) for depth, peak in ((1, 2.00001), (2, 2.0), (4, 2.0))]
+    assert str(slopes(flat)[0]["predicted"]) == "0.0"
