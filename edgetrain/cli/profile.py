@@ -96,10 +96,11 @@ def command(
     names = list(dict.fromkeys(name.strip() for name in methods.split(",")))
     if png or html:
         require_packages()
+    varied = Varied(names, family, depths, widths, batch_sizes)
+    coming = points(settings, varied, dry)
     _make_room(csv_path, png, html)
     found = []
-    varied = Varied(names, family, depths, widths, batch_sizes)
-    for point in points(settings, varied, dry):
+    for point in coming:
         found.append(point)
         if not as_json:
             show_point(point, heading=len(found) == 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from edgetrain.memory.timeline import Timeline, thinned
+from edgetrain.memory.timeline import thinned
 from edgetrain.nets.base import CellRecipe, Options
 from edgetrain.planning.dryrun import Bench, visited, visited_all, visited_readout
 from edgetrain.planning.plan import Plan
@@ -58,9 +58,8 @@ def _of_resident(work: Workload, plan: Plan) -> list[MemorySeries]:
 
 
 def _series(name: str, count: int, table: Bench, points: int, first: int = 1) -> MemorySeries:
-    timeline: Timeline = table.timeline
-    at = f"{table.tracker.peak_operation} {timeline.peak_phase}"
-    return _of(name, count, timeline.bytes_by_kind(), at, points, first)
+    at = f"{table.tracker.peak_operation} {table.timeline.peak_phase}"
+    return _of(name, count, table.timeline.bytes_by_kind(), at, points, first)
 
 
 def _of(name: str, count: int, live: NDArray[Any], at: str, points: int, first: int) -> MemorySeries:

@@ -149,12 +149,13 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     bp = record.bp_predicted_peak_mb
     ratio = f"{bp / record.peak_gpu_mb:.1f} times" if bp and record.peak_gpu_mb else ""
     waited = f"{record.waited_seconds / record.seconds:.1%} of it waiting for data" if record.seconds else ""
+    told = record.energy_source or ("no sensor told it" if record.energy_j is None else "")
     found = [
         ("test accuracy", _percent(record.test_accuracy), "by the method's own vote"),
         ("device memory", _mib(record.peak_gpu_mb), budget),
         ("predicted", _mib(record.predicted_peak_mb), "before the run began"),
         ("time", _seconds(record.seconds), waited),
-        ("energy", _joules(record.energy_j), record.energy_source or "no sensor that can be read"),
+        ("energy", _joules(record.energy_j), told),
     ]
     if bp is not None:
         found.insert(3, ("backpropagation", _mib(bp), f"{ratio} as much, predicted" if ratio else "predicted"))

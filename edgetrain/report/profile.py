@@ -70,7 +70,7 @@ class Varied:
 
 
 def points(settings: Settings, varied: Varied, dry: bool, data: DataSet | None = None) -> Iterator[Point]:
-    """The points, one after the other as they are found.
+    """The points, one after the other as they are found; what is wrong is said at once.
 
     Args:
         settings: everything that is not varied.
@@ -86,8 +86,10 @@ def points(settings: Settings, varied: Varied, dry: bool, data: DataSet | None =
     asked = _asked(settings, varied, combined)
     for one in asked:
         _check(one, data)
-    for (_, width, batch, depth), one in zip(combined, asked, strict=True):
-        yield _point(one, depth, width, batch, dry, data)
+    return (
+        _point(one, depth, width, batch, dry, data)
+        for (_, width, batch, depth), one in zip(combined, asked, strict=True)
+    )
 
 
 def timelines_of(settings: Settings, varied: Varied, data: DataSet | None = None) -> dict[str, list[MemorySeries]]:

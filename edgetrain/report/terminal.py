@@ -187,7 +187,8 @@ def show_run(record: RunRecord) -> None:
 def _energy_in_words(record: RunRecord) -> str:
     epoch, sample = record.joules_per_epoch, record.joules_per_sample
     if record.energy_j is None or epoch is None or sample is None:
-        return "energy unknown: no sensor that can be read tells it"
+        asked = "no sensor that can be read tells it" if record.energy_source is None else "it was not told throughout"
+        return f"energy unknown: {asked}"
     each = f"{epoch:.3g} J an epoch, {sample * 1e3:.3g} mJ a sample"
     return f"energy {record.energy_j:.4g} J, {each} ({record.energy_source})"
 

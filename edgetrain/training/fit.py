@@ -199,12 +199,14 @@ def working_in(folder: RunFolder) -> Iterator[None]:
 
 def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: Any) -> Run:
     """Train a planned run from its newest commit (or from the start), evaluate and finish it; the folder is locked."""
-    device, foreseen = job.work.device, _Foreseen.of(job, plan)  # before the clock starts
-    stop = Stop(watcher.note, job.settings.time_limit)
+    device = job.work.device
     if folder.restore_config():
         watcher.note(f"{folder.path / 'config.toml'}: was not as it was written; it was made again from the journal")
     with PeakRss() as host, EnergyMeter(device) as energy, ExitStack() as opened:
         try:
+            foreseen = _Foreseen.of(job, plan)
+            stop = Stop(watcher.note, job.settings.time_limit)  # the clock of time and energy starts here
+            energy.restart()
             folder.clear_working_files(working_files(folder.last()))
             devices.cap(device, plan.budget)
             meter = meter_of(device, job.settings.meter == "full")

@@ -214,3 +214,25 @@ def test_profiles_compare_backpropagation_and_its_remedies_unasked(edgetrain: Co
     found = json.loads(edgetrain("profile", "--dry", "--depths", "1,2", "--widths", "16", "--json").stdout)
     assert [row["method"] for row in found["slopes_mb_per_layer"]] == ["mf", "bp", "bp-checkpoint", "bp-offload"]
     assert "timelines" not in found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--methods", "unheard"],
+        ["--family", "tree"],
+        ["--depths", "0"],
+        ["--widths", "1,x"],
+        ["--methods", "bp", "--tiles", "2"],
+        ["--family", "cnn", "--depths", "9"],
+        ["--html", "file/page.html", "--methods", "unheard"],
+    ],
+)
+def test_a_wrong_profile_writes_nothing(words: list[str], edgetrain: Command, tmp_path: Path) -> None:
+    outputs = [*(["--html", "new/page.html"] if "--html" not in words else []), "--png", "new", "--csv", "new/a.csv"]
+    done = edgetrain("profile", *words, *outputs, "--dry")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().splitlines()[-1].strip()
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []

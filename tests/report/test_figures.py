@@ -171,10 +171,15 @@ def test_what_a_record_does_not_know_has_no_figure() -> None:
     assert list(by_name(of_runs([("a", bare)]))) == ["budget"]
 
 
-def test_losses_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+def test_losses_that_are_not_finite_are_left_out() -> None:
     broken = record(cells=[cell(1, losses=[1.0, math.nan, math.inf, 0.001]), cell(2)])
-    for drawing in of_runs([("a", broken)]):
-        svg(drawing)
+    drawing = by_name(of_runs([("a", broken)]))["losses"]
+    figure = drawn(drawing)
+    figure.draw_without_rendering()
+    low, high = figure.axes[0].get_ylim()
+    assert 0 < low < 0.001
+    assert 1.0 < high < 10
+    svg(drawing)
 
 
 @pytest.mark.parametrize("name", ["$x^{", "<script>alert(1)</script>", "%s {0}", "\N{BELL}ä\n漢", "_hidden"])

@@ -73,7 +73,7 @@ def test_a_report_lies_in_the_run_and_holds_what_the_record_says(runs: dict[str,
         'method = "mf"',
         "linear 21-24",
         f"edgetrain {__version__}",
-        "no sensor that can be read" if record.energy_j is None else "J",
+        "no sensor told it" if record.energy_j is None else f"{record.energy_source}",
     ):
         assert text in shown.text
     names = {path.stem for path in (runs["mf"] / "figures").glob("*.png")}
@@ -129,7 +129,7 @@ def test_what_a_stranger_wrote_is_text(runs: dict[str, Path], tmp_path: Path) ->
     shown = outline(page)
     assert all(tag not in ("script", "img") for tag, _ in shown.tags)
     assert shown.text.count("<script>alert(1)</script>") >= 3
-    assert "49" not in re.findall(r"\{?\{? ?7 \* 7|onerror=alert\(1\)>(49)", shown.text)
+    assert "{{ 7 * 7 }}" in shown.text  # not worked out
     assert any("could not be verified" in problem for problem in problems)
 
 
@@ -318,6 +318,6 @@ def test_a_page_in_a_browser(
     assert abs(brightness[0] - brightness[1]) > 400
 
 
-def test_kinds_are_named_in_every_timeline(runs: dict[str, Path]) -> None:
+def test_the_order_of_kinds_in_records_that_are_written_stays(runs: dict[str, Path]) -> None:
     assert KINDS == ("weights", "optimizer state", "gradients", "activations", "latents", "workspace")
     assert [len(visit.mb[0]) for visit in edgetrain.open_run(runs["mf"]).record.memory] == [6, 6, 6]

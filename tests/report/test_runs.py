@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from machine import data, settings, stopped_after
 
 from edgetrain.errors import InputError, StorageError
+from edgetrain.memory import energy
+from edgetrain.memory.energy import Sensor
 from edgetrain.report.page import write_report
 from edgetrain.report.runs import open_shown
 from edgetrain.store.journal import Journal
@@ -77,6 +80,17 @@ def test_an_unfinished_run_s_classifier_is_no_cell(tmp_path: Path) -> None:
     assert record.readout is not None
     assert record.written_mb
     assert any(f"--resume --run-dir '{path}'" in problem for problem in open_shown(path).problems)
+
+
+def test_an_unfinished_run_tells_the_energy_of_its_newest_commit(tmp_path: Path) -> None:
+    told = Sensor("made up", 1000.0, lambda: 5.0)
+    with mock.patch.object(energy, "sensor_of", return_value=told):
+        stopped_after(25, settings("mf", net="mlp:24x2"), tmp_path / "run", ROWS)
+    record = open_shown(tmp_path / "run").record
+    assert record is not None
+    assert record.energy_j is not None
+    assert record.energy_j % 5.0 == 0
+    assert record.energy_j > 0
 
 
 def test_a_journal_that_cannot_be_opened_is_a_problem_of_one_run(

@@ -24,6 +24,7 @@ from edgetrain.data.arrays import from_arrays
 from edgetrain.errors import CorruptError, DivergedError, InputError, Stopped, StorageError
 from edgetrain.memory import energy
 from edgetrain.memory.energy import Sensor
+from edgetrain.planning import timelines
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.run import RunFolder, size_of
 from edgetrain.stream.readout import Readout
@@ -428,7 +429,7 @@ def test_too_many_open_files_are_a_line(tmp_path: Path) -> None:
 def test_energy_of_a_run_in_parts_is_that_of_all_parts(tmp_path: Path) -> None:
     def sensor(joules: float) -> Any:
         asked = count()
-        told = Sensor("made up", 1000.0, lambda: joules * (next(asked) == 1))  # once, after the meter began
+        told = Sensor("made up", 1000.0, lambda: joules * (next(asked) == 2))  # once, after the clock was started
         return mock.patch.object(energy, "sensor_of", return_value=told)
 
     given_, rows = given(RUNS["mf, separate"])
@@ -443,3 +444,16 @@ def test_energy_of_a_run_in_parts_is_that_of_all_parts(tmp_path: Path) -> None:
     with sensor(12.0):
         record = fit(given_, tmp_path / "unknown", data=rows, resume=True).record
     assert record.energy_j is None
+
+
+def test_a_run_that_ends_before_its_first_step_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(work: Any, plan: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timelines, "of_run", interrupted)
+    asked, rows = given(RUNS["mf, separate"])
+    with pytest.raises(KeyboardInterrupt):
+        fit(asked, tmp_path / "run", data=rows)
+    assert RunFolder(tmp_path / "run").is_free()
