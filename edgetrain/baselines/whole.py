@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from edgetrain.keys import seeded
 from edgetrain.nets.base import CellRecipe
@@ -20,7 +21,11 @@ class WholeNet(CellRecipe):
 
     def materialise(self, seed: int, index: int) -> nn.Module:
         """See ``CellRecipe.materialise``; each part starts from the weights that it would have alone."""
-        return nn.Sequential(*(self._part(seed, number) for number in range(len(self.parts))))
+        return tied(self.parts, [self._part(seed, number) for number in range(len(self.parts))])
+
+    def fingerprints(self) -> list[list[Any]]:
+        """See ``CellRecipe.fingerprints``."""
+        return [each for part in self.parts for each in part.fingerprints()]
 
     def _part(self, seed: int, number: int) -> nn.Module:
         module = self.parts[number].materialise(seed, number)
@@ -32,6 +37,25 @@ def _unchanged(module: nn.Module) -> nn.Module:
     return module
 
 
+def tied(parts: Sequence[CellRecipe], modules: Sequence[nn.Module]) -> nn.Sequential:
+    """The modules of ``parts`` in a row, with the tensors that they share made one again."""
+    for recipe, module in zip(parts, modules, strict=True):
+        for name, cell, other in recipe.tied:
+            path, _, leaf = name.rpartition(".")
+            source_path, _, source_leaf = other.rpartition(".")
+            old = getattr(module.get_submodule(path), leaf)
+            new = getattr(modules[cell].get_submodule(source_path), source_leaf)
+            for owner in module.modules():  # a tensor may have several names within its cell
+                _replace(owner, old, new)
+    return nn.Sequential(*modules)
+
+
+def _replace(owner: nn.Module, old: Tensor, new: Tensor) -> None:
+    for leaf, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
+        if tensor is old:
+            setattr(owner, leaf, new)
+
+
 def joined(recipes: list[CellRecipe], change: Change = _unchanged) -> WholeNet:
     """One recipe for a chain of cells, each of whose modules goes through ``change`` when it is made."""
     parts = tuple(recipes)
@@ -39,10 +63,12 @@ def joined(recipes: list[CellRecipe], change: Change = _unchanged) -> WholeNet:
         name=f"net of {len(parts)} cells",
         in_shape=parts[0].in_shape,
         out_shape=parts[-1].out_shape,
-        build=lambda: nn.Sequential(*(change(part.build()) for part in parts)),
+        build=lambda: tied(parts, [change(part.build()) for part in parts]),
         signature=("joined", *(part.signature for part in parts)),
         draws=any(part.draws for part in parts),
         couples_batch=any(part.couples_batch for part in parts),
+        needs_values=any(part.needs_values for part in parts),
+        kept_bytes=sum(part.kept_bytes for part in parts),
     )
     object.__setattr__(cell, "parts", parts)
     object.__setattr__(cell, "change", change)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from edgetrain.cli.options import chosen_options, output_options
+from edgetrain.cli.options import chosen_options, output_options, stdout_for_results
 
 EPILOG = """\b
 Examples: edgetrain cells runs/mnist-mf list
@@ -44,7 +44,7 @@ def command(
     from edgetrain.report.terminal import show_run, watcher
     from edgetrain.training import edits
 
-    with watcher(quiet) as looking:
+    with stdout_for_results(), watcher(quiet) as looking:
         if action == "append":
             changed = edits.append(run, net, changes, watcher=looking)
         elif action == "drop":
@@ -75,7 +75,8 @@ def _list(run: Path, net: str | None, as_json: bool) -> None:
     from edgetrain.training.edits import list_cells
     from edgetrain.training.finished import Run
 
-    states = list_cells(Run.open(run, net))
+    with stdout_for_results():
+        states = list_cells(Run.open(run, net))
     if as_json:
         click.echo(json.dumps([asdict(state) for state in states]))
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgetrain.cli.options import output_options
+from edgetrain.cli.options import output_options, stdout_for_results
 
 EPILOG = "Example: edgetrain evaluate runs/mnist-mf --per-cell"
 
@@ -24,8 +24,9 @@ def command(run: Path, data: str | None, per_cell: bool, net: str | None, device
     from edgetrain.report.terminal import show_votes
     from edgetrain.training.finished import Run
 
-    opened = Run.open(run, net)
-    found = opened.evaluate(data, device)
+    with stdout_for_results():
+        opened = Run.open(run, net)
+        found = opened.evaluate(data, device)
     if as_json:
         votes = {**found.accuracy, "cells": found.cells}
         accuracy = found.accuracy.get(opened.objective.vote)

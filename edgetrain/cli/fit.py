@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from edgetrain.cli.options import given_settings, output_options, settings_options
+from edgetrain.cli.options import given_settings, output_options, settings_options, stdout_for_results
 
 EPILOG = "Example: edgetrain fit --data mnist --net mlp:1000x2 --method mf --epochs 5 --max-gpu-mb 64"
 
@@ -52,7 +52,7 @@ def command(
     path = run_dir or free_path(settings.data, settings.method)
     if resume:
         settings = resumed_settings(path, given, settings)
-    with watcher(quiet) as looking, logged(looking, tensorboard) as looking:
+    with stdout_for_results(), watcher(quiet) as looking, logged(looking, tensorboard) as looking:
         run = fit(settings, path, resume=resume, force=force, watcher=looking)
     if as_json:
         click.echo(json.dumps(run.record.as_dict()))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -34,6 +36,13 @@ def chosen_options(names: Sequence[str]) -> Callable[[F], F]:
         return function
 
     return add
+
+
+@contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """A scope in which what a user's own code prints goes to stderr, since stdout is for results."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def output_options(function: F) -> F:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgetrain.cli.options import given_settings, output_options, settings_options
+from edgetrain.cli.options import given_settings, output_options, settings_options, stdout_for_results
 
 EPILOG = "Example: edgetrain plan --data mnist --net mlp:10000x1000 --max-gpu-mb 512"
 
@@ -24,11 +24,13 @@ def command(profile: str | None, as_json: bool, **flags: Any) -> None:
     from edgetrain.planning.planner import backprop_peak
     from edgetrain.report.terminal import show_plan
     from edgetrain.training.job import open_job, plan_job, times_of
+    from edgetrain.training.process import process_state
 
-    job = open_job(settings)
-    plan = plan_job(job)
-    bp = backprop_peak(job.work, list(job.net.cells), job.net.options)
-    times = times_of(job, plan)
+    with stdout_for_results(), process_state(settings):
+        job = open_job(settings)
+        plan = plan_job(job)
+        bp = backprop_peak(job.work, list(job.net.cells), job.net.options)
+        times = times_of(job, plan)
     if as_json:
         click.echo(json.dumps(plan.as_dict(bp, times)))
     else:

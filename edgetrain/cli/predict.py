@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from edgetrain.cli.options import output_options
+from edgetrain.cli.options import output_options, stdout_for_results
 
 EPILOG = "Example: edgetrain predict runs/mnist-mf --data new.npz --probabilities --out labels.csv"
 
@@ -38,11 +38,12 @@ def command(
     from edgetrain.store.atomic import write_text
     from edgetrain.training.finished import Run
 
-    opened = Run.open(run, net)
-    scores = opened.probabilities(data, device)
-    labels = scores.argmax(1).tolist()
-    if latents is not None:
-        opened.latents(data, latents, device)
+    with stdout_for_results():
+        opened = Run.open(run, net)
+        scores = opened.probabilities(data, device)
+        labels = scores.argmax(1).tolist()
+        if latents is not None:
+            opened.latents(data, latents, device)
     if as_json:
         text = json.dumps(_object(run, labels, scores.tolist() if probabilities else None))
     else:

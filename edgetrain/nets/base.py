@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
 from edgetrain.keys import seeded
 
 #: Option values of a net spec: what the user wrote after ``;``, else what the method prefers.
 Options = Mapping[str, str]
+#: A tensor of a cell that is a tensor of an earlier cell too: (its name here, that cell's number, its name there).
+Tie = tuple[str, int, str]
 MOST_CELLS = 100_000  # a recipe takes 1.5 KiB of the host's memory
 MOST_UNITS = 10_000_000  # of a cell; beyond a billion the bytes of a convolution no longer fit 64 bits
 
@@ -33,6 +37,10 @@ class CellRecipe:
             output; units are the first axis of all its tensors. ``None``: it cannot be cut.
         body_shape: of one sample of the activations before pooling (``Layer.body``), where it differs
             from ``out_shape``; else ``None``.
+        needs_values: whether the module fails on fake tensors, which have shapes but no values.
+        behaviour: numbers that a user's module came to in its trial, by which it is known again.
+        tied: tensors that are tensors of earlier cells too.
+        kept_bytes: host memory that a user's module takes between visits.
     """
 
     name: str
@@ -44,6 +52,10 @@ class CellRecipe:
     couples_batch: bool = False
     narrower: Callable[[int], CellRecipe] | None = field(default=None, repr=False, compare=False)
     body_shape: tuple[int, ...] | None = None
+    needs_values: bool = False
+    behaviour: tuple[float, ...] = ()
+    tied: tuple[Tie, ...] = ()
+    kept_bytes: int = 0
 
     @property
     def width(self) -> int:
@@ -59,6 +71,13 @@ class CellRecipe:
         """The cell's shapes alone, on the meta device."""
         with torch.device("meta"):
             return self.build()
+
+    def fingerprints(self) -> list[list[Any]]:
+        """By what the cell is known again: name, digest of the signature, and ``behaviour``.
+
+        A recipe of several cells gives one for each.
+        """
+        return [[self.name, xxhash.xxh3_64_hexdigest(repr(self.signature).encode()), *self.behaviour]]
 
     def parameters(self) -> int:
         """Learned numbers in the cell."""

@@ -1,30 +1,68 @@
-"""The user's own net: ``path/to/net.py:function``, or modules handed over in Python.
+"""The user's own net: ``path/to/net.py:function``, or modules given in Python.
 
-The function returns a list of modules, an ``nn.Sequential``, or yields modules one by one. It is
-called under the run's seed, so that each call builds the same net; a generator lets a net that is
-larger than the host's memory be built cell by cell.
+The function returns a list of modules or an ``nn.Sequential``, or yields modules one by one. It is called once,
+under the run's seed, and one copy of each module stays on the host; every visit trains a copy of that.
+A generator is run again for each cell instead, so that a net may be larger than the host's memory.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from edgetrain.errors import InputError
-from edgetrain.keys import seeded
-from edgetrain.nets.base import CellRecipe
+from edgetrain.keys import generator, seeded
+from edgetrain.nets.base import CellRecipe, Tie
+from edgetrain.nets.copying import cloned, named_tensors, on_meta
+from edgetrain.nets.trial import ROWS, Trial, attributes, copy_inputs_of, said, try_module
 
 Build = Callable[[], Any]
+_FIRST_LAYERS = (nn.Embedding, nn.EmbeddingBag)
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the first module reads.
+
+    Attributes:
+        shape: of one sample.
+        vocabulary: the number of token ids if rows are int64 token ids; ``None``: rows are float32.
+        reads: shape of one sample that the method makes of it; a user's first module may read either.
+    """
+
+    shape: tuple[int, ...]
+    vocabulary: int | None
+    reads: tuple[int, ...]
+
+    def candidates(self, seed: int) -> list[Tensor]:
+        """Random rows to try the first module on, [ROWS, ...], those that the method would like best first."""
+        source = generator("cpu", seed, "trial")
+        if self.vocabulary is not None:
+            return [torch.randint(0, self.vocabulary, (ROWS, *self.shape), generator=source)]
+        return [torch.randn(ROWS, *shape, generator=source) for shape in dict.fromkeys((self.reads, self.shape))]
+
+
+class _OwnCell(CellRecipe):
+    """A cell of the user's net: a generator draws all cells' weights from one stream."""
+
+    def materialise(self, seed: int, index: int) -> nn.Module:
+        """See ``CellRecipe.materialise``; the key is the net's, as the user's function is one program."""
+        with seeded(seed, "net"):
+            return self.build()
 
 
 def load_function(spec: str) -> Build:
@@ -44,7 +82,7 @@ def load_function(spec: str) -> Build:
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise InputError(f"net {spec!r}: {path} fails on import: {_said(error)}") from error
+        raise InputError(f"net {spec!r}: {path} fails on import: {said(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"net {spec!r}: {path} has no function {name!r}")
@@ -59,114 +97,218 @@ def _is_file(path: str) -> bool:
         return False
 
 
-def cells(spec: str, build: Build, in_shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[CellRecipe]:
-    """The recipes of a user's net, with the shapes found by running its modules on the meta device.
+def cells(spec: str, build: Build, inputs: Inputs, seed: int) -> list[CellRecipe]:
+    """The recipes of a user's net; its function is called once, and each module tried on a few rows.
 
     Args:
         spec: what the net is called in messages.
         build: gives the modules.
-        in_shape: of one sample of the data set.
-        dtype: of the data set's rows as the first module sees them; later ones see float32.
+        inputs: what the first module reads; later ones read float32.
+        seed: of the run, under which ``build`` is called.
 
     Raises:
-        InputError: it is not made of modules, or they do not fit the data or each other.
+        InputError: it is not made of modules, or one of them does not fit the data or its neighbours, or cannot
+            be trained cell by cell.
     """
-    with torch.device("meta"):
-        skeletons = list(_modules(spec, build))
-    if not skeletons:
+    with seeded(seed, "net"):
+        built = _called(spec, build)
+        if iter(built) is built:
+            return _generated(spec, partial(_called, spec, build), built, inputs, seed)
+        modules = list(_checked(spec, built))
+    return _kept(spec, modules, inputs, seed)
+
+
+def given(spec: str, modules: Iterable[nn.Module], inputs: Inputs, seed: int) -> list[CellRecipe]:
+    """The recipes of modules that exist; these are copied once and never changed.
+
+    Raises:
+        InputError: as ``cells``.
+    """
+    whole = nn.ModuleList(_checked(spec, modules))  # copied together, so that tied weights stay tied
+    try:
+        copies = deepcopy(whole) if _is_lazy(whole) else cloned(whole)
+    except Exception as error:
+        raise InputError(f"net {spec!r}: its modules cannot be copied: {said(error)}") from error
+    return _kept(spec, list(copies), inputs, seed)
+
+
+def _called(spec: str, build: Build) -> Iterable[Any]:
+    try:
+        built = build()
+    except Exception as error:
+        raise InputError(f"net {spec!r}: its function fails: {said(error)}") from error
+    if not isinstance(built, Iterable):
+        raise InputError(f"net {spec!r}: gave a {type(built).__name__}; expected a list of nn.Modules")
+    return built
+
+
+def _checked(spec: str, modules: Iterable[Any]) -> Iterator[nn.Module]:
+    """The modules, where they are modules.
+
+    Raises:
+        InputError: something else is among them, or a generator fails.
+    """
+    following = iter(modules)
+    while True:
+        try:
+            module = next(following)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise InputError(f"net {spec!r}: its function fails: {said(error)}") from error
+        if not isinstance(module, nn.Module):
+            raise InputError(f"net {spec!r}: gave a {type(module).__name__}; expected nn.Modules")
+        yield module
+
+
+class _Ties:
+    """Knows tensors of earlier cells again."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+
+    def of(self, index: int, module: nn.Module) -> tuple[Tie, ...]:
+        """The tensors of cell ``index`` that are tensors of earlier cells."""
+        found = []
+        for name, tensor in named_tensors(module):
+            reference, cell, other = self._seen.get(id(tensor), (None, 0, ""))
+            if reference is not None and reference() is tensor:
+                found.append((name, cell, other))
+            else:
+                self._seen[id(tensor)] = weakref.ref(tensor), index, name
+        return tuple(found)
+
+
+def _kept(spec: str, modules: Sequence[nn.Module], inputs: Inputs, seed: int) -> list[CellRecipe]:
+    """Recipes that copy modules which stay on the host."""
+    rows, ties = inputs.candidates(seed), _Ties()
+    recipes: list[CellRecipe] = []
+    for index, module in enumerate(modules):
+        with seeded(seed, "lazy", index):
+            x, trial, _ = _tried(module, rows, _name(spec, index, module))
+        size = sum(value.nbytes for _, value in named_tensors(module))
+        recipe = _recipe(index, module, x, trial, partial(_copied, module))
+        recipes.append(replace(recipe, tied=ties.of(index, module), kept_bytes=size))
+        rows = [trial.out]
+    return _some(spec, recipes)
+
+
+def _generated(
+    spec: str, call: Callable[[], Iterable[Any]], first: Iterable[Any], inputs: Inputs, seed: int
+) -> list[CellRecipe]:
+    """Recipes that run a generator again up to their module; one module at a time is in memory."""
+    rows, ties = inputs.candidates(seed), _Ties()
+    recipes: list[CellRecipe] = []
+    tried: dict[Hashable, _Tried] = {}  # of modules that are alike
+    for index, module in enumerate(_checked(spec, first)):
+        name = _name(spec, index, module)
+        if _is_lazy(module):
+            raise InputError(f"{name} has lazy layers, which need a list of modules instead of a generator")
+        kind = tuple(rows[0].shape), _signature(module), str(attributes(module))
+        if kind not in tried:
+            tried[kind] = _tried(module, rows, name)
+        x, trial, flattens = tried[kind]
+        build = partial(_taken, spec, call, index, trial.changes_input, flattens)
+        recipes.append(replace(_recipe(index, module, x, trial, build), tied=ties.of(index, module)))
+        rows = [trial.out]
+    return _some(spec, recipes)
+
+
+def _some(spec: str, recipes: list[CellRecipe]) -> list[CellRecipe]:
+    if not recipes:
         raise InputError(f"net {spec!r}: has no modules; expected at least one")
-    recipes, shape = [], in_shape
-    for index, skeleton in enumerate(skeletons):
-        recipes.append(_cell(spec, build, index, skeleton, torch.empty(2, *shape, dtype=dtype, device="meta")))
-        shape, dtype = recipes[-1].out_shape, torch.float32
     return recipes
 
 
-def given(modules: Iterable[nn.Module]) -> Build:
-    """A build function for modules that exist: each call gives copies with the same values."""
-    kept = list(modules)
-    return lambda: (_copy(module) for module in kept)
+def _name(spec: str, index: int, module: nn.Module) -> str:
+    return f"net {spec!r}: module {index + 1} ({type(module).__name__})"
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    """A deep copy; under ``torch.device("meta")`` one without values, so that planning takes no memory."""
-    if torch.empty(0).device.type != "meta":
-        return deepcopy(module)
-    memo: dict[int, Any] = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
-        bare = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(bare) if isinstance(tensor, nn.Parameter) else bare
-    return deepcopy(module, memo)
+_Tried = tuple[Tensor, Trial, bool]  # the rows that a module read, its trial, and whether it reads them flattened
 
 
-def _modules(spec: str, build: Build) -> Iterator[nn.Module]:
+def _tried(module: nn.Module, rows: Sequence[Tensor], name: str) -> _Tried:
+    """Try a module on the first rows of those given that it takes; images also flattened, as dense layers read them.
+
+    Raises:
+        InputError: it takes none.
+    """
+    first = next((part for part in module.modules() if not list(part.children())), module)
+    if isinstance(first, _FIRST_LAYERS) and rows[0].is_floating_point():
+        raise InputError(f"{name} begins with an {type(first).__name__}, which reads token ids; these data are numbers")
+    x, *others = rows
     try:
-        built = build()
-        if not isinstance(built, Iterable):
-            raise InputError(f"net {spec!r}: gave a {type(built).__name__}; expected a list of nn.Modules")
-        for module in built:
-            if not isinstance(module, nn.Module):
-                raise InputError(f"net {spec!r}: gave a {type(module).__name__}; expected nn.Modules")
-            yield module
-    except (InputError, GeneratorExit):
-        raise
+        _initialise(module, x, name)
+        return x, try_module(module, x, name), False
+    except InputError as refused:
+        if others:
+            return _tried(module, others, name)
+        if x.ndim < 3:
+            raise
+        handle = module.register_forward_pre_hook(_flattened)
+        try:
+            return x, try_module(module, x, name), True
+        except InputError:
+            handle.remove()
+            raise refused from None
+
+
+def _flattened(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.flatten(1) if isinstance(value, Tensor) else value for value in inputs)
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(is_lazy(value) for value in [*module.parameters(), *module.buffers()])
+
+
+def _initialise(module: nn.Module, x: Tensor, name: str) -> None:
+    """Let lazy layers find their shapes, by running the module once.
+
+    Raises:
+        InputError: it fails.
+    """
+    if not _is_lazy(module):
+        return
+    try:
+        with torch.no_grad():
+            module(x)
     except Exception as error:
-        raise InputError(f"net {spec!r}: its function fails: {_said(error)}") from error
+        raise InputError(f"{name} fails on rows of shape {tuple(x.shape[1:])}: {said(error)}") from error
 
 
-def _take(spec: str, build: Build, index: int) -> nn.Module:
-    return next(islice(_modules(spec, build), index, None))
+def _copied(module: nn.Module) -> nn.Module:
+    return on_meta(module) if torch.empty(0).is_meta else cloned(module)
 
 
-def _cell(spec: str, build: Build, index: int, skeleton: nn.Module, x: torch.Tensor) -> CellRecipe:
-    """The recipe of a module that reads rows like ``x``, [2, *in_shape]."""
-    in_shape, out_shape = tuple(x.shape[1:]), _run(spec, index, skeleton, x)
-    kinds = [type(part) for part in skeleton.modules()]
-    shapes = tuple((name, tuple(value.shape)) for name, value in skeleton.state_dict().items())
+def _taken(spec: str, call: Callable[[], Iterable[Any]], index: int, changes_input: bool, flattens: bool) -> nn.Module:
+    """The module of that number out of a fresh run of the generator."""
+    module = next(islice(_checked(spec, call()), index, None))
+    if flattens:
+        module.register_forward_pre_hook(_flattened)
+    if changes_input:
+        copy_inputs_of(module)
+    return module
+
+
+def _recipe(index: int, module: nn.Module, x: Tensor, trial: Trial, build: Callable[[], nn.Module]) -> CellRecipe:
+    in_shape, out_shape = tuple(x.shape[1:]), tuple(trial.out.shape[1:])
     return _OwnCell(
-        name=f"{type(skeleton).__name__} {index}",
+        name=f"{type(module).__name__} {index}",
         in_shape=in_shape,
         out_shape=out_shape,
-        build=partial(_take, spec, build, index),
-        signature=("own", in_shape, out_shape, shapes, repr(skeleton)),
-        draws=True,  # whether a stranger's module draws cannot be known: it always gets its key
-        couples_batch=any(issubclass(kind, _BatchNorm) for kind in kinds),
+        build=build,
+        signature=("own", in_shape, out_shape, _signature(module)),
+        draws=True,  # whether a user's module draws cannot be known: it always gets its key
+        couples_batch=trial.couples_batch,
+        needs_values=trial.needs_values,
+        behaviour=trial.behaviour,
     )
 
 
-class _OwnCell(CellRecipe):
-    """A cell of a user's net: every cell draws from the one stream of its whole build."""
-
-    def materialise(self, seed: int, index: int) -> nn.Module:
-        """See ``CellRecipe.materialise``; the key is the net's, as the user's function is one program."""
-        with seeded(seed, "net"):
-            return self.build()
-
-
-def _said(error: Exception) -> str:
-    """An error as one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _run(spec: str, index: int, module: nn.Module, x: torch.Tensor) -> tuple[int, ...]:
-    """Shape of the module's output for one sample of ``x``, [2, *in_shape]."""
-    try:
-        out = module(x)
-    except Exception as error:
-        raise InputError(
-            f"net {spec!r}: module {index} ({type(module).__name__}) does not take rows of shape"
-            f" {tuple(x.shape[1:])}: {_said(error)}"
-        ) from error
-    if not isinstance(out, torch.Tensor) or out.ndim < 2 or out.shape[0] != 2:
-        raise InputError(f"net {spec!r}: module {index} ({type(module).__name__}) must give one tensor [B, ...]")
-    if not out.is_floating_point():
-        raise InputError(
-            f"net {spec!r}: module {index} ({type(module).__name__}) must give floating-point numbers;"
-            f" it gave {_dtype(out)} for rows of {_dtype(x)}"
-        )
-    return tuple(out.shape[1:])
-
-
-def _dtype(x: torch.Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+def _signature(module: nn.Module) -> Hashable:
+    """Names, shapes and kinds of a module's tensors, and what it says of itself."""
+    tensors = tuple(
+        (name, tuple(value.shape), str(value.dtype), value.requires_grad) for name, value in named_tensors(module)
+    )
+    modes = tuple(part.training for part in module.modules())
+    return tensors, modes, _ADDRESS.sub("", repr(module))

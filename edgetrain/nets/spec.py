@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from edgetrain.errors import InputError
@@ -41,7 +40,14 @@ EXAMPLES = {
 }
 
 
-def open_net(net: Any, in_shape: tuple[int, ...], preferred: Mapping[str, str], vocabulary: int | None = None) -> Net:
+def open_net(
+    net: Any,
+    in_shape: tuple[int, ...],
+    preferred: Mapping[str, str],
+    vocabulary: int | None = None,
+    seed: int = 0,
+    reads: tuple[int, ...] | None = None,
+) -> Net:
     """A net for samples of ``in_shape``.
 
     Args:
@@ -49,48 +55,39 @@ def open_net(net: Any, in_shape: tuple[int, ...], preferred: Mapping[str, str], 
         in_shape: of one sample of the data set.
         preferred: the method's options, used where the spec says nothing.
         vocabulary: how many token ids there are, if the rows are token ids (int64 [B, L], 0 is padding).
+        seed: of the run; a user's function is called under it.
+        reads: shape of one sample that the first cell reads, if the method makes another one of it; a user's net
+            may read either.
 
     Raises:
         InputError: the spec cannot be read or does not fit the data.
     """
+    inputs, options = own.Inputs(in_shape, vocabulary, reads or in_shape), {**STANDARD, **preferred}
     if isinstance(net, str):
-        return _from_spec(net, in_shape, preferred, vocabulary)
+        return _from_spec(net, inputs, preferred, seed)
     if isinstance(net, Iterable):
-        return _own("modules", own.given(_checked(list(net))), in_shape, preferred, vocabulary)
+        return Net("modules", own.given("modules", net, inputs, seed), options)
     if isinstance(net, nn.Module):
         raise InputError(f"net: a single {type(net).__name__} is no chain of cells; give a list or an nn.Sequential")
     if callable(net):
-        return _own(getattr(net, "__name__", "function"), net, in_shape, preferred, vocabulary)
+        name = getattr(net, "__name__", "function")
+        return Net(name, own.cells(name, net, inputs, seed), options)
     raise InputError(f"net {net!r}: expected a spec such as {mlp.EXAMPLE}, a function, or modules")
 
 
-def _own(
-    name: str, build: own.Build, in_shape: tuple[int, ...], preferred: Mapping[str, str], vocabulary: int | None
-) -> Net:
-    dtype = torch.float32 if vocabulary is None else torch.int64
-    return Net(name, own.cells(name, build, in_shape, dtype), {**STANDARD, **preferred})
-
-
-def _checked(modules: Sequence[Any]) -> Sequence[nn.Module]:
-    for module in modules:
-        if not isinstance(module, nn.Module):
-            raise InputError(f"net: gave a {type(module).__name__}; expected nn.Modules")
-    return modules
-
-
-def _from_spec(spec: str, in_shape: tuple[int, ...], preferred: Mapping[str, str], vocabulary: int | None) -> Net:
+def _from_spec(spec: str, inputs: own.Inputs, preferred: Mapping[str, str], seed: int) -> Net:
     shape, *settings = spec.split(";")
     family = shape.partition(":")[0]
     if family in NETS:
         stated = _options(spec, settings)
         options = {**STANDARD, **FAMILY_STANDARD.get(family, {}), **preferred, **stated}
         check_options(spec, options)
-        _check_meaning(spec, family, stated, vocabulary)
-        return Net(spec, _cells(spec, in_shape, options, vocabulary), options)
+        _check_meaning(spec, family, stated, inputs.vocabulary)
+        return Net(spec, _cells(spec, inputs.reads, options, inputs.vocabulary), options)
     if family.endswith(".py"):
         if settings:
             raise InputError(f"net {spec!r}: options are for built-in nets; your function decides for itself")
-        return _own(spec, own.load_function(spec), in_shape, preferred, vocabulary)
+        return Net(spec, own.cells(spec, own.load_function(spec), inputs, seed), {**STANDARD, **preferred})
     raise InputError(f"unknown net {spec!r}; expected {', '.join(EXAMPLES.values())}, or path/to/net.py:function")
 
 

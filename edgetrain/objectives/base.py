@@ -200,6 +200,18 @@ class Objective(ABC):
         self.constants = {**self.constants, **constants}
         self.trains_classifier = trains_classifier
 
+    @classmethod
+    def reads(cls, shape: tuple[int, ...], table: bool, classes: int) -> tuple[int, ...]:
+        """Shape of one sample that the first cell reads, of data with rows of ``shape``.
+
+        Where it is another one, the net's options have ``label=beside``.
+        """
+        return shape
+
+    def remarks(self, cells: Sequence[Node]) -> tuple[str, ...]:
+        """Sentences that a plan says of how the rule reads these data."""
+        return ()
+
     def check(self, cells: Sequence[Node]) -> None:  # noqa: B027 (most rules learn from anything)
         """Refuse cells or data that the rule cannot learn from.
 

@@ -5,8 +5,9 @@ https://arxiv.org/abs/2212.13345
 Heung-Chang Lee, Jeonggeun Song: SymBa: Symmetric Backpropagation-Free Contrastive Learning with
 Forward-Forward Algorithm for Optimizing Convergence, 2023, https://arxiv.org/abs/2303.08418
 
-The label is written over the first C inputs, one-hot: the right one (positive), a random wrong one
-(negative), 1/C each (neutral). Each cell after the first divides its input by its root mean square
+The label, one-hot, is part of the input: the right one (positive), a random wrong one (negative), 1/C each
+(neutral). In images it replaces the first C pixels; in tables, which have no pixels to spare, it stands beside
+the columns. Each cell after the first divides its input by its root mean square
 (the net's ``prenorm=rms``), so that only the direction of the activities is handed on. With the
 goodness g = mean over the units of a^2:
 
@@ -43,7 +44,7 @@ class ForwardForward(Objective):
 
     name = "ff"
     citation = "G. Hinton: The Forward-Forward Algorithm: Some Preliminary Investigations. arXiv:2212.13345, 2022."
-    needs = "labels; at least as many inputs as classes, the first of which the label overwrites"
+    needs = "labels; images of at least twice as many pixels as classes, or tables"
     net_defaults: ClassVar[Mapping[str, str]] = {"bias": "1", "prenorm": "rms", "pool": "max"}
     constants: Constants = MappingProxyType({"threshold": 2.0})
     defaults = Defaults(schedule="separate", optimizer="adam", lr=3e-3)
@@ -57,16 +58,31 @@ class ForwardForward(Objective):
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
         self.stream_names = ("pos", "neg", "neutral") if self.trains_classifier else ("pos", "neg")
+        self._beside = self.options.get("label") == "beside"
         self.unlabelled_names = (*(f"label{label}" for label in range(self.classes)), "neutral")
 
-    def check(self, cells: Sequence[Node]) -> None:
-        """See ``Objective.check``: the label needs room in the input."""
+    @classmethod
+    def reads(cls, shape: tuple[int, ...], table: bool, classes: int) -> tuple[int, ...]:
+        """See ``Objective.reads``: a table's columns and the label."""
+        return (shape[0] + classes,) if table else shape
+
+    def remarks(self, cells: Sequence[Node]) -> tuple[str, ...]:
+        """See ``Objective.remarks``."""
         assert cells[0].parent is not None
         inputs = prod(cells[0].parent.shape)
-        if inputs < self.classes:
+        if self._beside:
+            return (f"{self.name} reads the label beside the {inputs} inputs, in {self.classes} more.",)
+        return (f"{self.name} writes the label over the first {self.classes} of {inputs} inputs.",)
+
+    def check(self, cells: Sequence[Node]) -> None:
+        """See ``Objective.check``: a label that replaces inputs must leave at least half of them."""
+        assert cells[0].parent is not None
+        inputs = prod(cells[0].parent.shape)
+        if not self._beside and inputs < 2 * self.classes:
             raise InputError(
                 f"{self.name} writes the label over the first inputs, one for each class; the data have"
-                f" {self.classes} classes and only {inputs} inputs"
+                f" {self.classes} classes and only {inputs} inputs, so that too little of a sample is left: give the"
+                f" net {inputs + self.classes} inputs and the data as a table, or use another method"
             )
 
     def streams(self, x: Tensor, y: Tensor, draws: Draws) -> Streams:
@@ -133,10 +149,14 @@ class ForwardForward(Objective):
         return {"neutral": self._written(x, 1 / self.classes)}
 
     def _stamped(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Inputs [B, ...] with one-hot labels in their first places."""
+        """Inputs [B, ...] with one-hot labels in their first places, or beside them."""
         return self._written(x, one_hot(labels, self.classes).to(x.dtype))
 
     def _written(self, x: Tensor, values: Tensor | float) -> Tensor:
+        if self._beside:
+            label = x.new_empty(len(x), self.classes)
+            label[:] = values
+            return torch.cat([x, label], 1)  # [B, F + C]
         written = x.flatten(1).clone()
         written[:, : self.classes] = values
         return written.view_as(x)

@@ -160,7 +160,7 @@ def _seconds(
 ) -> float:
     """Of some steps of a cell, training or emitting."""
     clock = _clock(work, rates)
-    with bench(work.device) as table:
+    with bench(work.device, work.needs_values(index)) as table:
         placed = place(work, index, table, cell.tiles)
         with clock:
             carry_out(work, index, cell.micro_batch, table, placed, steps)

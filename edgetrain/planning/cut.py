@@ -175,7 +175,8 @@ def _emission_flops(work: Workload) -> list[int]:
 
 def forward_flops(recipe: CellRecipe, layout: RowFormat) -> int:
     """Floating-point operations for one sample to pass a cell that reads rows of a layout."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        row = layout.decode(torch.empty(1, layout.row_bytes, dtype=torch.uint8))
+    device = "cpu" if recipe.needs_values else "meta"
+    with torch.device(device), FlopCounterMode(display=False) as counter, torch.no_grad():
+        row = layout.decode(torch.zeros(1, layout.row_bytes, dtype=torch.uint8))
         recipe.build().eval()(row)
     return max(int(counter.get_total_flops()), 1)

@@ -7,7 +7,7 @@ model of PyTorch's caching allocator, because the budget is about what that rese
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -51,15 +51,15 @@ class Bench:
 
 
 @contextmanager
-def bench(device: torch.device) -> Iterator[Bench]:
-    """A scope in which tensors are fake and metered as if they were on ``device``."""
+def bench(device: torch.device, needs_values: bool = False) -> Iterator[Bench]:
+    """A scope in which tensors are metered as if they were on ``device``; they are fake unless a cell needs values."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     allocator = CachingAllocatorModel() if device.type == "cuda" else None
     timeline = Timeline()
     listeners: list[Listener] = [timeline] if allocator is None else [allocator, timeline]
     tracker = LiveBytes(*listeners)
-    with FakeTensorMode():
+    with nullcontext() if needs_values else FakeTensorMode(allow_non_fake_inputs=True):
         yield Bench(tracker, LiveMeter(full=True, tracker=tracker), timeline, allocator)
 
 
@@ -85,7 +85,7 @@ class _FakeFeed:
         """See ``stream.feed.Feed``."""
         with self._meter.host():
             buffers = {
-                stream: torch.empty(work.batch_size, layout.row_bytes, dtype=torch.uint8)
+                stream: torch.zeros(work.batch_size, layout.row_bytes, dtype=torch.uint8)
                 for stream, layout in self._formats.items()
             }
         batches = (HostBatch(step, start, stop - start, buffers) for step, start, stop in work.steps())
@@ -103,7 +103,7 @@ def cell_peak(work: Workload, index: int, micro_batch: int, tiles: int = 1) -> i
 
 def visited(work: Workload, index: int, micro_batch: int, tiles: int = 1) -> Bench:
     """The bench after a visit to cell ``index``, streamed: its first steps, and emitting after them."""
-    with bench(work.device) as table:
+    with bench(work.device, work.needs_values(index)) as table:
         cell = place(work, index, table, tiles)
         feed = _FakeFeed(work.formats_into(index), table.meter, slots_on(work.device))
         _run(work, index, micro_batch, table, cell, feed, _NoSink())
@@ -112,7 +112,7 @@ def visited(work: Workload, index: int, micro_batch: int, tiles: int = 1) -> Ben
 
 def _evaluation_peak(work: Workload, index: int, micro_batch: int, tiles: int) -> int:
     """Peak bytes of looking for the classes with cell ``index``, as the predictor does."""
-    with bench(work.device) as table:
+    with bench(work.device, work.needs_values(index)) as table:
         cell = place(work, index, table, tiles)
         names = ("x",) if index == 0 else work.objective.unlabelled_names
         formats = dict.fromkeys(names, work.inputs if index == 0 else RowFormat(work.nodes[index - 1].shape))
@@ -125,12 +125,13 @@ def _evaluation_peak(work: Workload, index: int, micro_batch: int, tiles: int) -
 
 
 def place(work: Workload, index: int, table: Bench, tiles: int = 1) -> LiveCell | TiledCell:
-    """The cell on the fake device."""
+    """The cell on the bench: without values on fake tensors, with its first weights where it needs values."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    with unset_fake_temporarily():  # modules with buffers cannot be made on two pretended devices at once
-        shapes = shapes_of(work.nodes[index], work.objective)
-    node, host = work.nodes[index], table.meter.host
+    node, host, shapes = work.nodes[index], table.meter.host, None
+    if not work.needs_values(index):
+        with unset_fake_temporarily():  # modules with buffers cannot be made on two pretended devices at once
+            shapes = shapes_of(node, work.objective)
     with table.meter.watch():
         return at_hand(node, work.objective, work.optimizer, _CPU, tiles, host=host, shapes=shapes)
 
@@ -306,10 +307,10 @@ def visited_all(work: Workload, micro_batches: list[int]) -> tuple[Bench, list[R
     def note(node: int) -> None:
         visits.append(ResidentVisit(node, table.peak, table.tracker.peak_operation, table.timeline.changes))
 
-    with bench(work.device) as table:
+    with bench(work.device, any(map(work.needs_values, range(work.depth)))) as table:
         with table.meter.watch(), making("latents"):
             latents = {0: _resident(work.rows, work.inputs)}
-            labels = torch.empty(work.rows, dtype=torch.int64)
+            labels = torch.zeros(work.rows, dtype=torch.int64)
         kept: list[LiveCell | TiledCell] = []
         readout: Readout | None = None
         for _ in range(min(work.epochs, 2) if work.emits_in_training else 1):
@@ -339,5 +340,5 @@ def visited_all(work: Workload, micro_batches: list[int]) -> tuple[Bench, list[R
 def _resident(rows: int, layout: RowFormat) -> DeviceLatents:
     latents = DeviceLatents(rows, layout.dtype, False)
     latents.formats["x"] = layout
-    latents.tensors["x"] = torch.empty(rows, layout.row_bytes, dtype=torch.uint8)
+    latents.tensors["x"] = torch.zeros(rows, layout.row_bytes, dtype=torch.uint8)
     return latents

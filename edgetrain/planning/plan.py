@@ -69,6 +69,7 @@ class Plan:
         cut: how much of the latents is on disk at once.
         least_disk: the smallest run folder that would do, in bytes.
         batch_size: samples of a full step.
+        remarks: what the method says of how it reads the data.
     """
 
     cells: tuple[CellPlan, ...]
@@ -87,6 +88,7 @@ class Plan:
     cut: Cut = WHOLE
     least_disk: int = 0
     batch_size: int = 0
+    remarks: tuple[str, ...] = ()
 
     @cached_property
     def min_budget(self) -> int:

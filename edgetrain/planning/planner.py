@@ -92,6 +92,7 @@ def make_plan(
         cut=cut,
         least_disk=storage.least_disk_bytes(work, sum(params), chosen),
         batch_size=min(work.batch_size, work.rows),
+        remarks=work.objective.remarks(work.nodes),
         whole_batch=_whole_batch(work, budget) if over else None,
     )
 
@@ -147,11 +148,19 @@ def _whole_batch(work: Workload, budget: int | None) -> int | None:
     return None
 
 
-def backprop_peak(work: Workload, recipes: Sequence[CellRecipe], options: Options) -> int:
+def backprop_peak(work: Workload, recipes: Sequence[CellRecipe], options: Options) -> int | None:
     """Peak device bytes of plain backpropagation on the same net, batch and optimizer.
 
-    A long row of equal cells adds the same with every cell, so its peak is found from short rows.
+    A long row of equal cells adds the same with every cell, so its peak is found from short rows. ``None`` where
+    backpropagation fails on the net, such as after an in-place operation: a comparison must not end a run.
     """
+    try:
+        return _backprop_peak(work, recipes, options)
+    except RuntimeError:
+        return None
+
+
+def _backprop_peak(work: Workload, recipes: Sequence[CellRecipe], options: Options) -> int:
     runs = [list(group) for _, group in groupby(recipes, key=lambda recipe: recipe.signature)]
     short = [run[: _REPEATS[0]] for run in runs]
     base = _backprop(work, [recipe for run in short for recipe in run], options)
@@ -170,6 +179,7 @@ def backprop_work(work: Workload, recipes: Sequence[CellRecipe], options: Option
     return replace(
         work,
         nodes=tuple(whole),
+        inputs=replace(work.inputs, shape=recipes[0].in_shape),  # a method may give the net more than the data have
         objective=Backpropagation(work.classes, options),
         readout=None,
         readout_epochs=0,

@@ -20,10 +20,11 @@ def latent_bytes(work: Workload, index: int) -> int:
 
 
 def host_bytes(work: Workload, params: list[int]) -> int:
-    """Host memory for batches on their way, for mapped pages, and for two cells in transit."""
+    """Host memory for batches on their way, for mapped pages, for two cells in transit, and for a user's modules."""
     order = work.rows * _LABEL_BYTES
     transit = 2 * STATE_BYTES_PER_PARAMETER * max(params)
-    return staging_bytes(work) + order + transit + DEFAULT_WINDOW
+    kept = sum(node.recipe.kept_bytes for node in work.nodes if node.recipe is not None)
+    return staging_bytes(work) + order + transit + kept + DEFAULT_WINDOW
 
 
 def staging_bytes(work: Workload) -> int:

@@ -40,10 +40,14 @@ def of_run(work: Workload, plan: Plan) -> list[MemorySeries]:
 
 
 def of_backpropagation(work: Workload, recipes: Sequence[CellRecipe], options: Options) -> MemorySeries | None:
-    """Of plain backpropagation on the same net; ``None`` where the net is too deep to try it as a whole."""
+    """Of plain backpropagation on the same net; ``None`` where that fails or the net is too deep for it."""
     if len(recipes) > DEEPEST:
         return None
-    return _series("whole net", 1, visited(backprop_work(work, recipes, options), 0, work.batch_size), 2 * _MOST)
+    try:
+        table = visited(backprop_work(work, recipes, options), 0, work.batch_size)
+    except RuntimeError:  # see ``planner.backprop_peak``
+        return None
+    return _series("whole net", 1, table, 2 * _MOST)
 
 
 def _of_resident(work: Workload, plan: Plan) -> list[MemorySeries]:

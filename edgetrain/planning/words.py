@@ -8,7 +8,7 @@ from edgetrain.planning.plan import Plan, VisitTime
 from edgetrain.units import ceil_mb, show_mb, show_seconds
 
 
-def plan_in_words(plan: Plan, bp_peak: int, times: Sequence[VisitTime] | None) -> Iterator[str]:
+def plan_in_words(plan: Plan, bp_peak: int | None, times: Sequence[VisitTime] | None) -> Iterator[str]:
     """All that a plan says; times are ``None`` where the machine's rates are unknown.
 
     It finds the smallest budget that works, which takes longer than the plan.
@@ -41,6 +41,7 @@ def choices_in_words(plan: Plan) -> Iterator[str]:
         yield "Cells stream one at a time; the data set and latents stream from disk in batches."
     yield from _pieces_in_words(plan)
     yield from _cut_in_words(plan)
+    yield from plan.remarks
 
 
 def counted(cells: int) -> str:

@@ -116,3 +116,8 @@ class Workload:
         """Whether node ``index`` cannot be split into micro-batches."""
         recipe = self.nodes[index].recipe
         return self.objective.couples_batch or (recipe is not None and recipe.couples_batch)
+
+    def needs_values(self, index: int) -> bool:
+        """Whether node ``index`` cannot run on fake tensors."""
+        recipe = self.nodes[index].recipe
+        return recipe is not None and recipe.needs_values

@@ -16,7 +16,7 @@ from edgetrain.store.atomic import checksum, storage_errors
 from edgetrain.store.journal import Entry
 from edgetrain.store.run import MODEL, RECORD, RunFolder
 from edgetrain.training.finished import parse_record, read_record, settings_of
-from edgetrain.training.fit import resuming
+from edgetrain.training.fit import resuming_command
 from edgetrain.units import to_mb
 
 T = TypeVar("T")
@@ -134,7 +134,7 @@ def _so_far(shown: ShownRun, last: Entry | None) -> RunRecord | None:
     """What the newest commit of an unfinished run knows."""
     settings = shown.settings
     if not shown.finished:
-        again = resuming(shown.path, settings) if settings else "edgetrain fit --resume"
+        again = resuming_command(shown.path, settings) if settings else "edgetrain fit --resume"
         shown.tell(f"{shown.path}: is not finished; what its newest commit knows is shown. Go on with: {again}")
     if last is None or settings is None:
         return None

@@ -193,7 +193,7 @@ def _energy_in_words(record: RunRecord) -> str:
     return f"energy {record.energy_j:.4g} J, {each} ({record.energy_source})"
 
 
-def show_plan(plan: Plan, bp_peak: int, times: Sequence[VisitTime] | None) -> None:
+def show_plan(plan: Plan, bp_peak: int | None, times: Sequence[VisitTime] | None) -> None:
     """A plan, on stdout."""
     console = _stdout()
     names = ["cell", "parameters", "micro-batch", "tiles", "peak", "latents on disk", *(["time"] if times else [])]

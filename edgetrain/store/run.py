@@ -20,7 +20,7 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from edgetrain.errors import BusyError, CorruptError, InputError, StorageError
-from edgetrain.store.atomic import checksum, storage_errors, sync_folder, write_bytes, write_text
+from edgetrain.store.atomic import checksum, storage_errors, sync_file, sync_folder, write_bytes, write_text
 from edgetrain.store.journal import BEGINNING, Entry, Journal
 from edgetrain.store.tensors import FileEntry, join, move_durably, plain_name, read_tensors, write_plain, write_tensors
 
@@ -43,7 +43,8 @@ _REPORT = "report.html"
 _RESULTS = (RECORD, MODEL, _REPORT)  # of a finished run
 _MEMBERS = ("config.toml", "journal.jsonl", "lock", *_RESULTS)
 TENSORBOARD = "tensorboard"
-_FOLDERS = ("cells", "latents", "scratch", "figures", TENSORBOARD)
+_EDIT, _ADOPTED = "edit", "adopted"
+_FOLDERS = ("cells", "latents", "scratch", "figures", _EDIT, _ADOPTED, TENSORBOARD)
 Files = dict[str, dict[str, FileEntry]]  # by unit ("000", "readout"), then kind ("weights", "optim")
 
 
@@ -51,12 +52,15 @@ class RunFolder:
     """A folder that holds one run. Implements ``stream.cells.Shelf``."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path = self.home = path  # home: the run's folder, also of an edit within it
         self.journal = Journal(path / "journal.jsonl")
         self.written = 0
         self.peak_space = self._space = 0
         self._newest: tuple[int, Entry | None] | None = None  # with the size of the journal that it was read from
         self._lock = FileLock(path / "lock", timeout=0)  # may be taken again by who holds it
+        if (path / _ADOPTED).is_dir():  # a crash cut ``adopt`` short
+            with self.locked():
+                self._move_adopted()
 
     @property
     def latents(self) -> Path:
@@ -110,8 +114,8 @@ class RunFolder:
         finally:
             self._lock.release()  # the file stays: removing it could take it from under the next holder
 
-    def create(self, config: str) -> None:
-        """Begin a run in the folder: its ``config.toml``, and that in the journal.
+    def create(self, config: str, net: Sequence[Any]) -> None:
+        """Begin a run in the folder: its ``config.toml``, and in the journal that and the net's fingerprints.
 
         Raises:
             StorageError: the disk refused; nothing is left behind.
@@ -120,7 +124,8 @@ class RunFolder:
             with storage_errors(self.path):
                 (self.path / "cells").mkdir(parents=True, exist_ok=True)
                 sync_folder(self.path.parent)
-            self.reconfigure(config)
+            self.journal.append({"config": config, "net": net})
+            write_text(self.path / "config.toml", config)
         except BaseException:
             self.clear()
             self.remove_if_free()
@@ -136,6 +141,17 @@ class RunFolder:
         found = [entry["config"] for entry in self.journal.entries() if "config" in entry]
         if found and not isinstance(found[-1], str):
             raise CorruptError(f"{self.journal.path}: its configuration is no text")
+        return found[-1] if found else None
+
+    def net(self) -> list[Any] | None:
+        """Fingerprints of the cells that the run was begun with; ``None``: the journal has none.
+
+        Raises:
+            CorruptError: they are not a list.
+        """
+        found = [entry["net"] for entry in self.journal.entries() if "net" in entry]
+        if found and not isinstance(found[-1], list):
+            raise CorruptError(f"{self.journal.path}: its description of the net is damaged")
         return found[-1] if found else None
 
     def restore_config(self) -> bool:
@@ -233,24 +249,75 @@ class RunFolder:
         self._sweep(files)
         return files
 
-    def reopen(self, units: Sequence[str], entry: Entry, config: str) -> None:
-        """Take a finished run up again with only some of its units; the others' files stay until it is finished.
+    def edit(self, units: Sequence[str], entry: Entry, config: str, net: Sequence[Any]) -> RunFolder:
+        """A run in a folder within this one that begins with some of this finished run's units.
+
+        This run stays as it is until ``adopt``. An edit of the same kind that was stopped is resumed.
 
         Args:
-            units: to keep.
+            units: to begin with; their files are linked, not copied, where the file system can.
             entry: to remember in the journal line.
-            config: the run's new ``config.toml``.
+            config: the edited run's ``config.toml``.
+            net: fingerprints of its cells.
 
         Raises:
             StorageError: the disk refused.
         """
-        number = self.commits()
+        edit = RunFolder(self.path / _EDIT)
+        edit.home = self.path
         kept = {unit: kinds for unit, kinds in self.files().items() if unit in units}
-        self._append(number + 1, kept, {**entry, "config": config})
-        write_text(self.path / "config.toml", config)
+        files = {unit: _as_entries(kinds) for unit, kinds in kept.items()}
+        begun = {"config": config, "net": list(net), "begins_with": files}
+        first = next(edit.journal.entries(), None)
+        if first == begun and edit.last() is not None:
+            return edit
+        history = [{"edit": old["edit"]} for old in self.journal.entries() if "edit" in old]
+        with storage_errors(edit.path):
+            shutil.rmtree(edit.path, ignore_errors=True)
+            (edit.path / "cells").mkdir(parents=True)
+            for file in (file for kinds in kept.values() for file in kinds.values()):
+                _link(self.cell_path(file), edit.path / "cells" / file.name)
+            sync_folder(edit.path / "cells")
+        for each in (begun, *history):
+            edit.journal.append(each)
+        write_text(edit.path / "config.toml", config)
+        edit._append(self.commits() + 1, kept, entry)
+        return edit
+
+    def has_edit(self) -> bool:
+        """Whether an unfinished edit is in this folder."""
+        return (self.path / _EDIT).is_dir()
+
+    def discard_edit(self) -> None:
+        """Remove an edit that was begun in this folder."""
+        shutil.rmtree(self.path / _EDIT, ignore_errors=True)
+
+    def adopt(self) -> None:
+        """Let the finished run of ``edit`` take the place of this one; a crash in between is made good later.
+
+        Raises:
+            StorageError: the disk refused.
+        """
         with storage_errors(self.path):
-            for name in _RESULTS:
-                (self.path / name).unlink(missing_ok=True)
+            (self.path / _EDIT).rename(self.path / _ADOPTED)  # from here on the edited run counts
+            sync_folder(self.path)
+        self._move_adopted()
+
+    def _move_adopted(self) -> None:
+        """Move what is left of an adopted run to its place, the journal last."""
+        source = self.path / _ADOPTED
+        with storage_errors(self.path):
+            for path in sorted((source / "cells").glob("*")):
+                path.replace(self.path / "cells" / path.name)
+            for name in ("config.toml", MODEL, RECORD, "journal.jsonl"):
+                if (source / name).exists():
+                    (source / name).replace(self.path / name)
+            (self.path / _REPORT).unlink(missing_ok=True)  # it shows the run before
+            sync_folder(self.path / "cells")
+            sync_folder(self.path)
+        self._newest = None
+        self._sweep(self.files())
+        shutil.rmtree(source, ignore_errors=True)
 
     def last(self) -> Entry | None:
         """The newest commit's entry, or ``None``."""
@@ -447,7 +514,7 @@ class RunFolder:
             self.space(-path.stat().st_size)
 
     def _append(self, number: int, files: Files, entry: Entry) -> None:
-        plain = {unit: {kind: asdict(file) for kind, file in kinds.items()} for unit, kinds in files.items()}
+        plain = {unit: _as_entries(kinds) for unit, kinds in files.items()}
         self.journal.append({**entry, "commit": number, "files": plain})
 
     def _sweep(self, files: Files) -> None:
@@ -464,6 +531,20 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 (self.path / "cells" / file.name).unlink(missing_ok=True)
             self.space(-file.size)
+
+
+def _as_entries(kinds: Mapping[str, FileEntry]) -> dict[str, Any]:
+    """A unit's files as the journal has them."""
+    return {kind: asdict(file) for kind, file in kinds.items()}
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the file system has no links."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync_file(target)
 
 
 def size_of(folder: Path) -> int:

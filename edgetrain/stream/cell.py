@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from edgetrain.errors import InputError
 from edgetrain.keys import seeded
 from edgetrain.memory.timeline import making
+from edgetrain.nets.copying import kept_in_eval, named_tensors, set_training, unsaved_buffers, with_tensors
 from edgetrain.objectives.base import Node, Objective, Phase
 
 State = dict[str, Tensor]
@@ -32,6 +34,7 @@ _OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"fused": True}),
 }
 OPTIMIZERS = tuple(_OPTIMIZERS)
+_NAMED = 4  # tensors in a message
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,11 @@ class LiveCell:
         self.node, self.device = node, device
         with host():
             self.module, self.head = shapes or _modules(node, objective, known=state is not None)
+        if state is not None:
+            self._check(state)
         with making("weights"):
-            for name, owner, leaf in _slots(self.module, self.head):
-                _place(owner, leaf, device, None if state is None else state.get(name))
+            self.module, self.head = self._placed("cell", self.module, state), self._placed("head", self.head, state)
+        self._frozen = kept_in_eval(self.module)
         self.phases: list[tuple[Phase, list[nn.Parameter], torch.optim.Optimizer]] = []
         for phase in objective.phases:
             learned = [value for name, value in self.parameters() if phase.parameters(name)]
@@ -112,10 +117,8 @@ class LiveCell:
         self._mode(False)
 
     def state(self) -> State:
-        """Everything that the cell will need on its next visit, as device tensors."""
-        state = {f"cell.{name}": value for name, value in self.module.state_dict().items()}
-        if self.head is not None:
-            state |= {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        """Everything that the cell will need on its next visit, as device tensors; a tied tensor once."""
+        state = saved_tensors(self.module, self.head)
         names: dict[Tensor, str] = {value: name for name, value in self.parameters()}
         for phase, _, optimizer in self.phases:
             for parameter, values in optimizer.state.items():
@@ -123,22 +126,57 @@ class LiveCell:
                 state |= {f"{prefix}.{key}": value for key, value in values.items() if torch.is_tensor(value)}
         return {name: value.detach() for name, value in state.items()}
 
+    def _placed(self, prefix: str, module: nn.Module | None, state: Mapping[str, Tensor] | None) -> Any:
+        """The module on the device, with the state's values or, where there are none, its own."""
+        known = state or {}
+        place = partial(copied, device=self.device)
+        return module and with_tensors(module, lambda name, own: place(known.get(f"{prefix}.{name}", own)))
+
+    def _check(self, state: Mapping[str, Tensor]) -> None:
+        """Compare a state's names, shapes and kinds with the module's and the head's.
+
+        Raises:
+            InputError: they differ.
+        """
+        expected = {name: _kind(value) for name, value in saved_tensors(self.module, self.head).items()}
+        found = {name: _kind(value) for name, value in state.items() if not name.startswith("optim.")}
+        if expected == found:
+            return
+        lacking, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        other = [name for name in sorted(expected.keys() & found.keys()) if expected[name] != found[name]]
+        parts = [
+            f"no {_listed(lacking)}" if lacking else "",
+            f"{_listed(unknown)}, which the net does not have" if unknown else "",
+            f"{other[0]} as {found[other[0]]}, where the net has {expected[other[0]]}" if other else "",
+        ]
+        assert self.node.recipe is not None
+        raise InputError(
+            f"cell {self.node.index + 1} ({self.node.recipe.name}): the saved weights do not fit this net: they have"
+            f" {'; '.join(filter(None, parts))}. Use the net that the run was trained with"
+        )
+
     def _mode(self, training: bool) -> None:
-        self.module.train(training)
+        set_training(self.module, training, self._frozen)
         if self.head is not None:
             self.head.train(training)
 
     def _load_optimizers(self, state: Mapping[str, Tensor]) -> None:
-        parameters = dict(self.parameters())
-        for phase, _, optimizer in self.phases:
-            for name, parameter in parameters.items():
-                prefix = f"optim.{phase.name}.{name}."
-                for key, value in state.items():
-                    if key.startswith(prefix):
-                        # A step count of an implementation that is not fused is read by the host.
-                        on_host = value.ndim == 0 and not optimizer.defaults.get("fused")
-                        own = value.clone() if on_host else copied(value, self.device)
-                        optimizer.state[parameter][key.removeprefix(prefix)] = own
+        owners = {
+            f"optim.{phase.name}.{name}": (parameter, optimizer)
+            for phase, learned, optimizer in self.phases
+            for name, parameter in self.parameters()
+            if any(parameter is each for each in learned)
+        }
+        for name, value in state.items():
+            owner, _, key = name.rpartition(".")
+            if not name.startswith("optim."):
+                continue
+            if owner not in owners:
+                raise InputError(f"cell {self.node.index + 1}: the saved optimizer has {name}, which this net does not")
+            parameter, optimizer = owners[owner]
+            # A step count of an implementation that is not fused is read by the host.
+            on_host = value.ndim == 0 and not optimizer.defaults.get("fused")
+            optimizer.state[parameter][key] = value.clone() if on_host else copied(value, self.device)
 
 
 _NOTHING: Any = type("NoOptimizer", (), {"state": {}, "step": lambda self: None, "defaults": {}})()
@@ -163,13 +201,20 @@ def shapes_of(node: Node, objective: Objective) -> Modules:
 
 def first_state(node: Node, objective: Objective, shapes: Modules | None = None) -> State:
     """Named host tensors of a cell's first weights and head; of ``shapes``, room without values."""
-    module, head = shapes or _modules(node, objective, known=False)
-    found = {f"cell.{name}": value for name, value in module.state_dict(keep_vars=True).items()}
-    if head is not None:
-        found |= {f"head.{name}": value for name, value in head.state_dict(keep_vars=True).items()}
+    found = saved_tensors(*(shapes or _modules(node, objective, known=False)))
     if shapes is None:
         return {name: value.detach() for name, value in found.items()}
     return {name: torch.empty(value.shape, dtype=value.dtype) for name, value in found.items()}
+
+
+def saved_tensors(module: nn.Module, head: nn.Module | None) -> State:
+    """The tensors that are stored of a cell by name: all but buffers that are not persistent, a tied one once."""
+    found: State = {}
+    for prefix, top in (("cell", module), ("head", head)):
+        if top is not None:
+            unsaved = unsaved_buffers(top)
+            found |= {f"{prefix}.{name}": value for name, value in named_tensors(top) if name not in unsaved}
+    return found
 
 
 def _modules(node: Node, objective: Objective, known: bool) -> Modules:
@@ -184,25 +229,14 @@ def _modules(node: Node, objective: Objective, known: bool) -> Modules:
 
 def unstored(modules: Modules) -> bool:
     """Whether a module has buffers that no state holds, so that they must be made anew."""
-    return any(part._non_persistent_buffers_set for top in modules if top for part in top.modules())
+    return any(unsaved_buffers(top) for top in modules if top is not None)
 
 
-def _slots(module: nn.Module, head: nn.Module | None) -> Iterator[tuple[str, nn.Module, str]]:
-    """(qualified name, owner, leaf) of every parameter and buffer."""
-    for prefix, top in (("cell", module), ("head", head)):
-        if top is None:
-            continue
-        for path, owner in top.named_modules():
-            for leaf in [*owner._parameters, *owner._buffers]:
-                if getattr(owner, leaf) is not None:
-                    yield ".".join(filter(None, (prefix, path, leaf))), owner, leaf
+def _kind(value: Tensor) -> str:
+    kind = "floats" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+    return f"{kind} {list(value.shape)}"
 
 
-def _place(owner: nn.Module, leaf: str, device: torch.device, value: Tensor | None) -> None:
-    """Put a parameter or buffer on the device, with ``value`` if there is one."""
-    current = getattr(owner, leaf)
-    moved = copied(current if value is None else value, device)
-    if isinstance(current, nn.Parameter):
-        owner._parameters[leaf] = nn.Parameter(moved, requires_grad=current.requires_grad)
-    else:
-        owner._buffers[leaf] = moved
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -52,8 +54,10 @@ class StepDraws:
         return out.copy_(torch.from_numpy(drawn.astype(np.float32)))
 
     def seed_global(self, device: torch.device) -> None:
-        """Point torch's global generator at this step, for modules that draw from it (dropout)."""
+        """Point the global generators at this step, for modules that draw from them (dropout, NumPy noise)."""
         key = derive(*self._address, "global")
+        random.seed(key)
+        np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002 (a user's module may draw from it)
         torch.default_generator.manual_seed(key)
         if device.type == "cuda":
             torch.cuda.default_generators[device.index or 0].manual_seed(key)

@@ -14,25 +14,25 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
-
 from edgetrain.config import Settings
 from edgetrain.data.arrays import ARRAYS
 from edgetrain.data.base import DataSet
-from edgetrain.errors import CorruptError, InputError, StorageError
-from edgetrain.objectives.base import Node
+from edgetrain.errors import BudgetError, CorruptError, DivergedError, InputError, StorageError
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import require_fit
 from edgetrain.planning.schedule import Visit, frontier_before
 from edgetrain.record import CellRecord, RunRecord
 from edgetrain.store.journal import Entry
-from edgetrain.store.run import RunFolder
+from edgetrain.store.run import RunFolder, size_of
 from edgetrain.training.commits import INPUTS
 from edgetrain.training.finished import Run, read_record, settings_of
-from edgetrain.training.fit import as_planned, carry_out, check_disk, process_state
+from edgetrain.training.fit import as_planned, carry_out, check_disk
+from edgetrain.training.identity import check_net, fingerprints
 from edgetrain.training.inputs import Shape
 from edgetrain.training.job import Job, open_job, plan_job
+from edgetrain.training.process import process_state
 from edgetrain.training.watcher import Silent, Watcher
+from edgetrain.units import show_mb
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -136,13 +136,13 @@ def retrain(
 
 @dataclass(frozen=True)
 class _Finished:
-    """A finished run as it stands; ``nodes`` are unknown where its net is the user's own code."""
+    """A finished run as it is; ``own``: its net is the user's own code."""
 
     path: Path
     settings: Settings
     record: RunRecord
     shape: Shape
-    nodes: tuple[Node, ...] | None
+    own: bool
 
     @classmethod
     def of(cls, path: Path) -> _Finished:
@@ -156,7 +156,7 @@ class _Finished:
         if settings.schedule is None:
             raise InputError(f"{path}: {settings.method} trains the whole net at once; it has no cells to change")
         own = settings.net == "modules" or ".py:" in (settings.net or "")
-        return cls(path, settings, record, shape, None if own else Run.open(path).nodes)
+        return cls(path, settings, record, shape, own)
 
     @property
     def depth(self) -> int:
@@ -191,23 +191,50 @@ class _Edit:
     def apply(self, net: Any, data: DataSet | None, watcher: Watcher | None) -> Run:
         """Check everything, then take the run up again and finish it."""
         path = self.before.path
-        if net is None and self.before.nodes is None:
+        if net is None and self.before.own:
             raise InputError(f"{path}: this run's net is your own code; name it again (--net path/to/net.py:function)")
         if data is None and self.before.settings.data == ARRAYS:
             raise InputError(f"{path}: was trained on arrays in memory; give them again, in Python")
         folder, looking = RunFolder(path), watcher or Silent()
         with process_state(self.settings):
-            job = open_job(self._separate(), net, data)
+            job = open_job(self._within_disk(self._separate(), path), net, data)
             self._check(job, folder)
             plan = plan_job(job)
             require_fit(plan)
-            check_disk(path, plan)
+            check_disk(path, plan, replaces=False)
+            job = replace(job, settings=replace(job.settings, max_disk_gb=self.settings.max_disk_gb))
             with folder.locked():
                 if read_record(path)[0] != self.before.record:
                     raise InputError(f"{path}: was changed by another process meanwhile; look at it again")
-                config = as_planned(job, plan).to_toml()
-                folder.reopen([INPUTS, *map(_unit, range(self.kept))], self._entry(job, plan, folder), config)
-                return carry_out(job, plan, folder, looking, net)
+                self._carry_out(job, plan, folder, looking)
+                return Run.of_job(path, job)
+
+    def _carry_out(self, job: Job, plan: Plan, folder: RunFolder, watcher: Watcher) -> None:
+        """Train the edited run beside the finished one, which it then replaces."""
+        config, net = as_planned(job, plan).to_toml(), fingerprints(job.work.nodes)
+        units = [INPUTS, *map(_unit, range(self.kept))]
+        try:
+            carry_out(job, plan, folder.edit(units, self._entry(job, plan, folder), config, net), watcher)
+        except BaseException as error:
+            if isinstance(error, (CorruptError, DivergedError, InputError)):  # these would come again
+                folder.discard_edit()
+                watcher.note(f"{folder.path} is as it was before")
+            else:
+                watcher.note(f"{folder.path} is as it was before; repeat the command to continue")
+            raise
+        folder.adopt()
+
+    def _within_disk(self, settings: Settings, path: Path) -> Settings:
+        """Settings with the disk that is left beside the finished run, whose files stay until the edit is done."""
+        if settings.max_disk_gb is None:
+            return settings
+        left = settings.max_disk_gb - size_of(path) / (1 << 30)
+        if left <= 0:
+            raise BudgetError(
+                f"--max-disk-gb {settings.max_disk_gb:.3g}: the finished run in {path} takes {show_mb(size_of(path))}"
+                " and stays until the edit is done; state a larger one"
+            )
+        return replace(settings, max_disk_gb=left)
 
     def _separate(self) -> Settings:
         """The settings for the new cells; micro-batches that were planned are planned anew."""
@@ -225,15 +252,9 @@ class _Edit:
         before.shape.check(job.data)
         if depth < self.least:
             raise InputError(f"net {job.net.spec!r} has {depth} cells; expected at least {self.least}")
-        files = folder.files()
-        for node in job.work.nodes[: self.kept]:
-            old = None if before.nodes is None else before.nodes[node.index]
-            found = folder.read_unit(files.get(_unit(node.index), {}))
-            if _shapes(node) != _cell_shapes(found) or (old is not None and _kind(old) != _kind(node)):
-                raise InputError(
-                    f"net {job.net.spec!r}: its cell {node.index + 1} is not the run's {_named(old)}; the first"
-                    f" {self.kept} cells stay as they are"
-                )
+        check_net(folder, job.work.nodes, training=True, kept=self.kept)
+        for index in range(self.kept):
+            folder.read_unit(folder.files().get(_unit(index), {}))
 
     def _entry(self, job: Job, plan: Plan, folder: RunFolder) -> Entry:
         """What the journal remembers: that the kept cells' visits are done."""
@@ -258,21 +279,3 @@ class _Edit:
 
 def _unit(index: int) -> str:
     return f"{index:03}"
-
-
-def _kind(node: Node) -> Any:
-    return node.recipe and (node.recipe.name, node.recipe.signature)
-
-
-def _named(node: Node | None) -> str:
-    return "" if node is None or node.recipe is None else repr(node.recipe.name)
-
-
-def _shapes(node: Node) -> dict[str, tuple[int, ...]]:
-    """Shapes of a cell's tensors by name."""
-    assert node.recipe is not None
-    return {f"cell.{name}": tuple(value.shape) for name, value in node.recipe.skeleton().state_dict().items()}
-
-
-def _cell_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in tensors.items() if name.startswith("cell.")}

@@ -31,9 +31,12 @@ from edgetrain.store.run import Files, RunFolder
 from edgetrain.stream.cell import LiveCell, OptimizerRecipe, State
 from edgetrain.stream.latents import FileLatents
 from edgetrain.training.commits import INPUTS, READOUT
+from edgetrain.training.identity import check_net
 from edgetrain.training.inputs import Shape, unpack
-from edgetrain.training.job import cells_of, method_of, net_of, objective_of, with_defaults
+from edgetrain.training.job import Job, cells_of, method_of, net_of, objective_of, with_defaults
+from edgetrain.training.model import Model
 from edgetrain.training.predictor import Predictions, Predictor
+from edgetrain.training.process import process_state
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,18 @@ class Run:
         settings = settings_of(path)
         method = method_of(settings)
         settings = with_defaults(settings, method)
-        opened = net_of(settings, method, shape, _net(settings, net))
+        with process_state(settings):
+            opened = net_of(settings, method, shape, _net(settings, net))
         objective = objective_of(settings, method, shape, opened)
-        return cls(path, record, settings, shape, cells_of(settings, objective, shape, opened), objective)
+        nodes = cells_of(settings, objective, shape, opened)
+        check_net(RunFolder(path), nodes, training=False)
+        return cls(path, record, settings, shape, nodes, objective)
+
+    @classmethod
+    def of_job(cls, path: Path, job: Job) -> Run:
+        """The run of a job that was just finished in a folder."""
+        settings = with_defaults(settings_of(path), method_of(job.settings))
+        return cls(path, read_record(path)[0], settings, job.shape, job.work.nodes, job.work.objective)
 
     def evaluate(self, data: Any = None, device: str | None = None) -> Predictions:
         """Accuracy by every vote and of every cell.
@@ -125,14 +137,30 @@ class Run:
         out.flush()
         return shape
 
-    def model(self) -> nn.Sequential:
-        """The trained cells as plain modules on the CPU, in evaluation mode; heads are left out."""
-        folder, cells = RunFolder(self.path), []
+    def model(self) -> Model:
+        """The trained net as one module on the CPU, in evaluation mode: raw rows [B, ...] to class scores [B, C].
+
+        It includes input scaling, all cells with their heads, and the method's own vote.
+        """
+        folder = RunFolder(self.path)
         files = folder.files()
-        for node in self.nodes:
-            state = _read_cell(folder, files, node.index)
-            cells.append(LiveCell(node, self.objective, OptimizerRecipe("sgd", 1.0), torch.device("cpu"), state))
-        return nn.Sequential(*(cell.module for cell in cells)).eval()
+        classifier = folder.read_unit(files[READOUT], optimizer=False) if READOUT in files else None
+        scaling = unpack(folder.read_unit(files[INPUTS])) if INPUTS in files else None
+        cells = [(cell.module, cell.head) for cell in self._trained_cells()]
+        return Model(self.objective, self.shape, scaling, cells, classifier).eval()
+
+    def cells(self) -> nn.Sequential:
+        """The trained cells alone on the CPU, in evaluation mode, without input scaling, heads and vote."""
+        return nn.Sequential(*(cell.module for cell in self._trained_cells())).eval()
+
+    def _trained_cells(self) -> list[LiveCell]:
+        folder = RunFolder(self.path)
+        files, cpu, unused = folder.files(), torch.device("cpu"), OptimizerRecipe("sgd", 1.0)
+        with process_state(self.settings):
+            return [
+                LiveCell(node, self.objective, unused, cpu, _read_cell(folder, files, node.index))
+                for node in self.nodes
+            ]
 
     def _open(self, data: Any) -> DataSet:
         opened = _rows(data)
@@ -151,6 +179,7 @@ class Run:
         files = folder.files()
         scaling = unpack(folder.read_unit(files[INPUTS])) if INPUTS in files else None
         with (
+            process_state(self.settings),
             TemporaryDirectory(prefix="edgetrain-") as scratch,
             closing(prepare(data, part, Path(scratch), "rows", scaling)) as rows,
         ):

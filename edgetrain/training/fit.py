@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edgetrain.config import Settings, parse_profile
 from edgetrain.data.arrays import ARRAYS
 from edgetrain.data.base import DataSet
@@ -38,8 +36,10 @@ from edgetrain.store.run import RunFolder, size_of
 from edgetrain.stream.latents import FileLatents
 from edgetrain.training.commits import working_files
 from edgetrain.training.finished import Run, predictor_of
+from edgetrain.training.identity import check_net, fingerprints
 from edgetrain.training.inputs import pack, scaling_of
-from edgetrain.training.job import Job, host_tier, open_job, plan_job, threads_of
+from edgetrain.training.job import Job, host_tier, open_job, plan_job
+from edgetrain.training.process import process_state
 from edgetrain.training.stopping import Stop
 from edgetrain.training.trainer import Choices, Trainer
 from edgetrain.training.watcher import Silent, Watcher
@@ -90,15 +90,29 @@ def fit(
             resuming = _check_folder(folder, resume, force)  # another process may have been here meanwhile
             if resuming and folder.is_finished():
                 return _as_it_is(folder, settings, net, watcher)
-            if not resuming:
+            if resuming:
+                check_net(folder, job.work.nodes, training=True)
+            else:
                 folder.clear()
-                folder.create(as_planned(job, plan).to_toml())
-            return carry_out(job, plan, folder, watcher, net)
+                folder.create(as_planned(job, plan).to_toml(), fingerprints(job.work.nodes))
+            try:
+                carry_out(job, plan, folder, watcher)
+            except BaseException as error:
+                if folder.last() is None:
+                    folder.clear()
+                    watcher.note("nothing was committed yet, so the run folder was removed")
+                elif not isinstance(error, (CorruptError, DivergedError, InputError)):  # these would come again
+                    watcher.note(f"what was committed is kept; go on with: {resuming_command(path, job.settings)}")
+                raise
+            return Run.of_job(path, job)
 
 
 def _as_it_is(folder: RunFolder, settings: Settings, net: Any, watcher: Watcher) -> Run:
     watcher.note(f"{folder.path}: this run is finished")
-    return Run.open(folder.path, _named(settings, net))
+    if folder.has_edit():
+        watcher.note(f"{folder.path}: an unfinished edit is kept; repeat the cells command to continue it")
+    named = settings.net if net is None and ".py:" in (settings.net or "") else net  # the caller named its code
+    return Run.open(folder.path, named)
 
 
 def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> Settings:
@@ -116,17 +130,24 @@ def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> S
     if config is None:
         return settings
     kept = Settings().with_values(parse_profile(config, path / "config.toml"))
-    if ".py:" in (kept.net or "") and "net" not in given:
+    if _is_own(kept.net) and kept.net != "modules" and "net" not in given:
         raise InputError(f"{path}: this run's net is your own code; name it again: --net {kept.net}")
     for name, value in given.items():
         if name == "placement" and value == "auto":
             continue  # what it came out as is kept
+        if name == "net" and _is_own(value) and _is_own(kept.net):
+            continue  # the user's code may have moved; its cells are compared with the run's
         if name not in _FREE_ON_RESUME and getattr(settings, name) != getattr(kept, name):
             raise InputError(
                 f"{path}: was begun with {name} = {getattr(kept, name)!r}, not {value!r}; resume it without"
                 f" --{name.replace('_', '-')}, or start another run"
             )
     return replace(kept, **{name: getattr(settings, name) for name in given if name in _FREE_ON_RESUME})
+
+
+def _is_own(net: str | None) -> bool:
+    """Whether it names a user's own code."""
+    return net == "modules" or ".py:" in (net or "")
 
 
 def free_path(data: str, method: str) -> Path:
@@ -164,27 +185,15 @@ def _check_folder(folder: RunFolder, resume: bool, force: bool) -> bool:
     return False
 
 
-def check_disk(path: Path, plan: Plan) -> None:
-    """Refuse a run that the disk has no room for, before it begins."""
+def check_disk(path: Path, plan: Plan, replaces: bool = True) -> None:
+    """Refuse a run that the disk has no room for, before it begins; ``replaces``: what is in ``path`` is removed."""
     existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(existing).free + size_of(path)  # what is there is overwritten or goes
+    free = shutil.disk_usage(existing).free + (size_of(path) if replaces else 0)
     if plan.disk_bytes > free:
         raise StorageError(
             f"{existing}: has {show_mb(free)} free, the run needs {show_mb(plan.disk_bytes)}; make room, choose"
             " another --run-dir, use --latent-dtype uint8, or state --max-disk-gb: latents are then emitted again"
         )
-
-
-@contextmanager
-def process_state(settings: Settings) -> Iterator[None]:
-    """Threads and torch's global generators are as before when a run is over."""
-    devices.configure_cuda()
-    random = torch.random.get_rng_state()
-    try:
-        with threads_of(settings):
-            yield
-    finally:
-        torch.random.set_rng_state(random)
 
 
 @contextmanager
@@ -197,7 +206,7 @@ def working_in(folder: RunFolder) -> Iterator[None]:
             folder.remove_if_free()
 
 
-def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: Any) -> Run:
+def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher) -> None:
     """Train a planned run from its newest commit (or from the start), evaluate and finish it; the folder is locked."""
     device = job.work.device
     if folder.restore_config():
@@ -215,20 +224,12 @@ def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: An
             _evaluate(job, folder, plan, test, meter, record, trainer)
             record.energy_source = energy.source
             _complete(folder, record, trainer, host, job, plan, foreseen)
-        except BaseException as error:
-            if folder.last() is None:
-                folder.clear()
-                watcher.note("nothing was committed yet, so the run folder was removed")
-            elif not isinstance(error, (CorruptError, DivergedError, InputError)):  # these would come again
-                watcher.note(f"what was committed is kept; go on with: {resuming(folder.path, job.settings)}")
-            raise
         finally:
             devices.cap(device, None)
     watcher.finished(record)
-    return Run.open(folder.path, _named(job.settings, net))
 
 
-def resuming(path: Path, settings: Settings) -> str:
+def resuming_command(path: Path, settings: Settings) -> str:
     """The command that goes on with a run."""
     if settings.data == ARRAYS or settings.net == "modules":
         return f"edgetrain.fit(..., run_dir={str(path)!r}, resume=True)"
@@ -426,7 +427,7 @@ def _complete(
 
 def _record(job: Job, plan: Plan, folder: RunFolder) -> RunRecord:
     return RunRecord(
-        run=str(folder.path),
+        run=str(folder.home),
         method=job.settings.method,
         schedule=job.settings.schedule,
         device=devices.name(job.work.device),
@@ -440,11 +441,6 @@ def _record(job: Job, plan: Plan, folder: RunFolder) -> RunRecord:
         plan=list(choices_in_words(plan)),
         edits=[entry["edit"] for entry in folder.journal.entries() if "edit" in entry],
     )
-
-
-def _named(settings: Settings, net: Any) -> Any:
-    """The net that the caller gave, so that a run of the caller's own code can be opened."""
-    return settings.net if net is None and ".py:" in (settings.net or "") else net
 
 
 def _compact(sizes: list[int]) -> int | list[int]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -31,6 +30,7 @@ from edgetrain.planning.schedule import Cut
 from edgetrain.planning.workload import Workload
 from edgetrain.stream.cell import OptimizerRecipe
 from edgetrain.training.inputs import Shape
+from edgetrain.training.process import process_state
 from edgetrain.units import MIB, from_mb, show_mb
 
 METHODS: Mapping[str, type[Objective]] = {**OBJECTIVES, **BASELINES}
@@ -124,7 +124,10 @@ def net_of(settings: Settings, method: type[Objective], shape: Shape, net: Any) 
     """
     like = settings.like or method.like
     preferred = METHODS[like] if like else method
-    found = open_net(net, shape.shape, preferred.net_defaults, shape.vocabulary)
+    reads = method.reads(shape.shape, shape.table, shape.classes)
+    found = open_net(net, shape.shape, preferred.net_defaults, shape.vocabulary, settings.seed, reads)
+    if found.in_shape != shape.shape:
+        found = replace(found, options={**found.options, "label": "beside"})
     if settings.cells is None:
         return found
     if settings.cells > len(found.cells):
@@ -147,7 +150,15 @@ def cells_of(settings: Settings, objective: Objective, shape: Shape, net: Net) -
     """
     if shape.vocabulary is not None and not objective.takes_tokens:
         raise InputError(f"{objective.name} cannot learn from token ids; use a method such as mf with --net mlp:...")
-    cells = tuple(nodes(objective.join(list(net.cells)), shape.shape, settings.seed))
+    joined = objective.join(list(net.cells))
+    for index, recipe in enumerate(joined):
+        for name, other, there in recipe.tied:
+            raise InputError(
+                f"net {net.spec!r}: {name} of cell {index + 1} is {there} of cell {other + 1}: {objective.name} trains"
+                " cells apart, so weights cannot be shared between them; put both layers into one module, or use"
+                " --method bp"
+            )
+    cells = tuple(nodes(joined, shape.shape, settings.seed))
     objective.check(cells)
     return cells
 
@@ -299,7 +310,7 @@ def plan_job(job: Job) -> Plan:
 
 def times_of(job: Job, plan: Plan) -> list[VisitTime] | None:
     """What each cell and the classifier will take on this machine, if ``doctor`` measured its rates."""
-    with threads_of(job.settings):
+    with process_state(job.settings):
         known = rates.load(job.work.device)
         return None if known is None else visit_times(job.work, plan, known, psutil.virtual_memory().available // 2)
 
@@ -337,15 +348,3 @@ def _readout(settings: Settings) -> OptimizerRecipe | None:
     return OptimizerRecipe(
         settings.optimizer or "", settings.classifier_lr or 0.0, settings.classifier_weight_decay or 0.0
     )
-
-
-@contextmanager
-def threads_of(settings: Settings) -> Iterator[None]:
-    """A scope in which torch uses as many CPU threads as the settings say."""
-    before = torch.get_num_threads()
-    try:
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -138,7 +138,6 @@ class Predictor:
     ) -> None:
         micro = self.objective.evaluation_batch(self.micro_batches[node.index])
         tiles = self.tiles[node.index]
-        state = {name: value for name, value in state.items() if "optim." not in name}
         self.meter.start_cell(("evaluate", node.index))
         with self.meter.watch():
             cell = at_hand(node, self.objective, _UNUSED, self.device, tiles, state, self.meter.host)

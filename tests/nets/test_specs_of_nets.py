@@ -325,15 +325,15 @@ def stacked() -> nn.Sequential:
 
 @pytest.mark.parametrize("build", [layers, stepwise, stacked])
 def test_a_function_gives_a_net_whose_every_cell_is_of_the_same_build(build: Any) -> None:
-    net = open_net(build, (6,), {})
+    net, same, other_seed = (open_net(build, (6,), {}, seed=seed) for seed in (3, 3, 4))
     assert [cell.out_shape for cell in net.cells] == [(5,), (4,), (4,)]
     made = [cell.materialise(3, index) for index, cell in enumerate(net.cells)]
-    again = [cell.materialise(3, index) for index, cell in enumerate(open_net(build, (6,), {}).cells)]
+    again = [cell.materialise(3, index) for index, cell in enumerate(same.cells)]
     for one, other in zip(made, again, strict=True):
         assert all(torch.equal(one.state_dict()[name], other.state_dict()[name]) for name in one.state_dict())
     flat = [value.flatten()[:4] for module in made for value in module.parameters() if value.ndim == 2]
     assert not any(torch.equal(flat[0], other) for other in flat[1:])
-    assert not torch.equal(weights(net.cells[1], 3, 1), weights(net.cells[1], 4, 1))
+    assert not torch.equal(weights(net.cells[1], 3, 1), weights(other_seed.cells[1], 4, 1))
 
 
 @pytest.mark.parametrize("wrap", [list, tuple, lambda modules: nn.Sequential(*modules), nn.ModuleList])
@@ -430,7 +430,7 @@ def test_a_list_without_modules_is_refused(net: Any) -> None:
 
 
 def test_modules_that_do_not_fit_each_other_are_refused_by_number() -> None:
-    assert_one_line([nn.Linear(6, 5), nn.Linear(4, 3)], "module 1 (Linear) does not take rows of shape (5,)")
+    assert_one_line([nn.Linear(6, 5), nn.Linear(4, 3)], "module 2 (Linear) fails on rows of shape (5,)")
 
 
 class Two(nn.Module):
@@ -445,7 +445,7 @@ class Total(nn.Module):
 
 @pytest.mark.parametrize("module", [Two(), Total()])
 def test_a_module_must_give_one_tensor_with_rows(module: nn.Module) -> None:
-    assert_one_line([module], f"module 0 ({type(module).__name__}) must give one tensor")
+    assert_one_line([module], f"module 1 ({type(module).__name__}) must return one tensor")
 
 
 def test_the_elements_of_a_cell_are_those_of_its_shape() -> None:

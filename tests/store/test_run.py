@@ -32,7 +32,7 @@ def unit(value: float, optimizer: bool = True) -> dict[str, torch.Tensor]:
 
 def made(path: Path) -> RunFolder:
     folder = RunFolder(path)
-    folder.create("seed = 1\n")
+    folder.create("seed = 1\n", [])
     return folder
 
 
@@ -56,7 +56,7 @@ def test_a_new_folder_holds_its_settings(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "runs" / "a")
     assert folder.is_free()
     assert not folder.is_run()
-    folder.create("seed = 1\n")
+    folder.create("seed = 1\n", [])
     assert (folder.path / "config.toml").read_text() == "seed = 1\n"
     assert folder.is_run()
     assert not folder.is_free()
@@ -70,14 +70,14 @@ def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(module, "write_text", full)
     with pytest.raises(StorageError):
-        RunFolder(tmp_path / "a").create("x")
+        RunFolder(tmp_path / "a").create("x", [])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_below_a_file_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="not a directory"):
-        RunFolder(tmp_path / "file" / "a").create("x")
+        RunFolder(tmp_path / "file" / "a").create("x", [])
 
 
 def test_clearing_refuses_a_folder_that_is_no_run(tmp_path: Path) -> None:
@@ -377,15 +377,6 @@ def test_damaged_results_are_found(name: str, tmp_path: Path) -> None:
     if name == "record.json":
         with pytest.raises(CorruptError, match=r"record\.json: checksum .* fit --resume"):
             folder.read_record()
-
-
-def test_a_finished_run_that_is_taken_up_again_has_no_results(tmp_path: Path) -> None:
-    folder = finished(tmp_path / "a")
-    folder.reopen(["000"], {}, "seed = 2\n")
-    assert not folder.is_finished()
-    assert not (folder.path / "record.json").exists()
-    assert folder.config() == "seed = 2\n"
-    assert set(folder.files()) == {"000"}
 
 
 # --- the configuration ------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def stream(folder: RunFolder, host_bytes: int, keep: bool = False, placer: Place
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     made = RunFolder(tmp_path / "run")
-    made.create("")
+    made.create("", [])
     return made
 
 
@@ -91,7 +91,7 @@ def test_a_cell_comes_back_bit_for_bit_wherever_it_was(
     host_bytes: int, keep: bool, optimizer: str, program: list[tuple[str, int]], tmp_path: Path
 ) -> None:
     folder = RunFolder(tmp_path / "run")
-    folder.create("")
+    folder.create("", [])
     cells = stream(folder, host_bytes, keep, Placer(optimizer))
     known: dict[int, State] = {}
     commits = 0

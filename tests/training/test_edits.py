@@ -13,12 +13,13 @@ from torch import nn
 
 import edgetrain
 from edgetrain.config import Settings
-from edgetrain.errors import CorruptError, EdgetrainWarning, InputError
-from edgetrain.store.run import RunFolder
+from edgetrain.errors import BudgetError, CorruptError, EdgetrainWarning, InputError
+from edgetrain.store.run import RunFolder, size_of
 from edgetrain.training import edits
 from edgetrain.training.finished import Run
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job, plan_job
+from edgetrain.training.watcher import Silent
 
 TWO, THREE = "mlp:20,16", "mlp:20,16,12"
 
@@ -174,6 +175,7 @@ def test_baselines_and_unfinished_runs_have_no_cells_to_change(tmp_path):
 def test_an_edit_that_was_interrupted_is_resumed_to_the_same_files(tmp_path, monkeypatch):
     fit(settings(net=THREE, epochs=3), tmp_path / "three")
     fit(settings(epochs=3, checkpoint_every=0.0), tmp_path / "run")
+    accuracy = Run.open(tmp_path / "run").evaluate().accuracy
     commit = RunFolder.commit
 
     def commits_and_dies(folder, *arguments):
@@ -183,17 +185,23 @@ def test_an_edit_that_was_interrupted_is_resumed_to_the_same_files(tmp_path, mon
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RunFolder, "commit", commits_and_dies)
         edits.append(tmp_path / "run", THREE)
-    assert not (tmp_path / "run" / "record.json").exists()
-    kept = Settings().with_values(edgetrain_profile(tmp_path / "run"))
-    run = fit(kept, tmp_path / "run", resume=True)
+    assert Run.open(tmp_path / "run").evaluate().accuracy == accuracy
+    committed = (tmp_path / "run" / "edit" / "journal.jsonl").read_text()
+    told: list[str] = []
+    run = edits.append(tmp_path / "run", THREE, watcher=Notes(told))
+    assert committed
+    assert any("going on" in note for note in told)
+    assert not (tmp_path / "run" / "edit").exists()
     assert files(tmp_path / "run") == files(tmp_path / "three")
     assert len(run.record.edits) == 1
 
 
-def edgetrain_profile(path):
-    from edgetrain.config import read_profile
+class Notes(Silent):
+    def __init__(self, told):
+        self.told = told
 
-    return read_profile(path / "config.toml")
+    def note(self, text):
+        self.told.append(text)
 
 
 def test_runs_of_arrays_and_of_own_modules_are_edited_in_python(tmp_path):
@@ -242,7 +250,10 @@ def test_retraining_on_a_small_disk_leaves_the_cells_before_alone(tmp_path, numb
     free = edits.retrain(tmp_path / "free", number)
     job = open_job(settings(net=net))
     least = plan_job(job).least_disk / (1 << 30)
-    edits.retrain(tmp_path / "run", number, changes={"max_disk_gb": 1.02 * least})
+    finished = size_of(tmp_path / "run") / (1 << 30)  # its files stay until the edit is done
+    edits.retrain(tmp_path / "run", number, changes={"max_disk_gb": finished + 1.02 * least})
+    with pytest.raises(BudgetError, match="max-disk-gb"):
+        edits.retrain(tmp_path / "run", number, changes={"max_disk_gb": finished / 2})
     kept = (tmp_path / "run" / "config.toml").read_text()
     assert "cached = " in kept
     after = files(tmp_path / "run")

@@ -1,0 +1,77 @@
+"""The state of the process that a run depends on: taken for the run, and given back as it was.
+
+PyTorch's random generators, thread count and modes belong to the whole process, so one run at a time may have
+them: runs in several threads wait for each other.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+
+from edgetrain.config import Settings
+from edgetrain.memory import device as devices
+
+_LOCK = threading.RLock()
+_DENORMAL = 1e-40  # in float32
+
+
+@contextmanager
+def process_state(settings: Settings) -> Iterator[None]:
+    """A scope for all work of a run: the torch defaults that its bits depend on, whatever the caller's are.
+
+    Gradients are on; autocast, inference mode, anomaly detection and dispatch modes are off; the default dtype is
+    float32 and the default device the CPU; products are in full precision. Random generators are where they were
+    when the scope ends.
+    """
+    with _LOCK, ExitStack() as stack:
+        devices.configure_cuda()
+        _keep_generators(stack)
+        for get, put, value in (
+            (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
+            (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+            (torch.get_num_threads, torch.set_num_threads, settings.threads or torch.get_num_threads()),
+            (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly, False),
+            (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, False),
+            (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled, True),
+            (_flushes_denormals, torch.set_flush_denormal, False),
+        ):
+            _set(stack, get, put, value)
+        if _get_current_dispatch_mode_stack():
+            stack.enter_context(_disable_current_modes())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
+        yield
+
+
+def _set(stack: ExitStack, get: Callable[[], Any], put: Callable[[Any], Any], value: Any) -> None:
+    """Set a global of torch until the stack is closed."""
+    before = get()
+    if before != value:
+        stack.callback(put, before)
+        put(value)
+
+
+def _keep_generators(stack: ExitStack) -> None:
+    stack.callback(random.setstate, random.getstate())
+    stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002 (a user's module may draw from it)
+    stack.callback(torch.random.set_rng_state, torch.random.get_rng_state())
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+
+
+def _flushes_denormals() -> bool:
+    return bool((torch.tensor(_DENORMAL, dtype=torch.float32) * 1.0) == 0)
