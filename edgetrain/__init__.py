@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from edgetrain.threads import yield_cores_while_waiting
+
 if TYPE_CHECKING:
     from edgetrain.api import Run, append_cells, drop_cells, fit, open_run, report_runs, retrain_cells
 
 __all__ = ["Run", "append_cells", "drop_cells", "fit", "open_run", "report_runs", "retrain_cells"]
 __version__ = "0.1.0"
+
+yield_cores_while_waiting()
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+import edgetrain as edgetrain  # before torch, so that torch's threads do not spin while they wait
+
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))

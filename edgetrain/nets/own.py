@@ -27,7 +27,7 @@ from edgetrain.errors import InputError
 from edgetrain.keys import generator, seeded
 from edgetrain.nets.base import CellRecipe, Tie
 from edgetrain.nets.copying import cloned, named_tensors, on_meta
-from edgetrain.nets.trial import ROWS, Trial, attributes, copy_inputs_of, said, try_module
+from edgetrain.nets.trial import ROWS, Trial, attributes, check_memory, copy_inputs_of, said, try_module
 
 Build = Callable[[], Any]
 _FIRST_LAYERS = (nn.Embedding, nn.EmbeddingBag)
@@ -115,6 +115,7 @@ def cells(spec: str, build: Build, inputs: Inputs, seed: int) -> list[CellRecipe
         if iter(built) is built:
             return _generated(spec, partial(_called, spec, build), built, inputs, seed)
         modules = list(_checked(spec, built))
+        check_memory(nn.ModuleList(modules), f"net {spec!r}")
     return _kept(spec, modules, inputs, seed)
 
 
@@ -125,6 +126,7 @@ def given(spec: str, modules: Iterable[nn.Module], inputs: Inputs, seed: int) ->
         InputError: as ``cells``.
     """
     whole = nn.ModuleList(_checked(spec, modules))  # copied together, so that tied weights stay tied
+    check_memory(whole, f"net {spec!r}")
     try:
         copies = deepcopy(whole) if _is_lazy(whole) else cloned(whole)
     except Exception as error:
@@ -202,6 +204,7 @@ def _generated(
     tried: dict[Hashable, _Tried] = {}  # of modules that are alike
     for index, module in enumerate(_checked(spec, first)):
         name = _name(spec, index, module)
+        check_memory(module, name)
         if _is_lazy(module):
             raise InputError(f"{name} has lazy layers, which need a list of modules instead of a generator")
         kind = tuple(rows[0].shape), _signature(module), str(attributes(module))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 from edgetrain.errors import InputError
 from edgetrain.keys import derive
@@ -155,7 +156,15 @@ def _check_state(module: nn.Module, name: str) -> None:
                 f"{name}: {path or type(part).__name__} saves state by get_extra_state, which is not stored with a"
                 " cell; keep it in buffers (register_buffer)"
             )
-    ranges = [(key, _range(value)) for key, value in named_tensors(module) if value.numel()]
+
+
+def check_memory(module: nn.Module, name: str) -> None:
+    """Refuse two tensors in one memory: copies of them would no longer change together.
+
+    Raises:
+        InputError: there are such tensors.
+    """
+    ranges = [(key, _range(value)) for key, value in named_tensors(module) if not is_lazy(value) and value.numel()]
     for (one, a), (other, b) in combinations(ranges, 2):
         if a[0] == b[0] and a[1] < b[2] and b[1] < a[2]:
             raise InputError(
@@ -242,7 +251,7 @@ def _pass(module: nn.Module, x: Tensor, seed: int) -> _Pass:
     if not (out.requires_grad and wanted):
         return _Pass(out.detach(), None, [])
     weights = torch.linspace(-1, 2, out[0].numel()).view_as(out[0])
-    found = torch.autograd.grad((out * weights).sum(), wanted, allow_unused=True)
+    found = torch.autograd.grad((out.square() * weights).sum(), wanted, allow_unused=True)
     slopes = found[0] if given.requires_grad else None
     gradients = [value for value in found[len(wanted) - len(learned) :] if value is not None]
     return _Pass(out.detach(), slopes, gradients)
@@ -270,6 +279,8 @@ def _couples_batch(module: nn.Module, x: Tensor) -> bool:
 def _depends_on_size(module: nn.Module, a: Tensor, b: Tensor) -> bool:
     """Whether a batch of 4 differs from 2 + 2, with everything that draws random numbers switched off."""
     make = _deterministic(module, torch.cat([a, b]))
+    if make is None:
+        return False
     whole, parts = make(), make()
     try:
         one = _pass(whole, torch.cat([a, b]), _SEEDS[0])
@@ -284,8 +295,8 @@ def _depends_on_size(module: nn.Module, a: Tensor, b: Tensor) -> bool:
     return not all(_close(x, y, _ALIKE) for x, y in pairs)
 
 
-def _deterministic(module: nn.Module, x: Tensor) -> Callable[[], nn.Module]:
-    """Makes copies that draw no random numbers: in training mode, but for dropout, or else in evaluation mode."""
+def _deterministic(module: nn.Module, x: Tensor) -> Callable[[], nn.Module] | None:
+    """Makes copies that draw no random numbers: in training mode, without dropout, or in evaluation mode."""
 
     def training() -> nn.Module:
         return _copy(module, True)
@@ -297,11 +308,14 @@ def _deterministic(module: nn.Module, x: Tensor) -> Callable[[], nn.Module]:
                 part.training = False
         return copy
 
-    for make in (training, without_dropout):
+    def evaluating() -> nn.Module:
+        return _copy(module, False)
+
+    for make in (training, without_dropout, evaluating):
         one, other = (_pass(make(), x, seed).out for seed in _SEEDS)
         if torch.equal(one, other):
             return make
-    return lambda: _copy(module, False)
+    return None
 
 
 def _close(one: Tensor, other: Tensor, tolerance: dict[str, float]) -> bool:

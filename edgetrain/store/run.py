@@ -20,7 +20,7 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from edgetrain.errors import BusyError, CorruptError, InputError, StorageError
-from edgetrain.store.atomic import checksum, storage_errors, sync_file, sync_folder, write_bytes, write_text
+from edgetrain.store.atomic import checksum, storage_errors, sync_folder, write_bytes, write_text
 from edgetrain.store.journal import BEGINNING, Entry, Journal
 from edgetrain.store.tensors import FileEntry, join, move_durably, plain_name, read_tensors, write_plain, write_tensors
 
@@ -39,12 +39,12 @@ class Spilled:
 
 
 RECORD, MODEL = "record.json", "model.safetensors"
-_REPORT = "report.html"
-_RESULTS = (RECORD, MODEL, _REPORT)  # of a finished run
+REPORT = "report.html"
+_RESULTS = (RECORD, MODEL, REPORT)  # of a finished run
 _MEMBERS = ("config.toml", "journal.jsonl", "lock", *_RESULTS)
 TENSORBOARD = "tensorboard"
-_EDIT, _ADOPTED = "edit", "adopted"
-_FOLDERS = ("cells", "latents", "scratch", "figures", _EDIT, _ADOPTED, TENSORBOARD)
+EDIT, ADOPTED = "edit", "adopted"  # see ``store.edit``
+_FOLDERS = ("cells", "latents", "scratch", "figures", EDIT, ADOPTED, TENSORBOARD)
 Files = dict[str, dict[str, FileEntry]]  # by unit ("000", "readout"), then kind ("weights", "optim")
 
 
@@ -58,9 +58,6 @@ class RunFolder:
         self.peak_space = self._space = 0
         self._newest: tuple[int, Entry | None] | None = None  # with the size of the journal that it was read from
         self._lock = FileLock(path / "lock", timeout=0)  # may be taken again by who holds it
-        if (path / _ADOPTED).is_dir():  # a crash cut ``adopt`` short
-            with self.locked():
-                self._move_adopted()
 
     @property
     def latents(self) -> Path:
@@ -227,7 +224,7 @@ class RunFolder:
             else:
                 files[unit] = self._write_unit(unit, number, content)
             changed.append(unit)
-        self._append(number, files, entry)
+        self.append(number, files, entry)
         for unit in changed:
             self._remove(before.get(unit, {}))
         return files
@@ -244,80 +241,10 @@ class RunFolder:
                 files[unit][kind] = FileEntry(plain, file.checksum, file.size)
         with storage_errors(self.path / "cells"):
             sync_folder(self.path / "cells")
-            (self.path / _REPORT).unlink(missing_ok=True)  # it says that the run is unfinished
-        self._append(number, files, {**entry, "finished": True})
-        self._sweep(files)
+            (self.path / REPORT).unlink(missing_ok=True)  # it says that the run is unfinished
+        self.append(number, files, {**entry, "finished": True})
+        self.sweep(files)
         return files
-
-    def edit(self, units: Sequence[str], entry: Entry, config: str, net: Sequence[Any]) -> RunFolder:
-        """A run in a folder within this one that begins with some of this finished run's units.
-
-        This run stays as it is until ``adopt``. An edit of the same kind that was stopped is resumed.
-
-        Args:
-            units: to begin with; their files are linked, not copied, where the file system can.
-            entry: to remember in the journal line.
-            config: the edited run's ``config.toml``.
-            net: fingerprints of its cells.
-
-        Raises:
-            StorageError: the disk refused.
-        """
-        edit = RunFolder(self.path / _EDIT)
-        edit.home = self.path
-        kept = {unit: kinds for unit, kinds in self.files().items() if unit in units}
-        files = {unit: _as_entries(kinds) for unit, kinds in kept.items()}
-        begun = {"config": config, "net": list(net), "begins_with": files}
-        first = next(edit.journal.entries(), None)
-        if first == begun and edit.last() is not None:
-            return edit
-        history = [{"edit": old["edit"]} for old in self.journal.entries() if "edit" in old]
-        with storage_errors(edit.path):
-            shutil.rmtree(edit.path, ignore_errors=True)
-            (edit.path / "cells").mkdir(parents=True)
-            for file in (file for kinds in kept.values() for file in kinds.values()):
-                _link(self.cell_path(file), edit.path / "cells" / file.name)
-            sync_folder(edit.path / "cells")
-        for each in (begun, *history):
-            edit.journal.append(each)
-        write_text(edit.path / "config.toml", config)
-        edit._append(self.commits() + 1, kept, entry)
-        return edit
-
-    def has_edit(self) -> bool:
-        """Whether an unfinished edit is in this folder."""
-        return (self.path / _EDIT).is_dir()
-
-    def discard_edit(self) -> None:
-        """Remove an edit that was begun in this folder."""
-        shutil.rmtree(self.path / _EDIT, ignore_errors=True)
-
-    def adopt(self) -> None:
-        """Let the finished run of ``edit`` take the place of this one; a crash in between is made good later.
-
-        Raises:
-            StorageError: the disk refused.
-        """
-        with storage_errors(self.path):
-            (self.path / _EDIT).rename(self.path / _ADOPTED)  # from here on the edited run counts
-            sync_folder(self.path)
-        self._move_adopted()
-
-    def _move_adopted(self) -> None:
-        """Move what is left of an adopted run to its place, the journal last."""
-        source = self.path / _ADOPTED
-        with storage_errors(self.path):
-            for path in sorted((source / "cells").glob("*")):
-                path.replace(self.path / "cells" / path.name)
-            for name in ("config.toml", MODEL, RECORD, "journal.jsonl"):
-                if (source / name).exists():
-                    (source / name).replace(self.path / name)
-            (self.path / _REPORT).unlink(missing_ok=True)  # it shows the run before
-            sync_folder(self.path / "cells")
-            sync_folder(self.path)
-        self._newest = None
-        self._sweep(self.files())
-        shutil.rmtree(source, ignore_errors=True)
 
     def last(self) -> Entry | None:
         """The newest commit's entry, or ``None``."""
@@ -513,11 +440,12 @@ class RunFolder:
         if path.exists():
             self.space(-path.stat().st_size)
 
-    def _append(self, number: int, files: Files, entry: Entry) -> None:
-        plain = {unit: _as_entries(kinds) for unit, kinds in files.items()}
+    def append(self, number: int, files: Files, entry: Entry) -> None:
+        """Make an entry durable that names the files of all units."""
+        plain = {unit: as_entries(kinds) for unit, kinds in files.items()}
         self.journal.append({**entry, "commit": number, "files": plain})
 
-    def _sweep(self, files: Files) -> None:
+    def sweep(self, files: Files) -> None:
         """Remove files of cells that the run no longer has."""
         known = {file.name for kinds in files.values() for file in kinds.values()}
         with storage_errors(self.path / "cells"):
@@ -533,18 +461,9 @@ class RunFolder:
             self.space(-file.size)
 
 
-def _as_entries(kinds: Mapping[str, FileEntry]) -> dict[str, Any]:
+def as_entries(kinds: Mapping[str, FileEntry]) -> dict[str, Any]:
     """A unit's files as the journal has them."""
     return {kind: asdict(file) for kind, file in kinds.items()}
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name, or a copy where the file system has no links."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
-        sync_file(target)
 
 
 def size_of(folder: Path) -> int:
@@ -560,11 +479,11 @@ def _is_bare(member: Path) -> bool:
 
 
 def _by_kind(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """A unit's tensors file by file; kinds without tensors are left out."""
+    """A unit's tensors file by file; there is always one of weights, if only an empty one."""
     optimizer = {name: value for name, value in tensors.items() if name.startswith("optim.")}
     weights = {name: value for name, value in tensors.items() if name not in optimizer}
     for kind, group in (("weights", weights), ("optim", optimizer)):
-        if group:
+        if group or kind == "weights":
             yield kind, group
 
 

@@ -22,6 +22,8 @@ from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import require_fit
 from edgetrain.planning.schedule import Visit, frontier_before
 from edgetrain.record import CellRecord, RunRecord
+from edgetrain.store import edit
+from edgetrain.store.edit import open_folder
 from edgetrain.store.journal import Entry
 from edgetrain.store.run import RunFolder, size_of
 from edgetrain.training.commits import INPUTS
@@ -56,7 +58,7 @@ class CellState:
 
 def list_cells(run: Run) -> list[CellState]:
     """The cells of a finished run, each file read and compared with its checksum."""
-    folder, found = RunFolder(run.path), []
+    folder, found = open_folder(run.path), []
     files = folder.files()
     for index, record in enumerate(run.record.cells):
         state = "ok" if _unit(index) in files else "not in the journal"
@@ -195,7 +197,7 @@ class _Edit:
             raise InputError(f"{path}: this run's net is your own code; name it again (--net path/to/net.py:function)")
         if data is None and self.before.settings.data == ARRAYS:
             raise InputError(f"{path}: was trained on arrays in memory; give them again, in Python")
-        folder, looking = RunFolder(path), watcher or Silent()
+        folder, looking = open_folder(path), watcher or Silent()
         with process_state(self.settings):
             job = open_job(self._within_disk(self._separate(), path), net, data)
             self._check(job, folder)
@@ -214,15 +216,15 @@ class _Edit:
         config, net = as_planned(job, plan).to_toml(), fingerprints(job.work.nodes)
         units = [INPUTS, *map(_unit, range(self.kept))]
         try:
-            carry_out(job, plan, folder.edit(units, self._entry(job, plan, folder), config, net), watcher)
+            carry_out(job, plan, edit.begin(folder, units, self._entry(job, plan, folder), config, net), watcher)
         except BaseException as error:
             if isinstance(error, (CorruptError, DivergedError, InputError)):  # these would come again
-                folder.discard_edit()
+                edit.discard(folder)
                 watcher.note(f"{folder.path} is as it was before")
             else:
                 watcher.note(f"{folder.path} is as it was before; repeat the command to continue")
             raise
-        folder.adopt()
+        edit.adopt(folder)
 
     def _within_disk(self, settings: Settings, path: Path) -> Settings:
         """Settings with the disk that is left beside the finished run, whose files stay until the edit is done."""

@@ -27,6 +27,7 @@ from edgetrain.memory import device as devices
 from edgetrain.memory.meter import Meter, meter_of
 from edgetrain.objectives.base import Node, Objective
 from edgetrain.record import RunRecord, parsed
+from edgetrain.store.edit import open_folder
 from edgetrain.store.run import Files, RunFolder
 from edgetrain.stream.cell import LiveCell, OptimizerRecipe, State
 from edgetrain.stream.latents import FileLatents
@@ -257,7 +258,7 @@ def settings_of(path: Path) -> Settings:
         InputError: there is no run.
         CorruptError: the journal is damaged.
     """
-    config = RunFolder(path).config()
+    config = open_folder(path).config()
     if config is None:
         raise InputError(f"{path}: holds no run")
     return Settings().with_values(parse_profile(config, path / "config.toml"))
@@ -270,7 +271,7 @@ def read_record(path: Path) -> tuple[RunRecord, Shape]:
         InputError: the folder holds no finished run.
         CorruptError: the record is damaged.
     """
-    return parse_record(RunFolder(path).read_record(), path)
+    return parse_record(open_folder(path).read_record(), path)
 
 
 def parse_record(text: str, path: Path) -> tuple[RunRecord, Shape]:

@@ -32,6 +32,7 @@ from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import backprop_peak, require_fit
 from edgetrain.planning.words import choices_in_words
 from edgetrain.record import MemorySeries, RunRecord
+from edgetrain.store.edit import is_pending, open_folder
 from edgetrain.store.run import RunFolder, size_of
 from edgetrain.stream.latents import FileLatents
 from edgetrain.training.commits import working_files
@@ -78,7 +79,7 @@ def fit(
         DivergedError: a loss is not finite.
         Stopped: by a signal or the time limit; what was done is committed.
     """
-    folder, watcher = RunFolder(path), watcher or Silent()
+    folder, watcher = open_folder(path), watcher or Silent()
     if _check_folder(folder, resume, force) and folder.is_finished():
         return _as_it_is(folder, settings, net, watcher)
     with process_state(settings):
@@ -109,7 +110,7 @@ def fit(
 
 def _as_it_is(folder: RunFolder, settings: Settings, net: Any, watcher: Watcher) -> Run:
     watcher.note(f"{folder.path}: this run is finished")
-    if folder.has_edit():
+    if is_pending(folder):
         watcher.note(f"{folder.path}: an unfinished edit is kept; repeat the cells command to continue it")
     named = settings.net if net is None and ".py:" in (settings.net or "") else net  # the caller named its code
     return Run.open(folder.path, named)
@@ -126,7 +127,7 @@ def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> S
     Raises:
         InputError: something was stated that would change the run.
     """
-    config = RunFolder(path).config()
+    config = open_folder(path).config()
     if config is None:
         return settings
     kept = Settings().with_values(parse_profile(config, path / "config.toml"))
@@ -142,7 +143,8 @@ def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> S
                 f"{path}: was begun with {name} = {getattr(kept, name)!r}, not {value!r}; resume it without"
                 f" --{name.replace('_', '-')}, or start another run"
             )
-    return replace(kept, **{name: getattr(settings, name) for name in given if name in _FREE_ON_RESUME})
+    taken = [name for name in given if name in _FREE_ON_RESUME or (name == "net" and _is_own(kept.net))]
+    return replace(kept, **{name: getattr(settings, name) for name in taken})
 
 
 def _is_own(net: str | None) -> bool:

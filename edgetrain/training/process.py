@@ -74,4 +74,4 @@ def _keep_generators(stack: ExitStack) -> None:
 
 
 def _flushes_denormals() -> bool:
-    return bool((torch.tensor(_DENORMAL, dtype=torch.float32) * 1.0) == 0)
+    return bool((torch.tensor(_DENORMAL, dtype=torch.float32, device="cpu") * 1.0) == 0)

@@ -1,0 +1,111 @@
+"""A change to a finished run, made in a folder within the run's, so that a failed edit leaves the run as it was.
+
+``RUN/edit/`` is a whole run folder that begins with some of the finished run's cells. When it is finished it is
+renamed to ``RUN/adopted/``: from that moment it counts, and its files are moved to where the old ones are, the
+journal last. A crash in between is made good by the next process that opens the run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgetrain.store.atomic import storage_errors, sync_file, sync_folder, write_text
+from edgetrain.store.journal import Entry
+from edgetrain.store.run import ADOPTED, EDIT, MODEL, RECORD, REPORT, RunFolder, as_entries
+
+
+def open_folder(path: Path) -> RunFolder:
+    """The folder of a run, in which an interrupted ``adopt`` is finished first.
+
+    Raises:
+        BusyError: another process works in it.
+        StorageError: the disk refused.
+    """
+    folder = RunFolder(path)
+    if (path / ADOPTED).is_dir():
+        with folder.locked():
+            _move_adopted(folder)
+    return folder
+
+
+def begin(folder: RunFolder, units: Sequence[str], entry: Entry, config: str, net: Sequence[Any]) -> RunFolder:
+    """The folder of an edit; one that was begun in the same way and then stopped is resumed.
+
+    Args:
+        folder: of the finished run.
+        units: to begin with; their files are linked, not copied, where the file system can.
+        entry: to remember in the journal line.
+        config: the edited run's ``config.toml``.
+        net: fingerprints of its cells.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    edit = RunFolder(folder.path / EDIT)
+    edit.home = folder.path
+    kept = {unit: kinds for unit, kinds in folder.files().items() if unit in units}
+    files = {unit: as_entries(kinds) for unit, kinds in kept.items()}
+    begun = {"config": config, "net": list(net), "begins_with": files}
+    if next(edit.journal.entries(), None) == begun and edit.last() is not None:
+        return edit
+    with storage_errors(edit.path):
+        shutil.rmtree(edit.path, ignore_errors=True)
+        (edit.path / "cells").mkdir(parents=True)
+        for file in (file for kinds in kept.values() for file in kinds.values()):
+            _link(folder.cell_path(file), edit.path / "cells" / file.name)
+        sync_folder(edit.path / "cells")
+    history = [{"edit": old["edit"]} for old in folder.journal.entries() if "edit" in old]
+    for each in (begun, *history):
+        edit.journal.append(each)
+    write_text(edit.path / "config.toml", config)
+    edit.append(folder.commits() + 1, kept, entry)
+    return edit
+
+
+def is_pending(folder: RunFolder) -> bool:
+    """Whether a run folder holds an edit that is not finished."""
+    return (folder.path / EDIT).is_dir()
+
+
+def discard(folder: RunFolder) -> None:
+    """Remove an edit that is not finished."""
+    shutil.rmtree(folder.path / EDIT, ignore_errors=True)
+
+
+def adopt(folder: RunFolder) -> None:
+    """Let a finished edit take the place of the run.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    with storage_errors(folder.path):
+        (folder.path / EDIT).rename(folder.path / ADOPTED)  # from here on the edited run counts
+        sync_folder(folder.path)
+    _move_adopted(folder)
+
+
+def _move_adopted(folder: RunFolder) -> None:
+    source, target = folder.path / ADOPTED, folder.path
+    with storage_errors(target):
+        for path in sorted((source / "cells").glob("*")):
+            path.replace(target / "cells" / path.name)
+        for name in ("config.toml", MODEL, RECORD, "journal.jsonl"):
+            if (source / name).exists():
+                (source / name).replace(target / name)
+        (target / REPORT).unlink(missing_ok=True)  # it shows the run before
+        sync_folder(target / "cells")
+        sync_folder(target)
+    folder.sweep(RunFolder(target).files())
+    shutil.rmtree(source, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the file system has no links."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync_file(target)
