@@ -16,11 +16,12 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import edgetrain  # isort: skip (before torch, whose threads would otherwise spin while they wait)
+
 import numpy as np
 import torch
 from reporting import publish
 
-import edgetrain
 from edgetrain.keys import epoch_order
 
 INPUTS, CLASSES, WIDTH, EPOCHS = 784, 10, 1000, 2
