@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-#: Rows [N, *shape] (uint8 pixels, float32 values, or token ids in int32 or int64) and their labels [N],
+#: Rows [N, *shape] (uint8 pixels, float32 images, tables in any real dtype, or integer token ids) and labels [N],
 #: int64; ``None``: no labels.
 Chunk = tuple[NDArray[Any], "NDArray[Any] | None"]
 
@@ -37,7 +37,7 @@ class DataSet:
         shape: of one sample: ``(channels, height, width)`` for images, ``(features,)`` for tables,
             ``(length,)`` for texts.
         pixel_max: the greatest pixel value if chunks are uint8 (a value is then byte / pixel_max);
-            ``None`` if chunks are float32 or token ids.
+            ``None`` for all others.
         table: whether the columns are measurements in units of their own, to be scaled column by column.
         classes: number of classes; labels are 0..classes-1.
         train: the training rows; ``None`` where the source has rows to predict on only.

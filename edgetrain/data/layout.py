@@ -44,11 +44,13 @@ class Layout:
     channels_last: bool
 
     def arrange(self, raw: NDArray[Any]) -> NDArray[Any]:
-        """Raw rows [n, ...] as samples [n, *shape], uint8 for pixels and float32 otherwise."""
+        """Raw rows [n, ...] as samples [n, *shape]: uint8 pixels, float32 images; tables keep their dtype."""
         if self.channels_last:
             raw = raw.transpose(0, 3, 1, 2)  # [n, H, W, C] -> [n, C, H, W]
-        if self.pixel_max is None:
-            with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which is refused
+        with np.errstate(over="ignore"):  # too large for the narrower dtype becomes infinity, which is refused
+            if self.table:
+                raw = raw.astype(np.float64 if raw.dtype.itemsize > 8 else raw.dtype.newbyteorder("="), copy=False)
+            elif self.pixel_max is None:
                 raw = raw.astype(np.float32, copy=False)
         return np.ascontiguousarray(raw).reshape(len(raw), *self.shape)
 
@@ -87,7 +89,7 @@ def check_finite(values: NDArray[Any], first: int, where: str) -> None:
     column = int(np.flatnonzero(~np.isfinite(flat[row]))[0])
     raise InputError(
         f"{where}: row {first + row} holds {flat[row, column]} at position {column}, expected numbers "
-        "that are finite in float32; remove or fill such rows"
+        f"that are finite in {values.dtype}; remove or fill such rows"
     )
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,35 +19,43 @@ import torch
 from numpy.typing import NDArray
 
 from edgetrain.data.base import Chunk, DataSet, Part
+from edgetrain.data.chunks import rows_per_chunk
 from edgetrain.data.layout import check_finite, check_ids
 from edgetrain.errors import CorruptError, EdgetrainError
 from edgetrain.store.atomic import storage_errors
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.rows import RowFormat
 
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_FLOAT32_MAX, _FLOAT64_MAX = float(np.finfo(np.float32).max), float(np.finfo(np.float64).max)
+_SQUARABLE = 2.0**-500, 2.0**500  # magnitudes whose squares stay within float64
+_MOST_TERMS = 1000  # rounding errors of longer sums are not counted as noise
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How a table's columns are brought to a common scale: value = (raw - shift) * scale.
+    """Brings columns to a common scale: value = (raw - shift - rest) * scale, computed in float64.
 
     Attributes:
-        shift: float32 [features].
-        scale: float32 [features].
+        shift: float64 [features].
+        scale: float64 [features].
         clip: whether values are then kept within 0..1: ``unit`` scaling promises that range also for
             rows that go beyond the training rows.
+        rest: float64 [features], the rounding error of ``shift``, which counts for integers beyond 2**53.
     """
 
-    shift: NDArray[np.float32]
-    scale: NDArray[np.float32]
+    shift: NDArray[np.float64]
+    scale: NDArray[np.float64]
     clip: bool = False
+    rest: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
 
     def apply(self, raw: NDArray[Any]) -> NDArray[np.float32]:
-        """Scaled rows [n, features], float32."""
-        values = (raw.astype(np.float64) - self.shift) * self.scale
+        """Scaled rows [n, features], float32, of rows of any real dtype."""
+        scaled = np.empty(raw.shape, np.float32)
         least, most = (0.0, 1.0) if self.clip else (-_FLOAT32_MAX, _FLOAT32_MAX)
-        return np.clip(values, least, most).astype(np.float32)
+        for part in _parts(raw):
+            values = (_widened(raw[part]) - self.shift - self.rest) * self.scale
+            scaled[part] = np.clip(values, least, most)
+        return scaled
 
 
 @dataclass(frozen=True)
@@ -71,24 +80,28 @@ class Prepared:
 
 
 def measure_scaling(part: Part, kind: Literal["standard", "unit"]) -> Scaling:
-    """The scaling that the training rows of a table ask for, found in one pass in float64.
+    """The scaling of a table, measured on its training rows in one pass.
 
-    ``standard`` gives mean 0 and (population) deviation 1, ``unit`` brings the least..greatest value
-    to 0..1 and clips rows beyond that. A constant column becomes 0 (its scale is 1).
+    ``standard`` gives mean 0 and (population) deviation 1; ``unit`` brings the least..greatest value
+    to 0..1 and clips rows beyond that. A constant column becomes 0 (its scale is 1), and so does one whose
+    deviation is only rounding error.
 
     Raises:
         InputError: a value is not finite.
     """
     moments = _Moments()
     for values, _ in _checked_chunks(part):
-        moments.add(values.reshape(len(values), -1).astype(np.float64))
-    constant = moments.least == moments.greatest
+        for rows in _parts(values):
+            moments.add(values[rows])
+    constant = moments.constant
     if kind == "unit":
-        shift, spread = moments.least, moments.greatest - moments.least
+        base, offset, spread = moments.least, np.zeros(1), moments.greatest - moments.least
     else:
-        shift, spread = np.where(constant, moments.least, moments.mean), moments.deviation
-    scale = np.minimum(1.0 / np.where(constant, 1.0, spread), _FLOAT32_MAX)
-    return Scaling(shift.astype(np.float32), scale.astype(np.float32), clip=kind == "unit")
+        base, offset, spread = moments.origin, np.where(constant, 0, moments.centred), moments.deviation
+    shift = (base + offset).astype(np.float64)
+    rest = (base - shift + offset).astype(np.float64)
+    scale = np.minimum(1 / np.where(constant, 1, spread), _FLOAT64_MAX)
+    return Scaling(shift, scale.astype(np.float64), kind == "unit", rest)
 
 
 def prepare(data: DataSet, part: Part, folder: Path, name: str, scaling: Scaling | None) -> Prepared:
@@ -178,29 +191,64 @@ def _tensor(values: NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(np.require(values, requirements=["C", "W"]))
 
 
+def _parts(values: NDArray[Any]) -> Iterator[slice]:
+    """Ranges of rows that take a few MiB in float64."""
+    step = rows_per_chunk(8 * prod(values.shape[1:]), "rows")
+    return (slice(first, first + step) for first in range(0, len(values), step))
+
+
+def _widened(values: NDArray[Any]) -> NDArray[Any]:
+    """Rows [n, features] in float64, or in long doubles where float64 would round integers or squares overflow."""
+    if values.dtype.kind in "iu" and values.dtype.itemsize == 8:
+        return values.astype(np.longdouble)
+    wide = values.astype(np.float64, copy=False)
+    magnitude = np.abs(wide).max(axis=0)
+    least, most = _SQUARABLE
+    extreme = (magnitude > most) | ((magnitude < least) & (magnitude > 0))
+    return wide.astype(np.longdouble) if extreme.any() else wide
+
+
 class _Moments:
-    """Mean, squared deviations and range of columns, chunk by chunk (Chan, Golub and LeVeque, 1979)."""
+    """Mean, squared deviations and range of columns, chunk by chunk (Chan, Golub and LeVeque, 1979).
+
+    Values are centred on the first row, so that a mean that is large beside the deviation costs no digits.
+    """
 
     def __init__(self) -> None:
         self.rows = 0
-        self.mean: NDArray[np.float64] = np.zeros(1)
-        self.squares: NDArray[np.float64] = np.zeros(1)
-        self.least: NDArray[np.float64] = np.full(1, np.inf)
-        self.greatest: NDArray[np.float64] = np.full(1, -np.inf)
+        self.exact = True  # only integers so far
+        self.origin: NDArray[Any] = np.zeros(1)
+        self.centred: NDArray[Any] = np.zeros(1)  # mean of values - origin
+        self.squares: NDArray[Any] = np.zeros(1)
+        self.least: NDArray[Any] = np.full(1, np.inf)
+        self.greatest: NDArray[Any] = np.full(1, -np.inf)
 
-    def add(self, values: NDArray[np.float64]) -> None:
+    def add(self, raw: NDArray[Any]) -> None:
         """Take in rows [n, features]."""
-        rows = self.rows + len(values)
-        mean = values.mean(axis=0)
-        gap = mean - self.mean
-        squares = np.square(values - mean).sum(axis=0)
-        self.squares = self.squares + squares + gap**2 * (self.rows * len(values) / rows)
-        self.mean = self.mean + gap * (len(values) / rows)
+        values = _widened(raw)
+        if not self.rows:
+            self.origin = values[0]
+        self.exact = self.exact and raw.dtype.kind in "biu"
         self.least = np.minimum(self.least, values.min(axis=0))
         self.greatest = np.maximum(self.greatest, values.max(axis=0))
+        rows = self.rows + len(values)
+        values = values - self.origin
+        mean = values.mean(axis=0)
+        gap = mean - self.centred
+        squares = np.square(values - mean).sum(axis=0)
+        self.squares = self.squares + squares + gap**2 * (self.rows * len(values) / rows)
+        self.centred = self.centred + gap * (len(values) / rows)
         self.rows = rows
 
     @property
-    def deviation(self) -> NDArray[np.float64]:
+    def deviation(self) -> NDArray[Any]:
         """The population's standard deviation of each column, [features]."""
-        return np.asarray(np.sqrt(self.squares / max(self.rows, 1)), np.float64)
+        return np.asarray(np.sqrt(self.squares / max(self.rows, 1)))
+
+    @property
+    def constant(self) -> NDArray[np.bool_]:
+        """Which columns do not vary, or by no more than rounding (scikit-learn's bound for ``StandardScaler``)."""
+        same: NDArray[np.bool_] = self.least == self.greatest
+        mean = np.abs(self.origin + self.centred)
+        noise = min(self.rows, _MOST_TERMS) * np.finfo(np.float64).eps * mean
+        return same if self.exact else same | (self.deviation <= noise)

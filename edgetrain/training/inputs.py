@@ -90,6 +90,7 @@ def pack(scaling: Scaling | None) -> dict[str, torch.Tensor]:
     return {
         "shift": torch.from_numpy(scaling.shift),
         "scale": torch.from_numpy(scaling.scale),
+        "rest": torch.from_numpy(scaling.rest),
         "clip": torch.tensor([scaling.clip], dtype=torch.uint8),
     }
 
@@ -98,5 +99,5 @@ def unpack(tensors: dict[str, torch.Tensor]) -> Scaling | None:
     """The inverse of ``pack``."""
     if not tensors:
         return None
-    shift, scale = (np.asarray(tensors[name].numpy(), np.float32) for name in ("shift", "scale"))
-    return Scaling(shift, scale, bool(tensors["clip"].item()))
+    found = {name: tensors[name].numpy().astype(np.float64) for name in ("shift", "scale", "rest") if name in tensors}
+    return Scaling(**found, clip=bool(tensors["clip"].item()))

@@ -41,7 +41,7 @@ def test_dtype_and_dims_say_what_rows_are(monkeypatch, inputs, shape, table, ord
         x, y = rows_of(data.train)
     assert (data.shape, data.table, data.classes) == (shape, table, 2)
     assert data.pixel_max == (255.0 if inputs.dtype == np.uint8 else None)
-    assert x.dtype == (np.uint8 if inputs.dtype == np.uint8 else np.float32)
+    assert x.dtype == (inputs.dtype.newbyteorder("=") if table or inputs.dtype == np.uint8 else np.float32)
     expected = inputs if order is None else inputs.transpose(order)
     assert np.array_equal(x, expected.reshape(10, *shape).astype(x.dtype))
     assert np.array_equal(y, cycle(10, 2))
@@ -68,10 +68,19 @@ def test_arrays_that_are_no_rows_are_refused(inputs, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
-def test_value_that_is_not_finite_names_the_row(monkeypatch, value):
-    inputs = floats(50, 4, dtype=np.float64)
-    inputs[37, 2] = value
+@pytest.mark.parametrize(
+    ("value", "dims", "dtype"),
+    [
+        (np.nan, (50, 4), np.float64),
+        (np.inf, (50, 4), np.float64),
+        (-np.inf, (50, 4), np.float64),
+        (np.inf, (50, 4), np.float16),
+        (1e300, (50, 2, 2), np.float64),  # images are read as float32, tables as they are
+    ],
+)
+def test_value_that_is_not_finite_names_the_row(monkeypatch, value, dims, dtype):
+    inputs = floats(*dims, dtype=dtype)
+    inputs.reshape(50, 4)[37, 2] = value
     with (
         small_chunks(monkeypatch, 300),
         pytest.raises(InputError, match=r"x_train: row 37 holds .* position 2"),

@@ -51,7 +51,7 @@ def test_breast_cancer_is_a_table():
         2,
     )
     assert (data.train.rows, data.test.rows) == (455, 114)
-    assert x.dtype == np.float32
+    assert x.dtype == np.float64
     assert abs(y.mean() - rows_of(data.test)[1].mean()) < 0.01
     assert data.names == ("malignant", "benign")
 
