@@ -30,6 +30,6 @@ def command(profile: str | None, as_json: bool, **flags: Any) -> None:
     bp = backprop_peak(job.work, list(job.net.cells), job.net.options)
     times = times_of(job, plan)
     if as_json:
-        click.echo(json.dumps(plan.as_dict(bp, times)))
+        click.echo(json.dumps({"data": job.input, **plan.as_dict(bp, times)}))
     else:
-        show_plan(plan, bp, times)
+        show_plan(plan, bp, times, job.input)

@@ -6,7 +6,7 @@ as float32, a table's columns scaled on the way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgetrain.data.base import Chunk, DataSet, Part
 from edgetrain.data.chunks import rows_per_chunk
-from edgetrain.data.layout import check_finite, check_ids
+from edgetrain.data.layout import check_finite, check_ids, check_pixels
 from edgetrain.errors import CorruptError, EdgetrainError
 from edgetrain.store.atomic import storage_errors
 from edgetrain.store.latents import LatentFile
@@ -33,14 +33,14 @@ _MOST_TERMS = 1000  # rounding errors of longer sums are not counted as noise
 
 @dataclass(frozen=True)
 class Scaling:
-    """Brings columns to a common scale: value = (raw - shift - rest) * scale, computed in float64.
+    """Brings columns, or a signal's channels, to a common scale: value = (raw - shift - rest) * scale in float64.
 
     Attributes:
-        shift: float64 [features].
-        scale: float64 [features].
+        shift: float64 [features], or [channels, 1] for signals.
+        scale: likewise.
         clip: whether values are then kept within 0..1: ``unit`` scaling promises that range also for
             rows that go beyond the training rows.
-        rest: float64 [features], the rounding error of ``shift``, which counts for integers beyond 2**53.
+        rest: likewise, the rounding error of ``shift``, which counts for integers beyond 2**53.
     """
 
     shift: NDArray[np.float64]
@@ -80,7 +80,7 @@ class Prepared:
 
 
 def measure_scaling(part: Part, kind: Literal["standard", "unit"]) -> Scaling:
-    """The scaling of a table, measured on its training rows in one pass.
+    """The scaling of a table's columns or a signal's channels, measured on the training rows in one pass.
 
     ``standard`` gives mean 0 and (population) deviation 1; ``unit`` brings the least..greatest value
     to 0..1 and clips rows beyond that. A constant column becomes 0 (its scale is 1), and so does one whose
@@ -89,19 +89,21 @@ def measure_scaling(part: Part, kind: Literal["standard", "unit"]) -> Scaling:
     Raises:
         InputError: a value is not finite.
     """
-    moments = _Moments()
+    moments, trailing = _Moments(), 0
     for values, _ in _checked_chunks(part):
+        trailing = values.ndim - 2
         for rows in _parts(values):
-            moments.add(values[rows])
+            moments.add(np.moveaxis(values[rows], 1, -1).reshape(-1, values.shape[1]))
     constant = moments.constant
     if kind == "unit":
         base, offset, spread = moments.least, np.zeros(1), moments.greatest - moments.least
     else:
         base, offset, spread = moments.origin, np.where(constant, 0, moments.centred), moments.deviation
     shift = (base + offset).astype(np.float64)
-    rest = (base - shift + offset).astype(np.float64)
+    rest = base - shift + offset
     scale = np.minimum(1 / np.where(constant, 1, spread), _FLOAT64_MAX)
-    return Scaling(shift, scale.astype(np.float64), kind == "unit", rest)
+    shift, scale, rest = (term.astype(np.float64).reshape(-1, *[1] * trailing) for term in (shift, scale, rest))
+    return Scaling(shift, scale, kind == "unit", rest)
 
 
 def prepare(data: DataSet, part: Part, folder: Path, name: str, scaling: Scaling | None) -> Prepared:
@@ -127,7 +129,7 @@ def prepare(data: DataSet, part: Part, folder: Path, name: str, scaling: Scaling
     x = LatentFile(folder / f"{name}.x.rows", part.rows, _input_format(data))
     y = LatentFile(folder / f"{name}.y.rows", part.rows, RowFormat((), "int64"))
     try:
-        labelled = _write_rows(_known_ids(data, part), x.allocate(), y, scaling)
+        labelled = _write_rows(_with_checks(data, part), x.allocate(), y, scaling)
     except BaseException:
         for file in (x, y):
             with suppress(EdgetrainError):  # a disk that refuses even that must not hide the cause
@@ -144,16 +146,19 @@ def _input_format(data: DataSet) -> RowFormat:
     return RowFormat(data.shape, "pixels", data.pixel_max)
 
 
-def _known_ids(data: DataSet, part: Part) -> Part:
-    """The part, its token ids checked on the way: one that is too large would end a run on a GPU without a word."""
-    vocabulary = data.vocabulary
-    return part if vocabulary is None else replace(part, chunks=partial(_checked_ids, part, vocabulary))
+def _with_checks(data: DataSet, part: Part) -> Part:
+    """The part, checked on the way: an id beyond the vocabulary would end a run on a GPU without a word."""
+    if data.vocabulary is not None:
+        return replace(part, chunks=partial(_checked, part, check_ids, data.vocabulary))
+    if data.pixel_max is not None:
+        return replace(part, chunks=partial(_checked, part, check_pixels, data.pixel_max))
+    return part
 
 
-def _checked_ids(part: Part, vocabulary: int) -> Iterator[Chunk]:
+def _checked(part: Part, check: Callable[[NDArray[Any], Any, int, str], None], limit: float) -> Iterator[Chunk]:
     first = 0
     for values, labels in part.chunks():
-        check_ids(values, vocabulary, first, part.where)
+        check(values, limit, first, part.where)
         first += len(values)
         yield values, labels
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from itertools import islice
@@ -152,7 +153,10 @@ def _said(error: Exception) -> str:
 def _run(spec: str, index: int, module: nn.Module, x: torch.Tensor) -> tuple[int, ...]:
     """Shape of the module's output for one sample of ``x``, [2, *in_shape]."""
     try:
-        out = module(x)
+        with _embeddings_checked(spec, module, x) if index == 0 else nullcontext():
+            out = module(x)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"net {spec!r}: module {index} ({type(module).__name__}) does not take rows of shape"
@@ -166,6 +170,26 @@ def _run(spec: str, index: int, module: nn.Module, x: torch.Tensor) -> tuple[int
             f" it gave {_dtype(out)} for rows of {_dtype(x)}"
         )
     return tuple(out.shape[1:])
+
+
+@contextmanager
+def _embeddings_checked(spec: str, module: nn.Module, x: torch.Tensor) -> Iterator[None]:
+    """Refuse an embedding of rows ``x`` that are not token ids: as indices they mean nothing."""
+
+    def check(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if x.is_floating_point() and inputs and inputs[0].numel() == x.numel():
+            raise InputError(
+                f"net {spec!r}: its {type(layer).__name__} takes token ids, but the rows are numbers of shape"
+                f" {tuple(x.shape[1:])}; state --input tokens if they are ids"
+            )
+
+    embeddings = [part for part in module.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag))]
+    hooks = [part.register_forward_pre_hook(check) for part in embeddings]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _dtype(x: torch.Tensor) -> str:

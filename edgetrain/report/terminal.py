@@ -75,7 +75,7 @@ class PlainWatcher:
 
     def planned(self, plan: Plan, record: RunRecord) -> None:
         """See ``Watcher``."""
-        print(_headline(plan, record), file=sys.stderr)
+        print(f"{_headline(plan, record)}\ndata: {record.input}", file=sys.stderr)
 
     def note(self, text: str) -> None:
         """See ``Watcher``."""
@@ -126,7 +126,7 @@ class LiveWatcher:
 
     def planned(self, plan: Plan, record: RunRecord) -> None:
         """See ``Watcher``."""
-        self._console.print(_headline(plan, record), highlight=False)
+        self._console.print(f"{_headline(plan, record)}\ndata: {record.input}", highlight=False)
         self._run = self._bars.add_task("run", figures="", total=1.0)
         self._epoch = self._bars.add_task("preparing the data", figures="", total=None)
 
@@ -193,8 +193,8 @@ def _energy_in_words(record: RunRecord) -> str:
     return f"energy {record.energy_j:.4g} J, {each} ({record.energy_source})"
 
 
-def show_plan(plan: Plan, bp_peak: int, times: Sequence[VisitTime] | None) -> None:
-    """A plan, on stdout."""
+def show_plan(plan: Plan, bp_peak: int, times: Sequence[VisitTime] | None, data: str) -> None:
+    """A plan, on stdout, and how the ``data`` were read."""
     console = _stdout()
     names = ["cell", "parameters", "micro-batch", "tiles", "peak", "latents on disk", *(["time"] if times else [])]
     table = Table(*names, box=None, header_style="bold")
@@ -204,7 +204,7 @@ def show_plan(plan: Plan, bp_peak: int, times: Sequence[VisitTime] | None) -> No
     for cell, run in groupby(zip(plan.visits, each, strict=True), key=itemgetter(0)):
         table.add_row(*_plan_row(cell, [time for _, time in run]))
     console.print(table)
-    for line in plan_in_words(plan, bp_peak, times):
+    for line in (f"Data: {data}.", *plan_in_words(plan, bp_peak, times)):
         console.print(line, soft_wrap=True)
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from edgetrain.config import Settings, parse_profile
 from edgetrain.data.arrays import from_rows
 from edgetrain.data.base import DataSet, Part
+from edgetrain.data.layout import Reading
 from edgetrain.data.prepare import prepare
 from edgetrain.data.specs import open_data, open_rows
 from edgetrain.errors import CorruptError, EdgetrainWarning, InputError
@@ -32,7 +33,7 @@ from edgetrain.stream.cell import LiveCell, OptimizerRecipe, State
 from edgetrain.stream.latents import FileLatents
 from edgetrain.training.commits import INPUTS, READOUT
 from edgetrain.training.inputs import Shape, unpack
-from edgetrain.training.job import cells_of, method_of, net_of, objective_of, with_defaults
+from edgetrain.training.job import cells_of, method_of, net_of, objective_of, stated_reading, with_defaults
 from edgetrain.training.predictor import Predictions, Predictor
 
 
@@ -87,7 +88,8 @@ class Run:
         Raises:
             InputError: the data are not like those the run was trained on, or have no labels.
         """
-        opened = self._open(open_data(self.settings.data) if data is None else data)
+        own = open_data(self.settings.data, stated_reading(self.settings)) if data is None else data
+        opened = self._open(own)
         if opened.test is None:
             raise InputError(f"data {opened.name!r}: holds no test rows")
         found, labelled = self._predict(opened, opened.test, device)
@@ -135,9 +137,9 @@ class Run:
         return nn.Sequential(*(cell.module for cell in cells)).eval()
 
     def _open(self, data: Any) -> DataSet:
-        opened = _rows(data)
+        opened = _rows(data, self.shape.reading)
         self.shape.check(opened)
-        return opened
+        return replace(opened, pixel_max=self.shape.pixel_max)
 
     def _predict(
         self,
@@ -195,15 +197,16 @@ def _read_cell(folder: RunFolder, files: Files, index: int) -> State:
     return folder.read_unit(files[unit], optimizer=False)
 
 
-def _rows(data: Any) -> DataSet:
-    """What to predict on: a data set, a spec, arrays ``(X, y)``, or rows X."""
+def _rows(data: Any, reading: Reading) -> DataSet:
+    """What to predict on: a data set, or what is to be read: a spec, arrays ``(X, y)``, or rows X."""
     if isinstance(data, DataSet):
         return data
     if isinstance(data, str):
-        return open_rows(data)
+        return open_rows(data, reading)
     if isinstance(data, tuple):
-        return from_rows(*data)
-    return from_rows(data)
+        inputs, labels = data
+        return from_rows(inputs, labels, reading=reading)
+    return from_rows(data, reading=reading)
 
 
 def _net(settings: Settings, net: Any) -> Any:

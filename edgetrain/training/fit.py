@@ -432,6 +432,7 @@ def _record(job: Job, plan: Plan, folder: RunFolder) -> RunRecord:
         device=devices.name(job.work.device),
         seed=job.settings.seed,
         rows=job.work.rows,
+        input=job.input,
         epochs=job.work.epochs,
         budget_mb=to_mb(plan.budget),
         predicted_peak_mb=to_mb(plan.predicted_peak),

@@ -15,6 +15,7 @@ from edgetrain.baselines import BASELINES
 from edgetrain.config import Settings, did_you_mean
 from edgetrain.data.augment import Augmentation
 from edgetrain.data.base import DataSet
+from edgetrain.data.layout import Reading
 from edgetrain.data.specs import open_data
 from edgetrain.errors import InputError
 from edgetrain.memory import device as devices
@@ -30,7 +31,7 @@ from edgetrain.planning.planner import make_plan
 from edgetrain.planning.schedule import Cut
 from edgetrain.planning.workload import Workload
 from edgetrain.stream.cell import OptimizerRecipe
-from edgetrain.training.inputs import Shape
+from edgetrain.training.inputs import Shape, describe
 from edgetrain.units import MIB, from_mb, show_mb
 
 METHODS: Mapping[str, type[Objective]] = {**OBJECTIVES, **BASELINES}
@@ -54,6 +55,11 @@ class Job:
     shape: Shape
     net: Net
     work: Workload
+
+    @property
+    def input(self) -> str:
+        """What the training rows are and how they were read, in a line."""
+        return describe(self.data, self.work.objective.nonnegative_input)
 
 
 def method_of(settings: Settings) -> type[Objective]:
@@ -85,7 +91,7 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None) -
     method = method_of(settings)
     device = devices.resolve(settings.device)
     settings = with_defaults(settings, method)
-    opened = open_data(settings.data) if data is None else data
+    opened = open_data(settings.data, stated_reading(settings)) if data is None else data
     if opened.train is None:
         raise InputError(f"data {opened.name!r}: holds no training rows")
     shape = Shape.of(opened)
@@ -114,6 +120,11 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None) -
     )
     _check_last_batch(work)
     return Job(settings, opened, shape, recipes, work)
+
+
+def stated_reading(settings: Settings) -> Reading:
+    """What settings state of how rows are to be read."""
+    return Reading(settings.input, settings.channels)
 
 
 def net_of(settings: Settings, method: type[Objective], shape: Shape, net: Any) -> Net:

@@ -58,7 +58,7 @@ def test_tables_of_any_number_type_keep_their_values(tmp_path, dtype):
     inputs = abs(np.random.default_rng(0).normal(size=(9, 4)) * 3).astype(dtype)
     data = open_npz(saved(tmp_path, x_train=inputs, y_train=cycle(9, 2)))
     x, _ = rows_of(data.train)
-    assert data.table
+    assert data.input == "table"
     assert data.test is None
     assert x.dtype == inputs.dtype.newbyteorder("=")
     assert np.array_equal(x, inputs)

@@ -15,6 +15,7 @@ from made_files import cycle, fuzzing, pixels, small_chunks
 
 from edgetrain.data.arrays import from_arrays, from_rows
 from edgetrain.data.base import DataSet, Part
+from edgetrain.data.layout import Reading
 from edgetrain.data.npz import open_npz
 from edgetrain.data.prepare import measure_scaling, prepare
 from edgetrain.data.text import LENGTH, LabelledText, open_texts
@@ -69,7 +70,7 @@ def test_floats_go_down_bit_for_bit(tmp_path, monkeypatch):
 
 def texts_of(values, labels=None, vocabulary=9):
     """A data set of token ids."""
-    return DataSet("made", values.shape[1:], None, False, 2, part_of(values, labels), None, vocabulary=vocabulary)
+    return DataSet("made", values.shape[1:], None, "tokens", 2, part_of(values, labels), None, vocabulary=vocabulary)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -113,7 +114,7 @@ def test_ids_that_are_no_whole_numbers_are_refused(tmp_path):
 
 
 def test_rows_without_labels_make_no_label_file(tmp_path):
-    data = from_rows(pixels(5, 3))
+    data = from_rows(pixels(5, 3), reading=Reading("image"))
     prepared = prepare(data, data.test, tmp_path, "new", None)
     assert prepared.y is None
     assert prepared.written == 15
@@ -123,7 +124,7 @@ def test_rows_without_labels_make_no_label_file(tmp_path):
 
 def test_prepared_files_can_be_gathered_from(tmp_path):
     inputs = pixels(30, 6)
-    data = from_arrays((inputs, cycle(30, 3)))
+    data = from_arrays((inputs, cycle(30, 3)), reading=Reading("image"))
     prepared = prepare(data, data.train, tmp_path, "train", None)
     out = torch.empty(3, 6, dtype=torch.uint8)
     prepared.x.read(np.array([7, 0, 29]), out)
@@ -180,6 +181,7 @@ LARGE_MEANS = {
     "range beyond float64": 1.1e306 * (np.arange(300.0) - 150),
     "tiny": 1e-200 * np.arange(300),
     "bits": np.arange(300) % 2 == 0,
+    "bytes": np.arange(300).astype(np.uint8),
     "halves": np.arange(300).astype(np.float16),
 }
 
@@ -243,7 +245,7 @@ def test_scaled_values_are_always_finite(columns, kind):
 def test_value_that_is_not_finite_leaves_no_files(tmp_path, value):
     values = table()
     values[33, 1] = value
-    data = DataSet("made", (4,), None, True, 2, part_of(values, cycle(50, 2)), None)
+    data = DataSet("made", (4,), None, "table", 2, part_of(values, cycle(50, 2)), None)
     with pytest.raises(InputError, match="made: row 33 holds"):
         prepare(data, data.train, tmp_path, "train", None)
     with pytest.raises(InputError, match="made: row 33 holds"):
@@ -254,7 +256,7 @@ def test_value_that_is_not_finite_leaves_no_files(tmp_path, value):
 @pytest.mark.parametrize("claimed", [49, 51])
 def test_wrong_number_of_rows_leaves_no_files(tmp_path, claimed):
     part = Part(claimed, lambda: iter([(table(), cycle(50, 2))]), "made")
-    data = DataSet("made", (4,), None, True, 2, part, None)
+    data = DataSet("made", (4,), None, "table", 2, part, None)
     with pytest.raises(CorruptError, match="made: gives"):
         prepare(data, part, tmp_path, "train", None)
     assert list(tmp_path.iterdir()) == []
