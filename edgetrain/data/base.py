@@ -48,6 +48,9 @@ class DataSet:
         vocabulary: the number of token ids if rows are token ids 0..vocabulary-1, where 0 is padding and 1
             an unknown word (in the user's own rows, what they mean by it); otherwise ``None``.
         channels: where the source has an image's or a signal's channels; ``None`` if it has no such axis.
+        drawn: whether the test rows were drawn from the same rows as the training rows.
+        split: of rows alone that have labels: gives the data set of which the training and test rows are drawn
+            from them. Raises ``InputError`` where they do not suit.
         hint: what to state if the source was not meant to be read like this, or empty.
     """
 
@@ -62,3 +65,5 @@ class DataSet:
     vocabulary: int | None = None
     channels: Channels | None = None
     hint: str = ""
+    drawn: bool = False
+    split: Callable[[], DataSet] | None = None

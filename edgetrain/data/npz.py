@@ -64,7 +64,7 @@ def open_npz_rows(path: Path, reading: Reading = AS_FOUND) -> DataSet:
         if inputs in names:
             source = _open_member(path, inputs)
             found = _read_labels(path, labels, source, reading) if labels in names else None
-            return rows_alone(path.stem, source, found, f"{path}: {labels}", reading)
+            return rows_alone(path.stem, source, found, f"{path}: {labels}", reading, whole=inputs == "x")
     raise InputError(f"{path}: holds {_listed(names)}; expected x or x_test")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -96,13 +96,20 @@ def split_drawn(name: str, whole: Labelled, reading: Reading = AS_FOUND) -> Data
             "from; give x_train, y_train, x_test, y_test"
         )
     train, test = (_Rows(whole.source, layout, labels, keep) for keep in (~is_test, is_test))
-    return _data_set(name, classes, train, test)
+    return replace(_data_set(name, classes, train, test), drawn=True)
 
 
 def rows_alone(
-    name: str, source: Source, labels: NDArray[Any] | None, where_labels: str, reading: Reading = AS_FOUND
+    name: str,
+    source: Source,
+    labels: NDArray[Any] | None,
+    where_labels: str,
+    reading: Reading = AS_FOUND,
+    whole: bool = True,
 ) -> DataSet:
     """Rows to predict on, as the test part; ``classes`` is 0 without labels, else the greatest label + 1.
+
+    ``whole``: whether training rows may be among them.
 
     Raises:
         InputError: dims, dtypes or labels are not those of a data set.
@@ -112,7 +119,10 @@ def rows_alone(
     rows = _Rows(source, layout, checked)
     classes = 0 if checked is None else int(checked.max()) + 1
     vocabulary = (reading.vocabulary or rows.ids()) if layout.input == "tokens" else None
-    return _described(name, layout, classes, None, rows.part(vocabulary), vocabulary)
+    found = _described(name, layout, classes, None, rows.part(vocabulary), vocabulary)
+    if labels is None or not whole:
+        return found
+    return replace(found, split=partial(split_drawn, name, Labelled(source, labels, where_labels), reading))
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,20 @@ def open_rows(spec: str, reading: Reading = AS_FOUND) -> DataSet:
     return open_npz_rows(_npz_path(spec), reading)
 
 
+def is_path(spec: str) -> bool:
+    """Whether ``spec`` is the path of a file rather than a name."""
+    return spec not in NAMES and spec.lower().endswith(".npz")
+
+
+def absolute(spec: str) -> str:
+    """``spec`` as it means the same in every folder: a path made absolute, a name as it is.
+
+    Raises:
+        InputError: it begins with ``~`` and there is no such home.
+    """
+    return str(home_expanded(spec).absolute()) if is_path(spec) else spec
+
+
 def open_known(known: KnownSet, folder: Path) -> DataSet:
     """A known data set out of ``folder``, where each of its files is plain, ``.gz`` or ``.xz``.
 
@@ -95,7 +109,7 @@ def _found(folder: Path, file: str) -> Path:
 
 
 def _npz_path(spec: str) -> Path:
-    if spec.lower().endswith(".npz"):
+    if is_path(spec):
         return home_expanded(spec)
     close = difflib.get_close_matches(spec[:100].lower(), NAMES, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -176,7 +177,7 @@ def show_run(record: RunRecord) -> None:
     )
     waited = record.waited_seconds / record.seconds if record.seconds else 0.0
     console.print(
-        f"{show_seconds(record.seconds)}, {waited:.1%} of it waiting for data; run folder {record.run}",
+        f"{show_seconds(record.seconds)}, {waited:.1%} of it waiting for data; run folder {_shown_folder(record.run)}",
         soft_wrap=True,
     )
     console.print(_energy_in_words(record), soft_wrap=True)
@@ -289,8 +290,14 @@ def _headline(plan: Plan, record: RunRecord) -> str:
     schedule = f", {record.schedule}" if record.schedule else ""
     return (
         f"{record.method}{schedule}: {counted(len(plan.cells))} on {record.device}, {plan.placement};"
-        f" predicted peak {show_mb(plan.predicted_peak)}, {budget}; {record.run}"
+        f" predicted peak {show_mb(plan.predicted_peak)}, {budget}; {_shown_folder(record.run)}"
     )
+
+
+def _shown_folder(run: str) -> str:
+    """A run folder's path, from the current folder on if it is in there."""
+    here = Path.cwd()
+    return str(Path(run).relative_to(here) if Path(run).is_relative_to(here) else run)
 
 
 def _where(progress: watching.Progress) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from edgetrain.data.base import DataSet, Part
 from edgetrain.data.layout import Channels, Input, Reading
-from edgetrain.data.prepare import Scaling, measure_scaling
+from edgetrain.data.prepare import Prepared, Scaling, measure_scaling
 from edgetrain.errors import InputError
 from edgetrain.store.rows import RowFormat
 
@@ -75,6 +75,11 @@ class Shape:
         found, expected = _kind(data), _kind(self)
         if found != expected:
             raise InputError(f"{data.name}: holds {found}; this run was trained on {expected}")
+
+
+def digest(rows: Prepared) -> str:
+    """A checksum of prepared rows and their labels, in hex, to know them again."""
+    return rows.x.digest() + ("" if rows.y is None else rows.y.digest())
 
 
 def describe(data: DataSet, nonnegative: bool) -> str:

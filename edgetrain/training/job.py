@@ -16,7 +16,7 @@ from edgetrain.config import Settings, did_you_mean
 from edgetrain.data.augment import Augmentation
 from edgetrain.data.base import DataSet
 from edgetrain.data.layout import Reading
-from edgetrain.data.specs import open_data
+from edgetrain.data.specs import absolute, open_data
 from edgetrain.errors import InputError
 from edgetrain.memory import device as devices
 from edgetrain.memory import rates
@@ -189,7 +189,7 @@ def constants_of(settings: Settings, method: type[Objective]) -> dict[str, float
 
 
 def with_defaults(settings: Settings, method: type[Objective]) -> Settings:
-    """Settings with the method's defaults where nothing was said.
+    """Settings with the method's defaults where nothing was said, and the data's path made absolute.
 
     Raises:
         InputError: a setting has no meaning for the method.
@@ -201,6 +201,7 @@ def with_defaults(settings: Settings, method: type[Objective]) -> Settings:
     constants_of(settings, method)
     _check_views(settings, method, schedule)
     values: dict[str, Any] = {
+        "data": absolute(settings.data),
         "net": settings.net or method.default_net,
         "schedule": schedule,
         "optimizer": settings.optimizer or prefers.optimizer,
