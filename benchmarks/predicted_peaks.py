@@ -97,7 +97,7 @@ def data_of(kind: str) -> DataSet:
         train = Part(ROWS, lambda: iter([(ids[:ROWS], y[:ROWS])]), "random")
         test = Part(40, lambda: iter([(ids[ROWS:], y[ROWS:])]), "random")
         names = tuple(map(str, range(CLASSES)))
-        return DataSet("random", (64,), None, False, CLASSES, train, test, names, VOCABULARY)
+        return DataSet("random", (64,), None, "tokens", CLASSES, train, test, names, VOCABULARY)
     shape = (28, 28) if kind == "grey" else (3, 32, 32)
     x = draw.integers(0, 256, (ROWS + 40, *shape), dtype=np.uint8)
     return from_arrays((x[:ROWS], y[:ROWS]), (x[ROWS:], y[ROWS:]))

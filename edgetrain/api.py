@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from edgetrain.config import resolve
-from edgetrain.data.arrays import from_arrays
+from edgetrain.data.arrays import ARRAYS, from_arrays
 from edgetrain.data.base import DataSet
+from edgetrain.data.layout import AS_FOUND, Reading
+from edgetrain.errors import InputError
 from edgetrain.report.page import write_report
 from edgetrain.report.tensorboard import logged
 from edgetrain.training import edits, finished
 from edgetrain.training.fit import fit as _fit
 from edgetrain.training.fit import free_path, resumed_settings
+from edgetrain.training.job import stated_reading
 from edgetrain.training.watcher import Silent, Watcher
 
 __all__ = ["Run", "append_cells", "drop_cells", "fit", "open_run", "report_runs", "retrain_cells"]
@@ -45,7 +48,8 @@ def fit(
         net: a spec such as ``"mlp:1000x2"``, a list of modules, an ``nn.Sequential``, or a function that
             returns or yields modules. Modules are copied, never changed.
         data: a spec such as ``"mnist"``; arrays ``(X, y)``; or ``((X, y), (X_test, y_test))``. X is
-            [rows, ...], uint8 pixels or floating point; y is [rows], 0..classes-1.
+            [rows, features] for a table, [rows, H, W], [rows, H, W, C] or [rows, C, H, W] for images (uint8
+            pixels or floating point); ``input=`` and ``channels=`` state otherwise. y is [rows], 0..classes-1.
         method: the local rule, or a baseline.
         run_dir: the run folder; by default a new one under ``runs/``.
         profile: name or path of a profile to start from.
@@ -65,12 +69,17 @@ def fit(
         given["net"] = net
     else:
         given["net"], modules = "modules", net
-    opened = _data_set(data)
-    given["data"] = data if opened is None else opened.name
+    given["data"] = data if isinstance(data, str) else data.name if isinstance(data, DataSet) else ARRAYS
     resolved = resolve(given, profile)
     path = Path(run_dir) if run_dir is not None else free_path(resolved.data, resolved.method)
     if resume:
         resolved = resumed_settings(path, given, resolved)
+    reading = stated_reading(resolved)
+    if isinstance(data, DataSet) and reading != AS_FOUND:
+        raise InputError(
+            f"data {data.name!r}: --input and --channels are for arrays and files; a DataSet is read already"
+        )
+    opened = _data_set(data, reading)
     with logged(watcher or Silent(), tensorboard) as looking:
         return _ours(_fit(resolved, path, modules, opened, resume, force, looking))
 
@@ -111,7 +120,7 @@ def append_cells(run: Run, net: Any, data: Any = None, watcher: Watcher | None =
     Raises:
         InputError: the net does not begin with the run's cells, or has no more than these.
     """
-    return _ours(edits.append(run.path, net, settings, _again(data), watcher))
+    return _ours(edits.append(run.path, net, settings, _again(run, data), watcher))
 
 
 def drop_cells(
@@ -124,7 +133,7 @@ def drop_cells(
     Raises:
         InputError: there is no such cell, or it is the first.
     """
-    return _ours(edits.drop(run.path, number, net, _again(data), watcher))
+    return _ours(edits.drop(run.path, number, net, _again(run, data), watcher))
 
 
 def retrain_cells(
@@ -135,23 +144,23 @@ def retrain_cells(
     Raises:
         InputError: there is no such cell.
     """
-    return _ours(edits.retrain(run.path, number, net, settings, _again(data), watcher))
+    return _ours(edits.retrain(run.path, number, net, settings, _again(run, data), watcher))
 
 
 def _ours(run: finished.Run) -> Run:
     return Run(**vars(run))
 
 
-def _again(data: Any) -> DataSet | None:
-    return None if data is None else _data_set(data)
+def _again(run: Run, data: Any) -> DataSet | None:
+    return None if data is None else _data_set(data, run.shape.reading)
 
 
-def _data_set(data: Any) -> DataSet | None:
+def _data_set(data: Any, reading: Reading) -> DataSet | None:
     """In-memory data as a data set; ``None`` for a spec."""
     if isinstance(data, str):
         return None
     if isinstance(data, DataSet):
         return data
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], tuple):
-        return from_arrays(*data)
-    return from_arrays(data)
+        return from_arrays(*data, reading=reading)
+    return from_arrays(data, reading=reading)

@@ -39,6 +39,12 @@ class Settings:
     """All settings of a run. ``None`` means: what the method or the machine prefers."""
 
     data: str = _setting("digits", "A known data set, or a path to an ``.npz``")
+    input: Literal["image", "table", "tokens", "signal"] | None = _setting(
+        None, "What rows of your own data are; by default 2 dims are a table, 3 and 4 images"
+    )
+    channels: Literal["first", "last"] | None = _setting(
+        None, "Where your own images or signals have their channels; by default it is guessed"
+    )
     net: str | None = _setting(
         None, "The net, literally: ``mlp:1000x2``, ``cnn:64,128``, ``vit:...``, ``path/to/net.py:function``"
     )

@@ -111,6 +111,7 @@ class RunRecord:
 
     Attributes:
         rows: training samples; ``epochs``: of each cell.
+        input: what the training rows are and how they were read.
         test_accuracy: fraction of the test rows right by the method's own vote.
         votes: the same for every vote the method has: ``sum``, ``last``, ``trained``, and ``cells``.
         peak_gpu_mb: reserved memory on CUDA, live device-side bytes elsewhere.
@@ -132,6 +133,7 @@ class RunRecord:
     device: str
     seed: int
     rows: int = 0
+    input: str = ""
     epochs: int = 0
     test_accuracy: float | None = None
     votes: dict[str, Any] = field(default_factory=dict)

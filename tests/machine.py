@@ -14,6 +14,7 @@ from torch import nn
 
 from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
+from edgetrain.data.layout import Reading
 from edgetrain.errors import Stopped
 from edgetrain.keys import seeded
 from edgetrain.memory.meter import meter_of
@@ -89,7 +90,8 @@ class Data:
 
     @property
     def set(self):
-        return from_arrays((self.raw[:ROWS], self.labels[:ROWS]), (self.raw[ROWS:], self.labels[ROWS:]))
+        train, test = ((self.raw[part], self.labels[part]) for part in (slice(ROWS), slice(ROWS, None)))
+        return from_arrays(train, test, reading=Reading("image"))
 
 
 @cache

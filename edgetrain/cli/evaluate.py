@@ -27,10 +27,11 @@ def command(run: Path, data: str | None, per_cell: bool, net: str | None, device
     with stdout_for_results():
         opened = Run.open(run, net)
         found = opened.evaluate(data, device)
+    click.echo(f"evaluated {found.data}", err=True)
     if as_json:
         votes = {**found.accuracy, "cells": found.cells}
         accuracy = found.accuracy.get(opened.objective.vote)
-        about = {"run": str(run), "test_accuracy": accuracy, "votes": votes}
+        about = {"run": str(run), "data": found.data, "rows": found.rows, "test_accuracy": accuracy, "votes": votes}
         click.echo(json.dumps({**about, "missing": found.missing} if found.missing else about))
     else:
         show_votes(opened, found, per_cell)

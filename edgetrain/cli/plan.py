@@ -33,6 +33,6 @@ def command(profile: str | None, as_json: bool, **flags: Any) -> None:
         times = times_of(job, plan)
         assert plan.min_budget > 0  # found here, while the user's code may still run; both outputs show it
     if as_json:
-        click.echo(json.dumps(plan.as_dict(bp, times)))
+        click.echo(json.dumps({"data": job.input, **plan.as_dict(bp, times)}))
     else:
-        show_plan(plan, bp, times)
+        show_plan(plan, bp, times, job.input)

@@ -12,34 +12,38 @@ from numpy.typing import NDArray
 
 from edgetrain.data.base import DataSet
 from edgetrain.data.chunks import rows_per_chunk
+from edgetrain.data.layout import AS_FOUND, Reading
 from edgetrain.data.sources import Labelled, rows_alone, train_and_test
 from edgetrain.errors import InputError
 
 ARRAYS = "arrays"  # the name of a data set that has no other
 
 
-def from_arrays(train: tuple[Any, Any], test: tuple[Any, Any] | None = None, name: str = ARRAYS) -> DataSet:
+def from_arrays(
+    train: tuple[Any, Any], test: tuple[Any, Any] | None = None, name: str = ARRAYS, reading: Reading = AS_FOUND
+) -> DataSet:
     """The data set of arrays in memory; nothing is copied until it is read, and no split is drawn.
 
     Args:
         train: inputs [N, ...] and labels [N], by the rules of ``edgetrain.data.layout``.
         test: the same, or ``None``: no test rows.
         name: of the data set.
+        reading: what is stated of the inputs.
 
     Raises:
         InputError: dims, dtypes or labels are not those of a data set.
     """
-    return train_and_test(name, _labelled(train, "train"), test and _labelled(test, "test"))
+    return train_and_test(name, _labelled(train, "train"), test and _labelled(test, "test"), reading)
 
 
-def from_rows(inputs: Any, labels: Any = None, name: str = ARRAYS) -> DataSet:
+def from_rows(inputs: Any, labels: Any = None, name: str = ARRAYS, reading: Reading = AS_FOUND) -> DataSet:
     """Inputs [N, ...] to predict on, as the test part; labels [N] are optional.
 
     Raises:
         InputError: dims, dtypes or labels are not those of a data set.
     """
     found = None if labels is None else _as_array(labels, "labels")
-    return rows_alone(name, _ArraySource(_as_array(inputs, "inputs"), "inputs"), found, "labels")
+    return rows_alone(name, _ArraySource(_as_array(inputs, "inputs"), "inputs"), found, "labels", reading)
 
 
 @dataclass(frozen=True)

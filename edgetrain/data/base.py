@@ -8,7 +8,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-#: Rows [N, *shape] (uint8 pixels, float32 values, or token ids in int32 or int64) and their labels [N],
+from edgetrain.data.layout import Channels, Input
+
+#: Rows [N, *shape] (uint8 pixels, float32 images, tables and signals in any real dtype, or token ids) and labels [N],
 #: int64; ``None``: no labels.
 Chunk = tuple[NDArray[Any], "NDArray[Any] | None"]
 
@@ -34,25 +36,34 @@ class DataSet:
 
     Attributes:
         name: short name for run folders and reports.
-        shape: of one sample: ``(channels, height, width)`` for images, ``(features,)`` for tables,
-            ``(length,)`` for texts.
+        shape: of one sample: ``(channels, height, width)`` for images, ``(channels, length)`` for signals,
+            ``(features,)`` for tables, ``(length,)`` for token ids.
         pixel_max: the greatest pixel value if chunks are uint8 (a value is then byte / pixel_max);
-            ``None`` if chunks are float32 or token ids.
-        table: whether the columns are measurements in units of their own, to be scaled column by column.
+            ``None`` for all others.
+        input: what rows are; the columns of tables and the channels of signals are scaled, each by itself.
         classes: number of classes; labels are 0..classes-1.
         train: the training rows; ``None`` where the source has rows to predict on only.
         test: the test rows; ``None`` where there are none.
         names: the classes' names, or empty.
         vocabulary: the number of token ids if rows are token ids 0..vocabulary-1, where 0 is padding and 1
-            an unknown word; otherwise ``None``.
+            an unknown word (in the user's own rows, what they mean by it); otherwise ``None``.
+        channels: where the source has an image's or a signal's channels; ``None`` if it has no such axis.
+        drawn: whether the test rows were drawn from the same rows as the training rows.
+        split: of rows alone that have labels: gives the data set of which the training and test rows are drawn
+            from them. Raises ``InputError`` where they do not suit.
+        hint: what to state if the source was not meant to be read like this, or empty.
     """
 
     name: str
     shape: tuple[int, ...]
     pixel_max: float | None
-    table: bool
+    input: Input
     classes: int
     train: Part | None
     test: Part | None
     names: tuple[str, ...] = ()
     vocabulary: int | None = None
+    channels: Channels | None = None
+    hint: str = ""
+    drawn: bool = False
+    split: Callable[[], DataSet] | None = None

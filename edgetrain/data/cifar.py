@@ -58,7 +58,7 @@ def open_cifar(
         StorageError: a file is unreadable.
     """
     parts = [_part(files, layout) for files in (train, test)]
-    return DataSet(name, SHAPE, 255.0, False, layout.classes, parts[0], parts[1], class_names)
+    return DataSet(name, SHAPE, 255.0, "image", layout.classes, parts[0], parts[1], class_names)
 
 
 def _part(files: CifarFiles, layout: CifarRows) -> Part:

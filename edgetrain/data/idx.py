@@ -43,7 +43,7 @@ def open_idx(name: str, train: IdxPair, test: IdxPair, classes: int, class_names
     (train_part, shape), (test_part, test_shape) = _open_pair(train, classes), _open_pair(test, classes)
     if test_shape != shape:
         raise InputError(f"{test.images}: images are {test_shape[1:]}, those of {train.images} are {shape[1:]}")
-    return DataSet(name, shape, 255.0, False, classes, train_part, test_part, class_names)
+    return DataSet(name, shape, 255.0, "image", classes, train_part, test_part, class_names)
 
 
 def _open_pair(pair: IdxPair, classes: int) -> tuple[Part, tuple[int, int, int]]:

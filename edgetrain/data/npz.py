@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edgetrain.data.base import DataSet
 from edgetrain.data.chunks import ByteStream, byte_rows
 from edgetrain.data.labels import check_label_dims
-from edgetrain.data.layout import layout_of
+from edgetrain.data.layout import AS_FOUND, Reading, layout_of
 from edgetrain.data.npy import NpyHeader, read_npy_header
 from edgetrain.data.sources import Labelled, rows_alone, split_drawn, train_and_test
 from edgetrain.errors import CorruptError, InputError
@@ -32,7 +32,7 @@ _DEFLATE_MOST = 1040  # deflate cannot shrink further than 1032:1; a directory t
 _EXPECTED = "expected x_train, y_train, x_test, y_test, or x, y"
 
 
-def open_npz(path: Path) -> DataSet:
+def open_npz(path: Path, reading: Reading = AS_FOUND) -> DataSet:
     """The data set in the file; the rows stay there until they are read.
 
     Raises:
@@ -42,16 +42,16 @@ def open_npz(path: Path) -> DataSet:
     """
     names = _member_names(path)
     if {"x_train", "y_train"} <= names:
-        test = _labelled(path, "x_test", "y_test") if {"x_test", "y_test"} <= names else None
+        test = _labelled(path, "x_test", "y_test", reading) if {"x_test", "y_test"} <= names else None
         if test is None and names & {"x_test", "y_test"}:
             raise InputError(f"{path}: holds only one of x_test and y_test; {_EXPECTED}")
-        return train_and_test(path.stem, _labelled(path, "x_train", "y_train"), test)
+        return train_and_test(path.stem, _labelled(path, "x_train", "y_train", reading), test, reading)
     if {"x", "y"} <= names:
-        return split_drawn(path.stem, _labelled(path, "x", "y"))
+        return split_drawn(path.stem, _labelled(path, "x", "y", reading), reading)
     raise InputError(f"{path}: holds {_listed(names)}; {_EXPECTED}")
 
 
-def open_npz_rows(path: Path) -> DataSet:
+def open_npz_rows(path: Path, reading: Reading = AS_FOUND) -> DataSet:
     """The rows to predict on, ``x`` or else ``x_test``, as the test part; their labels are optional.
 
     Raises:
@@ -63,8 +63,8 @@ def open_npz_rows(path: Path) -> DataSet:
     for inputs, labels in (("x", "y"), ("x_test", "y_test")):
         if inputs in names:
             source = _open_member(path, inputs)
-            found = _read_labels(path, labels, source) if labels in names else None
-            return rows_alone(path.stem, source, found, f"{path}: {labels}")
+            found = _read_labels(path, labels, source, reading) if labels in names else None
+            return rows_alone(path.stem, source, found, f"{path}: {labels}", reading, whole=inputs == "x")
     raise InputError(f"{path}: holds {_listed(names)}; expected x or x_test")
 
 
@@ -95,14 +95,14 @@ class _NpzSource:
                 yield block.reshape(-1).view(self.dtype).reshape(len(block), *self.dims[1:])
 
 
-def _labelled(path: Path, inputs: str, labels: str) -> Labelled:
+def _labelled(path: Path, inputs: str, labels: str, reading: Reading) -> Labelled:
     source = _open_member(path, inputs)
-    return Labelled(source, _read_labels(path, labels, source), f"{path}: {labels}")
+    return Labelled(source, _read_labels(path, labels, source, reading), f"{path}: {labels}")
 
 
-def _read_labels(path: Path, member: str, inputs: _NpzSource) -> NDArray[Any]:
+def _read_labels(path: Path, member: str, inputs: _NpzSource, reading: Reading) -> NDArray[Any]:
     """The label member [N] or [N, 1], whole: 8 bytes a row at most."""
-    layout_of(inputs.dtype, inputs.dims, inputs.where)  # refuses inputs without rows
+    layout_of(inputs.dtype, inputs.dims, inputs.where, reading)  # refuses inputs without rows
     source = _open_member(path, member)
     check_label_dims(source.dims, inputs.dims[0], source.where)
     return np.concatenate(list(source.blocks()))

@@ -6,10 +6,11 @@ as float32, a table's columns scaled on the way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,35 +19,43 @@ import torch
 from numpy.typing import NDArray
 
 from edgetrain.data.base import Chunk, DataSet, Part
-from edgetrain.data.layout import check_finite, check_ids
+from edgetrain.data.chunks import rows_per_chunk
+from edgetrain.data.layout import check_finite, check_ids, check_pixels
 from edgetrain.errors import CorruptError, EdgetrainError
 from edgetrain.store.atomic import storage_errors
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.rows import RowFormat
 
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_FLOAT32_MAX, _FLOAT64_MAX = float(np.finfo(np.float32).max), float(np.finfo(np.float64).max)
+_SQUARABLE = 2.0**-500, 2.0**500  # magnitudes whose squares stay within float64
+_MOST_TERMS = 1000  # rounding errors of longer sums are not counted as noise
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How a table's columns are brought to a common scale: value = (raw - shift) * scale.
+    """Brings columns, or a signal's channels, to a common scale: value = (raw - shift - rest) * scale in float64.
 
     Attributes:
-        shift: float32 [features].
-        scale: float32 [features].
+        shift: float64 [features], or [channels, 1] for signals.
+        scale: likewise.
         clip: whether values are then kept within 0..1: ``unit`` scaling promises that range also for
             rows that go beyond the training rows.
+        rest: likewise, the rounding error of ``shift``, which counts for integers beyond 2**53.
     """
 
-    shift: NDArray[np.float32]
-    scale: NDArray[np.float32]
+    shift: NDArray[np.float64]
+    scale: NDArray[np.float64]
     clip: bool = False
+    rest: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
 
     def apply(self, raw: NDArray[Any]) -> NDArray[np.float32]:
-        """Scaled rows [n, features], float32."""
-        values = (raw.astype(np.float64) - self.shift) * self.scale
+        """Scaled rows [n, features], float32, of rows of any real dtype."""
+        scaled = np.empty(raw.shape, np.float32)
         least, most = (0.0, 1.0) if self.clip else (-_FLOAT32_MAX, _FLOAT32_MAX)
-        return np.clip(values, least, most).astype(np.float32)
+        for part in _parts(raw):
+            values = (_widened(raw[part]) - self.shift - self.rest) * self.scale
+            scaled[part] = np.clip(values, least, most)
+        return scaled
 
 
 @dataclass(frozen=True)
@@ -71,24 +80,30 @@ class Prepared:
 
 
 def measure_scaling(part: Part, kind: Literal["standard", "unit"]) -> Scaling:
-    """The scaling that the training rows of a table ask for, found in one pass in float64.
+    """The scaling of a table's columns or a signal's channels, measured on the training rows in one pass.
 
-    ``standard`` gives mean 0 and (population) deviation 1, ``unit`` brings the least..greatest value
-    to 0..1 and clips rows beyond that. A constant column becomes 0 (its scale is 1).
+    ``standard`` gives mean 0 and (population) deviation 1; ``unit`` brings the least..greatest value
+    to 0..1 and clips rows beyond that. A constant column becomes 0 (its scale is 1), and so does one whose
+    deviation is only rounding error.
 
     Raises:
         InputError: a value is not finite.
     """
-    moments = _Moments()
+    moments, trailing = _Moments(), 0
     for values, _ in _checked_chunks(part):
-        moments.add(values.reshape(len(values), -1).astype(np.float64))
-    constant = moments.least == moments.greatest
+        trailing = values.ndim - 2
+        for rows in _parts(values):
+            moments.add(np.moveaxis(values[rows], 1, -1).reshape(-1, values.shape[1]))
+    constant = moments.constant
     if kind == "unit":
-        shift, spread = moments.least, moments.greatest - moments.least
+        base, offset, spread = moments.least, np.zeros(1), moments.greatest - moments.least
     else:
-        shift, spread = np.where(constant, moments.least, moments.mean), moments.deviation
-    scale = np.minimum(1.0 / np.where(constant, 1.0, spread), _FLOAT32_MAX)
-    return Scaling(shift.astype(np.float32), scale.astype(np.float32), clip=kind == "unit")
+        base, offset, spread = moments.origin, np.where(constant, 0, moments.centred), moments.deviation
+    shift = (base + offset).astype(np.float64)
+    rest = base - shift + offset
+    scale = np.minimum(1 / np.where(constant, 1, spread), _FLOAT64_MAX)
+    shift, scale, rest = (term.astype(np.float64).reshape(-1, *[1] * trailing) for term in (shift, scale, rest))
+    return Scaling(shift, scale, kind == "unit", rest)
 
 
 def prepare(data: DataSet, part: Part, folder: Path, name: str, scaling: Scaling | None) -> Prepared:
@@ -114,7 +129,7 @@ def prepare(data: DataSet, part: Part, folder: Path, name: str, scaling: Scaling
     x = LatentFile(folder / f"{name}.x.rows", part.rows, _input_format(data))
     y = LatentFile(folder / f"{name}.y.rows", part.rows, RowFormat((), "int64"))
     try:
-        labelled = _write_rows(_known_ids(data, part), x.allocate(), y, scaling)
+        labelled = _write_rows(_with_checks(data, part), x.allocate(), y, scaling)
     except BaseException:
         for file in (x, y):
             with suppress(EdgetrainError):  # a disk that refuses even that must not hide the cause
@@ -131,16 +146,19 @@ def _input_format(data: DataSet) -> RowFormat:
     return RowFormat(data.shape, "pixels", data.pixel_max)
 
 
-def _known_ids(data: DataSet, part: Part) -> Part:
-    """The part, its token ids checked on the way: one that is too large would end a run on a GPU without a word."""
-    vocabulary = data.vocabulary
-    return part if vocabulary is None else replace(part, chunks=partial(_checked_ids, part, vocabulary))
+def _with_checks(data: DataSet, part: Part) -> Part:
+    """The part, checked on the way: an id beyond the vocabulary would end a run on a GPU without a word."""
+    if data.vocabulary is not None:
+        return replace(part, chunks=partial(_checked, part, check_ids, data.vocabulary))
+    if data.pixel_max is not None:
+        return replace(part, chunks=partial(_checked, part, check_pixels, data.pixel_max))
+    return part
 
 
-def _checked_ids(part: Part, vocabulary: int) -> Iterator[Chunk]:
+def _checked(part: Part, check: Callable[[NDArray[Any], Any, int, str], None], limit: float) -> Iterator[Chunk]:
     first = 0
     for values, labels in part.chunks():
-        check_ids(values, vocabulary, first, part.where)
+        check(values, limit, first, part.where)
         first += len(values)
         yield values, labels
 
@@ -178,29 +196,64 @@ def _tensor(values: NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(np.require(values, requirements=["C", "W"]))
 
 
+def _parts(values: NDArray[Any]) -> Iterator[slice]:
+    """Ranges of rows that take a few MiB in float64."""
+    step = rows_per_chunk(8 * prod(values.shape[1:]), "rows")
+    return (slice(first, first + step) for first in range(0, len(values), step))
+
+
+def _widened(values: NDArray[Any]) -> NDArray[Any]:
+    """Rows [n, features] in float64, or in long doubles where float64 would round integers or squares overflow."""
+    if values.dtype.kind in "iu" and values.dtype.itemsize == 8:
+        return values.astype(np.longdouble)
+    wide = values.astype(np.float64, copy=False)
+    magnitude = np.abs(wide).max(axis=0)
+    least, most = _SQUARABLE
+    extreme = (magnitude > most) | ((magnitude < least) & (magnitude > 0))
+    return wide.astype(np.longdouble) if extreme.any() else wide
+
+
 class _Moments:
-    """Mean, squared deviations and range of columns, chunk by chunk (Chan, Golub and LeVeque, 1979)."""
+    """Mean, squared deviations and range of columns, chunk by chunk (Chan, Golub and LeVeque, 1979).
+
+    Values are centred on the first row, so that a mean that is large beside the deviation costs no digits.
+    """
 
     def __init__(self) -> None:
         self.rows = 0
-        self.mean: NDArray[np.float64] = np.zeros(1)
-        self.squares: NDArray[np.float64] = np.zeros(1)
-        self.least: NDArray[np.float64] = np.full(1, np.inf)
-        self.greatest: NDArray[np.float64] = np.full(1, -np.inf)
+        self.exact = True  # only integers so far
+        self.origin: NDArray[Any] = np.zeros(1)
+        self.centred: NDArray[Any] = np.zeros(1)  # mean of values - origin
+        self.squares: NDArray[Any] = np.zeros(1)
+        self.least: NDArray[Any] = np.full(1, np.inf)
+        self.greatest: NDArray[Any] = np.full(1, -np.inf)
 
-    def add(self, values: NDArray[np.float64]) -> None:
+    def add(self, raw: NDArray[Any]) -> None:
         """Take in rows [n, features]."""
-        rows = self.rows + len(values)
-        mean = values.mean(axis=0)
-        gap = mean - self.mean
-        squares = np.square(values - mean).sum(axis=0)
-        self.squares = self.squares + squares + gap**2 * (self.rows * len(values) / rows)
-        self.mean = self.mean + gap * (len(values) / rows)
+        values = _widened(raw)
+        if not self.rows:
+            self.origin = values[0]
+        self.exact = self.exact and raw.dtype.kind in "biu"
         self.least = np.minimum(self.least, values.min(axis=0))
         self.greatest = np.maximum(self.greatest, values.max(axis=0))
+        rows = self.rows + len(values)
+        values = values - self.origin
+        mean = values.mean(axis=0)
+        gap = mean - self.centred
+        squares = np.square(values - mean).sum(axis=0)
+        self.squares = self.squares + squares + gap**2 * (self.rows * len(values) / rows)
+        self.centred = self.centred + gap * (len(values) / rows)
         self.rows = rows
 
     @property
-    def deviation(self) -> NDArray[np.float64]:
+    def deviation(self) -> NDArray[Any]:
         """The population's standard deviation of each column, [features]."""
-        return np.asarray(np.sqrt(self.squares / max(self.rows, 1)), np.float64)
+        return np.asarray(np.sqrt(self.squares / max(self.rows, 1)))
+
+    @property
+    def constant(self) -> NDArray[np.bool_]:
+        """Which columns do not vary, or by no more than rounding (scikit-learn's bound for ``StandardScaler``)."""
+        same: NDArray[np.bool_] = self.least == self.greatest
+        mean = np.abs(self.origin + self.centred)
+        noise = min(self.rows, _MOST_TERMS) * np.finfo(np.float64).eps * mean
+        return same if self.exact else same | (self.deviation <= noise)

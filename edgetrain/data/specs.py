@@ -15,6 +15,7 @@ from edgetrain.data.fetch import ensure, home_expanded
 from edgetrain.data.idx import IdxPair, open_idx
 from edgetrain.data.imdb import open_imdb
 from edgetrain.data.known import KNOWN, KnownSet
+from edgetrain.data.layout import AS_FOUND, Reading
 from edgetrain.data.npz import open_npz, open_npz_rows
 from edgetrain.errors import InputError
 
@@ -22,26 +23,35 @@ _READY = {"digits": open_digits, "breast-cancer": open_breast_cancer}  # need no
 NAMES = (*_READY, *KNOWN)
 
 
-def open_data(spec: str) -> DataSet:
+def open_data(spec: str, reading: Reading = AS_FOUND) -> DataSet:
     """The data set that ``spec`` names: a known name, or else the path of an ``.npz`` file.
 
     A known name wins over a file of that name; ``./name`` is always a path. A known set that is
     nowhere on this machine is downloaded.
 
+    Args:
+        spec: the name or path.
+        reading: what is stated of a file's inputs; a known set has its own reading.
+
     Raises:
-        InputError: ``spec`` names nothing, or what it names is no data set.
+        InputError: ``spec`` names nothing, what it names is no data set, or the reading does not fit it.
         CorruptError: a file is damaged.
         StorageError: a file is unreadable or could not be downloaded.
     """
+    if spec in NAMES and reading != AS_FOUND:
+        flag = "--channels" if reading.input is None else "--input"
+        raise InputError(f"{flag} is for data of your own; it is known how {spec} is to be read: leave it out")
     if spec in _READY:
         return _READY[spec]()
     if spec in KNOWN:
         return open_known(KNOWN[spec], ensure(KNOWN[spec]))
-    return open_npz(_npz_path(spec))
+    return open_npz(_npz_path(spec), reading)
 
 
-def open_rows(spec: str) -> DataSet:
+def open_rows(spec: str, reading: Reading = AS_FOUND) -> DataSet:
     """What ``spec`` has to predict on, as the test part: a known set's test rows, or an ``.npz`` file's.
+
+    ``reading`` is about files; a known set has its own.
 
     Raises:
         InputError: ``spec`` names nothing, or what it names has no rows.
@@ -50,7 +60,21 @@ def open_rows(spec: str) -> DataSet:
     """
     if spec in NAMES:
         return replace(open_data(spec), train=None)
-    return open_npz_rows(_npz_path(spec))
+    return open_npz_rows(_npz_path(spec), reading)
+
+
+def is_path(spec: str) -> bool:
+    """Whether ``spec`` is the path of a file rather than a name."""
+    return spec not in NAMES and spec.lower().endswith(".npz")
+
+
+def absolute(spec: str) -> str:
+    """``spec`` as it means the same in every folder: a path made absolute, a name as it is.
+
+    Raises:
+        InputError: it begins with ``~`` and there is no such home.
+    """
+    return str(home_expanded(spec).absolute()) if is_path(spec) else spec
 
 
 def open_known(known: KnownSet, folder: Path) -> DataSet:
@@ -85,7 +109,7 @@ def _found(folder: Path, file: str) -> Path:
 
 
 def _npz_path(spec: str) -> Path:
-    if spec.lower().endswith(".npz"):
+    if is_path(spec):
         return home_expanded(spec)
     close = difflib.get_close_matches(spec[:100].lower(), NAMES, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""

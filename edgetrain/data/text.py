@@ -128,7 +128,7 @@ def open_texts(name: str, texts: Texts, where: str, class_names: tuple[str, ...]
     vocabulary = Vocabulary(counts.most_frequent(WORDS))
     train, test = (_part(part, rows, texts, vocabulary, where) for part in ("train", "test"))
     classes = len(class_names)
-    return DataSet(name, (LENGTH,), None, False, classes, train, test, class_names, vocabulary.size)
+    return DataSet(name, (LENGTH,), None, "tokens", classes, train, test, class_names, vocabulary.size)
 
 
 def _check_parts(rows: Counter[tuple[str, int]], where: str, class_names: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +31,7 @@ from edgetrain.nets.copying import cloned, named_tensors, on_meta
 from edgetrain.nets.trial import ROWS, Trial, attributes, check_memory, copy_inputs_of, said, try_module
 
 Build = Callable[[], Any]
-_FIRST_LAYERS = (nn.Embedding, nn.EmbeddingBag)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -236,10 +237,8 @@ def _tried(module: nn.Module, rows: Sequence[Tensor], name: str) -> _Tried:
     Raises:
         InputError: it takes none.
     """
-    first = next((part for part in module.modules() if not list(part.children())), module)
-    if isinstance(first, _FIRST_LAYERS) and rows[0].is_floating_point():
-        raise InputError(f"{name} begins with an {type(first).__name__}, which reads token ids; these data are numbers")
     x, *others = rows
+    _check_embeddings(module, x, name)
     try:
         _initialise(module, x, name)
         return x, try_module(module, x, name), False
@@ -254,6 +253,30 @@ def _tried(module: nn.Module, rows: Sequence[Tensor], name: str) -> _Tried:
         except InputError:
             handle.remove()
             raise refused from None
+
+
+def _check_embeddings(module: nn.Module, x: Tensor, name: str) -> None:
+    """Refuse an embedding of rows ``x`` that are numbers: as indices they mean nothing.
+
+    Raises:
+        InputError: an embedding reads them.
+    """
+    if not x.is_floating_point() or not any(isinstance(part, _EMBEDDINGS) for part in module.modules()):
+        return
+
+    def check(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and inputs[0].numel() == x.numel():
+            raise InputError(
+                f"{name}: its {type(layer).__name__} takes token ids, but the rows are numbers of shape"
+                f" {tuple(x.shape[1:])}; state --input tokens if they are ids"
+            )
+
+    copy = cloned(module).eval()
+    for part in copy.modules():
+        if isinstance(part, _EMBEDDINGS):
+            part.register_forward_pre_hook(check)
+    with torch.no_grad(), suppress(RuntimeError, IndexError, TypeError, ValueError):  # the trial names other faults
+        copy(x)
 
 
 def _flattened(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -75,7 +76,7 @@ class PlainWatcher:
 
     def planned(self, plan: Plan, record: RunRecord) -> None:
         """See ``Watcher``."""
-        print(_headline(plan, record), file=sys.stderr)
+        print(f"{_headline(plan, record)}\ndata: {record.input}", file=sys.stderr)
 
     def note(self, text: str) -> None:
         """See ``Watcher``."""
@@ -126,7 +127,7 @@ class LiveWatcher:
 
     def planned(self, plan: Plan, record: RunRecord) -> None:
         """See ``Watcher``."""
-        self._console.print(_headline(plan, record), highlight=False)
+        self._console.print(f"{_headline(plan, record)}\ndata: {record.input}", highlight=False)
         self._run = self._bars.add_task("run", figures="", total=1.0)
         self._epoch = self._bars.add_task("preparing the data", figures="", total=None)
 
@@ -176,7 +177,7 @@ def show_run(record: RunRecord) -> None:
     )
     waited = record.waited_seconds / record.seconds if record.seconds else 0.0
     console.print(
-        f"{show_seconds(record.seconds)}, {waited:.1%} of it waiting for data; run folder {record.run}",
+        f"{show_seconds(record.seconds)}, {waited:.1%} of it waiting for data; run folder {_shown_folder(record.run)}",
         soft_wrap=True,
     )
     console.print(_energy_in_words(record), soft_wrap=True)
@@ -193,8 +194,8 @@ def _energy_in_words(record: RunRecord) -> str:
     return f"energy {record.energy_j:.4g} J, {each} ({record.energy_source})"
 
 
-def show_plan(plan: Plan, bp_peak: int | None, times: Sequence[VisitTime] | None) -> None:
-    """A plan, on stdout."""
+def show_plan(plan: Plan, bp_peak: int | None, times: Sequence[VisitTime] | None, data: str) -> None:
+    """A plan, on stdout, and how the ``data`` were read."""
     console = _stdout()
     names = ["cell", "parameters", "micro-batch", "tiles", "peak", "latents on disk", *(["time"] if times else [])]
     table = Table(*names, box=None, header_style="bold")
@@ -204,7 +205,7 @@ def show_plan(plan: Plan, bp_peak: int | None, times: Sequence[VisitTime] | None
     for cell, run in groupby(zip(plan.visits, each, strict=True), key=itemgetter(0)):
         table.add_row(*_plan_row(cell, [time for _, time in run]))
     console.print(table)
-    for line in plan_in_words(plan, bp_peak, times):
+    for line in (f"Data: {data}.", *plan_in_words(plan, bp_peak, times)):
         console.print(line, soft_wrap=True)
 
 
@@ -289,8 +290,14 @@ def _headline(plan: Plan, record: RunRecord) -> str:
     schedule = f", {record.schedule}" if record.schedule else ""
     return (
         f"{record.method}{schedule}: {counted(len(plan.cells))} on {record.device}, {plan.placement};"
-        f" predicted peak {show_mb(plan.predicted_peak)}, {budget}; {record.run}"
+        f" predicted peak {show_mb(plan.predicted_peak)}, {budget}; {_shown_folder(record.run)}"
     )
+
+
+def _shown_folder(run: str) -> str:
+    """A run folder's path, from the current folder on if it is in there."""
+    here = Path.cwd()
+    return str(Path(run).relative_to(here) if Path(run).is_relative_to(here) else run)
 
 
 def _where(progress: watching.Progress) -> str:

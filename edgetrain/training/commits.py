@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from edgetrain.errors import CorruptError, DivergedError
+from edgetrain.errors import CorruptError, DivergedError, InputError
 from edgetrain.objectives.base import Node
 from edgetrain.planning.schedule import Visit
 from edgetrain.record import CellRecord
@@ -30,6 +30,7 @@ from edgetrain.training.conditions import Conditions
 
 READOUT = "readout"
 INPUTS = "inputs"
+ROWS = {"data": ("training rows", "begun"), "test": ("test rows", "trained")}  # whose digests commits keep
 _EVERY_S = 60.0
 _IN_NEED_S = 10.0  # while the system's memory runs out
 _SHARE = 0.05  # of the run's expected time, where that is longer
@@ -98,7 +99,7 @@ class Commits:
         records: what cells measured, kept with every commit.
         readout: the classifier's state, or ``None`` while there is none.
         inputs: how inputs were scaled, committed once.
-        data: a digest of the prepared inputs, to know them again.
+        digests: of the prepared rows, by the names in ``ROWS``, to know them again; ``None``: there are none.
         conditions: looked at now and then.
         every: seconds between commits, or ``None``: a minute or 5% of the run, but no more than 3% of the time.
         began: when this process began with the run, by the monotonic clock.
@@ -114,14 +115,14 @@ class Commits:
         records: list[CellRecord],
         readout: Callable[[], State | None],
         inputs: State,
-        data: str,
+        digests: Mapping[str, str | None],
         conditions: Conditions,
         every: float | None,
         began: float,
         energy: Callable[[], float | None],
     ):
         self._folder, self._nodes, self._cells, self._caches = folder, nodes, cells, caches
-        self._records, self._readout, self._inputs, self._data = records, readout, inputs, data
+        self._records, self._readout, self._inputs, self._digests = records, readout, inputs, digests
         self._conditions, self._every, self._began = conditions, every, began
         self._energy, self._energy_before = energy, 0.0
         self._number = 0
@@ -192,7 +193,7 @@ class Commits:
         """
         began = time.monotonic()
         number = self._number + 1
-        entry: Entry = {"visits": position.done, **self.totals(), "data": self._data}
+        entry: Entry = {"visits": position.done, **self.totals(), **self._digests}
         if position != Position.before(position.done, visits):
             sums = asdict(position.sums)
             entry["within"] = {"visit": position.visit, "step": position.step, "sums": sums}
@@ -256,6 +257,27 @@ def _check_finite(owner: str, state: State, buffers: set[str]) -> None:
             bad = value.isnan().any() if name in buffers else ~value.isfinite().all()
             if bool(bad):
                 raise DivergedError(f"{owner}: {name} is not finite; try a smaller --lr")
+
+
+def check_rows(folder: RunFolder, name: str, digests: Mapping[str, str | None]) -> None:
+    """Refuse other rows than the run's.
+
+    Args:
+        folder: of the run.
+        name: of the data set that is given.
+        digests: of its prepared rows, as ``Commits`` keeps them.
+
+    Raises:
+        InputError: they differ.
+    """
+    kept = folder.last() or {}
+    for key, found in digests.items():
+        if kept.get(key, found) != found:
+            rows, done = ROWS[key]
+            raise InputError(
+                f"data {name!r}: its {rows} are not those that {folder.path} was {done} with; give the same again, or"
+                " start another run"
+            )
 
 
 def working_files(entry: Entry | None) -> set[str]:

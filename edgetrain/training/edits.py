@@ -26,8 +26,8 @@ from edgetrain.store import edit
 from edgetrain.store.edit import open_folder
 from edgetrain.store.journal import Entry
 from edgetrain.store.run import RunFolder, size_of
-from edgetrain.training.commits import INPUTS
-from edgetrain.training.finished import Run, read_record, settings_of
+from edgetrain.training.commits import INPUTS, ROWS, check_rows
+from edgetrain.training.finished import Run, digests_of, read_record, settings_of
 from edgetrain.training.fit import as_planned, carry_out, check_disk
 from edgetrain.training.identity import check_net, fingerprints
 from edgetrain.training.inputs import Shape
@@ -252,6 +252,7 @@ class _Edit:
                 f"{before.path}: was trained on {before.shape.name!r}, not on {job.data.name!r}; give the same again"
             )
         before.shape.check(job.data)
+        check_rows(folder, job.data.name, digests_of(folder, job.data))
         if depth < self.least:
             raise InputError(f"net {job.net.spec!r} has {depth} cells; expected at least {self.least}")
         check_net(folder, job.work.nodes, training=True, kept=self.kept)
@@ -268,7 +269,7 @@ class _Edit:
             **{
                 name: value
                 for name, value in (folder.last() or {}).items()
-                if name in ("data", "seconds", "commit_seconds", "written")
+                if name in (*ROWS, "seconds", "commit_seconds", "written")
             },
             "edit": f"{self.word}: kept {self.kept} cells of {self.before.depth}, net {job.net.spec}",
         }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgetrain.config import Settings, parse_profile
-from edgetrain.data.arrays import from_rows
+from edgetrain.data.arrays import ARRAYS, from_rows
 from edgetrain.data.base import DataSet, Part
-from edgetrain.data.prepare import prepare
+from edgetrain.data.layout import Reading
+from edgetrain.data.prepare import Prepared, prepare
 from edgetrain.data.specs import open_data, open_rows
 from edgetrain.errors import CorruptError, EdgetrainWarning, InputError
 from edgetrain.memory import device as devices
@@ -31,10 +32,10 @@ from edgetrain.store.edit import open_folder
 from edgetrain.store.run import Files, RunFolder
 from edgetrain.stream.cell import LiveCell, OptimizerRecipe, State
 from edgetrain.stream.latents import FileLatents
-from edgetrain.training.commits import INPUTS, READOUT
+from edgetrain.training.commits import INPUTS, READOUT, check_rows
 from edgetrain.training.identity import check_net
-from edgetrain.training.inputs import Shape, unpack
-from edgetrain.training.job import Job, cells_of, method_of, net_of, objective_of, with_defaults
+from edgetrain.training.inputs import Shape, digest, unpack
+from edgetrain.training.job import Job, cells_of, method_of, net_of, objective_of, stated_reading, with_defaults
 from edgetrain.training.model import Model
 from edgetrain.training.predictor import Predictions, Predictor
 from edgetrain.training.process import process_state
@@ -82,31 +83,40 @@ class Run:
         objective = objective_of(settings, method, shape, opened)
         nodes = cells_of(settings, objective, shape, opened)
         check_net(RunFolder(path), nodes, training=False)
-        return cls(path, record, settings, shape, nodes, objective)
+        return cls(path.absolute(), record, settings, shape, nodes, objective)
 
     @classmethod
     def of_job(cls, path: Path, job: Job) -> Run:
         """The run of a job that was just finished in a folder."""
         settings = with_defaults(settings_of(path), method_of(job.settings))
-        return cls(path, read_record(path)[0], settings, job.shape, job.work.nodes, job.work.objective)
+        return cls(path.absolute(), read_record(path)[0], settings, job.shape, job.work.nodes, job.work.objective)
 
     def evaluate(self, data: Any = None, device: str | None = None) -> Predictions:
         """Accuracy by every vote and of every cell.
+
+        Where the run was trained on a split drawn from the rows of ``data``, only the held-out rows are evaluated;
+        the result's ``data`` says which rows were.
 
         Args:
             data: a spec, arrays ``(X, y)``, or ``None`` for the run's own test rows.
             device: where to run; by default as the run was trained.
 
         Raises:
-            InputError: the data are not like those the run was trained on, or have no labels.
+            InputError: the data are not like those the run was trained on, or have no labels; or the run's own
+                test rows are not what they were.
         """
-        opened = self._open(open_data(self.settings.data) if data is None else data)
+        opened = self._own() if data is None else self._held_out(self._open(data))
         if opened.test is None:
             raise InputError(f"data {opened.name!r}: holds no test rows")
-        found, labelled = self._predict(opened, opened.test, device)
-        if not labelled:
-            raise InputError(f"data {opened.name!r}: holds no labels to compare with; use predict")
-        return found
+        with self._prepared(opened, opened.test) as rows:
+            if rows.y is None:
+                raise InputError(f"data {opened.name!r}: holds no labels to compare with; use predict")
+            if data is None:
+                check_rows(RunFolder(self.path), opened.name, {"test": digest(rows)})
+            found = self._predict(rows, device)
+            spec = self.settings.data if data is None else data
+            name = Path(spec).name if isinstance(spec, str) else opened.name
+            return replace(found, data=self._rows_in_words(opened, name, rows), rows=rows.x.rows)
 
     def predict(self, data: Any, device: str | None = None) -> NDArray[np.int64]:
         """Labels [rows], int64, by the method's own vote, of a spec or of an array [rows, ...]."""
@@ -122,7 +132,8 @@ class Run:
         """Scores of the method's own vote, [rows, classes]."""
         opened = self._open(data)
         assert opened.test is not None
-        return self._predict(opened, opened.test, device)[0].scores[self.objective.vote]
+        with self._prepared(opened, opened.test) as rows:
+            return self._predict(rows, device).scores[self.objective.vote]
 
     def latents(self, data: Any, target: Path, device: str | None = None) -> tuple[int, ...]:
         """Write the last cell's latents as a ``.npy`` file, streamed; returns its shape."""
@@ -134,7 +145,8 @@ class Run:
         def keep(first: int, rows: NDArray[np.float32]) -> None:
             out[first : first + len(rows)] = rows
 
-        self._predict(opened, opened.test, device, keep)
+        with self._prepared(opened, opened.test) as rows:
+            self._predict(rows, device, keep)
         out.flush()
         return shape
 
@@ -164,33 +176,84 @@ class Run:
             ]
 
     def _open(self, data: Any) -> DataSet:
-        opened = _rows(data)
+        opened = _rows(data, self.shape.reading)
+        self.shape.check(opened)
+        return replace(opened, pixel_max=self.shape.pixel_max)
+
+    def _own(self) -> DataSet:
+        """The run's data set."""
+        if self.settings.data == ARRAYS:
+            raise InputError(f"{self.path}: was trained on arrays in memory; give the rows to evaluate: (X, y)")
+        opened = open_data(self.settings.data, stated_reading(self.settings))
         self.shape.check(opened)
         return opened
 
+    def _held_out(self, rows: DataSet) -> DataSet:
+        """The data set whose test rows are those of ``rows`` that the run was not trained on, if it drew them so."""
+        if rows.split is None:
+            return rows
+        try:
+            drawn = replace(rows.split(), pixel_max=self.shape.pixel_max)
+            if drawn.train is None or drawn.train.rows != self.record.rows:
+                return rows
+            with self._prepared(drawn, drawn.train) as train:
+                return drawn if self._trained_on(train) else rows
+        except InputError:  # no split can be drawn from these rows, so none was
+            return rows
+
+    def _trained_on(self, rows: Prepared) -> bool:
+        return (RunFolder(self.path).last() or {}).get("data") == digest(rows)
+
+    def _rows_in_words(self, data: DataSet, name: str, rows: Prepared) -> str:
+        count = f"{rows.x.rows:,}"
+        if data.drawn:
+            return f"the {count} held-out rows of {name}; the run was trained on the other {self.record.rows:,}"
+        if data.split is None:
+            return f"the {count} test rows of {name}"
+        return f"all {count} rows of {name}{', on which the run was trained' if self._trained_on(rows) else ''}"
+
+    def _prepared(self, data: DataSet, part: Part) -> AbstractContextManager[Prepared]:
+        return _prepared(RunFolder(self.path), data, part)
+
     def _predict(
         self,
-        data: DataSet,
-        part: Part,
+        rows: Prepared,
         device: str | None,
         on_latents: Callable[[int, NDArray[np.float32]], None] | None = None,
-    ) -> tuple[Predictions, bool]:
+    ) -> Predictions:
         place = devices.resolve(device or self.settings.device)
         meter, folder = meter_of(place), RunFolder(self.path)
-        files = folder.files()
-        scaling = unpack(folder.read_unit(files[INPUTS])) if INPUTS in files else None
-        with (
-            process_state(self.settings),
-            TemporaryDirectory(prefix="edgetrain-") as scratch,
-            closing(prepare(data, part, Path(scratch), "rows", scaling)) as rows,
-        ):
-            micro = _as_list(self.settings.micro_batch, len(self.nodes), self.settings.batch_size)
-            tiles = _as_list(self.settings.tiles, len(self.nodes), 1)
+        micro = _as_list(self.settings.micro_batch, len(self.nodes), self.settings.batch_size)
+        tiles = _as_list(self.settings.tiles, len(self.nodes), 1)
+        with process_state(self.settings), TemporaryDirectory(prefix="edgetrain-") as scratch:
             predictor = predictor_of(folder, self.nodes, self.objective, place, meter, (micro, tiles), Path(scratch))
             found = predictor.run(FileLatents.of_files({"x": rows.x}, meter.host), rows.y, on_latents)
         if found.missing:
             warnings.warn(EdgetrainWarning(f"{self.path}: {found.missing}"), stacklevel=3)
-        return found, rows.y is not None
+        return found
+
+
+@contextmanager
+def _prepared(folder: RunFolder, data: DataSet, part: Part) -> Iterator[Prepared]:
+    """A part's rows, prepared as the run in ``folder`` prepares its own, for as long as they are needed."""
+    files = folder.files()
+    scaling = unpack(folder.read_unit(files[INPUTS])) if INPUTS in files else None
+    with (
+        TemporaryDirectory(prefix="edgetrain-") as scratch,
+        closing(prepare(data, part, Path(scratch), "rows", scaling)) as rows,
+    ):
+        yield rows
+
+
+def digests_of(folder: RunFolder, data: DataSet) -> dict[str, str | None]:
+    """Digests of a data set's training and test rows, prepared as the run in ``folder`` prepares its own."""
+    found: dict[str, str | None] = {}
+    for key, part in (("data", data.train), ("test", data.test)):
+        found[key] = None
+        if part is not None:
+            with _prepared(folder, data, part) as rows:
+                found[key] = digest(rows)
+    return found
 
 
 def predictor_of(
@@ -225,15 +288,16 @@ def _read_cell(folder: RunFolder, files: Files, index: int) -> State:
     return folder.read_unit(files[unit], optimizer=False)
 
 
-def _rows(data: Any) -> DataSet:
-    """What to predict on: a data set, a spec, arrays ``(X, y)``, or rows X."""
+def _rows(data: Any, reading: Reading) -> DataSet:
+    """What to predict on: a data set, or what is to be read: a spec, arrays ``(X, y)``, or rows X."""
     if isinstance(data, DataSet):
         return data
     if isinstance(data, str):
-        return open_rows(data)
+        return open_rows(data, reading)
     if isinstance(data, tuple):
-        return from_rows(*data)
-    return from_rows(data)
+        inputs, labels = data
+        return from_rows(inputs, labels, reading=reading)
+    return from_rows(data, reading=reading)
 
 
 def _net(settings: Settings, net: Any) -> Any:
@@ -287,4 +351,4 @@ def parse_record(text: str, path: Path) -> tuple[RunRecord, Shape]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}; or it is another version's"
         raise CorruptError(f"{path / 'record.json'}: is not a record of edgetrain ({reason})") from error
-    return replace(record, run=str(path)), shape
+    return replace(record, run=str(path.absolute())), shape

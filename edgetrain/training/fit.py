@@ -15,6 +15,7 @@ from edgetrain.config import Settings, parse_profile
 from edgetrain.data.arrays import ARRAYS
 from edgetrain.data.base import DataSet
 from edgetrain.data.prepare import Prepared, prepare
+from edgetrain.data.specs import absolute, is_path, open_data
 from edgetrain.errors import (
     BudgetError,
     CorruptError,
@@ -35,11 +36,11 @@ from edgetrain.record import MemorySeries, RunRecord
 from edgetrain.store.edit import is_pending, open_folder
 from edgetrain.store.run import RunFolder, size_of
 from edgetrain.stream.latents import FileLatents
-from edgetrain.training.commits import working_files
-from edgetrain.training.finished import Run, predictor_of
+from edgetrain.training.commits import ROWS, check_rows, working_files
+from edgetrain.training.finished import Run, digests_of, predictor_of, settings_of
 from edgetrain.training.identity import check_net, fingerprints
-from edgetrain.training.inputs import pack, scaling_of
-from edgetrain.training.job import Job, host_tier, open_job, plan_job
+from edgetrain.training.inputs import digest, pack, scaling_of
+from edgetrain.training.job import Job, host_tier, open_job, plan_job, stated_reading
 from edgetrain.training.process import process_state
 from edgetrain.training.stopping import Stop
 from edgetrain.training.trainer import Choices, Trainer
@@ -81,7 +82,7 @@ def fit(
     """
     folder, watcher = open_folder(path), watcher or Silent()
     if _check_folder(folder, resume, force) and folder.is_finished():
-        return _as_it_is(folder, settings, net, watcher)
+        return _as_it_is(folder, settings, net, data, watcher)
     with process_state(settings):
         job = open_job(settings, net, data)
         plan = plan_job(job)
@@ -90,7 +91,7 @@ def fit(
         with working_in(folder):
             resuming = _check_folder(folder, resume, force)  # another process may have been here meanwhile
             if resuming and folder.is_finished():
-                return _as_it_is(folder, settings, net, watcher)
+                return _as_it_is(folder, settings, net, data, watcher)
             if resuming:
                 check_net(folder, job.work.nodes, training=True)
             else:
@@ -108,16 +109,27 @@ def fit(
             return Run.of_job(path, job)
 
 
-def _as_it_is(folder: RunFolder, settings: Settings, net: Any, watcher: Watcher) -> Run:
+def _as_it_is(folder: RunFolder, settings: Settings, net: Any, data: DataSet | None, watcher: Watcher) -> Run:
+    """The finished run.
+
+    Raises:
+        InputError: the data that are given again are not its own.
+    """
+    named = settings.net if net is None and ".py:" in (settings.net or "") else net  # the caller named its code
+    run = Run.open(folder.path, named)
+    if data is None and absolute(settings.data) != run.settings.data:
+        given = open_data(settings.data, stated_reading(settings))
+        check_rows(folder, given.name, digests_of(folder, given))
     watcher.note(f"{folder.path}: this run is finished")
     if is_pending(folder):
         watcher.note(f"{folder.path}: an unfinished edit is kept; repeat the cells command to continue it")
-    named = settings.net if net is None and ".py:" in (settings.net or "") else net  # the caller named its code
-    return Run.open(folder.path, named)
+    return run
 
 
 def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> Settings:
     """The settings of the run in ``path``, if there is one to resume, else ``settings``.
+
+    A file of data may have moved: whether it holds the run's rows is found when it is read.
 
     Args:
         path: the run folder.
@@ -133,7 +145,12 @@ def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> S
     kept = Settings().with_values(parse_profile(config, path / "config.toml"))
     if _is_own(kept.net) and kept.net != "modules" and "net" not in given:
         raise InputError(f"{path}: this run's net is your own code; name it again: --net {kept.net}")
+    data = absolute(settings.data) if "data" in given else kept.data
+    if is_path(data) and is_path(kept.data):
+        kept = replace(kept, data=data)
     for name, value in given.items():
+        if name == "data" and data == kept.data:
+            continue
         if name == "placement" and value == "auto":
             continue  # what it came out as is kept
         if name == "net" and _is_own(value) and _is_own(kept.net):
@@ -326,33 +343,27 @@ def _train(job: Job, plan: Plan, around: _Surroundings) -> tuple[Trainer, Prepar
         folder.space(part.written)
         folder.wrote(part.written)
     assert train.y is not None
-    _check_data(job, folder, train)
+    digests = {"data": digest(train), "test": None if test is None else digest(test)}
+    check_rows(folder, job.data.name, digests)
+    _keep_path(job, folder)
     choices = Choices(
         host_tier(job, plan), job.settings.prefetch, job.settings.keep_latents, job.settings.checkpoint_every
     )
     inputs = FileLatents.of_files({"x": train.x}, around.meter.host)
     trainer = Trainer(
-        job.work, plan, folder, inputs, train.y, pack(scaling), around.meter, around.watcher, choices, around.stop,
-        lambda: around.energy.joules,
+        job.work, plan, folder, inputs, train.y, pack(scaling), digests, around.meter, around.watcher, choices,
+        around.stop, lambda: around.energy.joules,
     )  # fmt: skip
     with around.stop.listening():
         trainer.run()
     return trainer, test
 
 
-def _check_data(job: Job, folder: RunFolder, train: Prepared) -> None:
-    """Refuse to go on with other rows than the run was begun with.
-
-    Raises:
-        InputError: they differ.
-    """
-    assert train.y is not None
-    begun = (folder.last() or {}).get("data")
-    if begun is not None and begun != train.x.digest() + train.y.digest():
-        raise InputError(
-            f"data {job.data.name!r}: its training rows are not those that {folder.path} was begun with; give the same"
-            " again, or start another run"
-        )
+def _keep_path(job: Job, folder: RunFolder) -> None:
+    """Let the run know its data by the path they were last given by."""
+    kept = settings_of(folder.path)
+    if kept.data != job.settings.data:
+        folder.reconfigure(replace(kept, data=job.settings.data).to_toml())
 
 
 def _evaluate(
@@ -404,7 +415,7 @@ def _complete(
     last = folder.last()
     assert last is not None
     if not last.get("finished"):
-        kept = ("visits", "cells", "data", "seconds", "commit_seconds", "written", "energy")
+        kept = ("visits", "cells", *ROWS, "seconds", "commit_seconds", "written", "energy")
         folder.finish(folder.commits() + 1, {name: value for name, value in last.items() if name in kept})
     record.waited_seconds = round(sum(cell.waited_seconds for cell in trainer.records), 3)
     peaks = [cell.peak_gpu_mb for cell in trainer.records if cell.peak_gpu_mb is not None]
@@ -429,12 +440,13 @@ def _complete(
 
 def _record(job: Job, plan: Plan, folder: RunFolder) -> RunRecord:
     return RunRecord(
-        run=str(folder.home),
+        run=str(folder.home.absolute()),
         method=job.settings.method,
         schedule=job.settings.schedule,
         device=devices.name(job.work.device),
         seed=job.settings.seed,
         rows=job.work.rows,
+        input=job.input,
         epochs=job.work.epochs,
         budget_mb=to_mb(plan.budget),
         predicted_peak_mb=to_mb(plan.predicted_peak),

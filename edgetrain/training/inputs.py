@@ -1,4 +1,4 @@
-"""The prepared inputs of a run: latents 0, and how tables were scaled."""
+"""The prepared inputs of a run: latents 0, how they were read, and how tables were scaled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from edgetrain.data.base import DataSet, Part
-from edgetrain.data.prepare import Scaling, measure_scaling
+from edgetrain.data.layout import Channels, Input, Reading
+from edgetrain.data.prepare import Prepared, Scaling, measure_scaling
 from edgetrain.errors import InputError
 from edgetrain.store.rows import RowFormat
 
@@ -22,30 +23,37 @@ class Shape:
         name: of the data set.
         shape: of one sample.
         pixel_max: as in ``DataSet``.
-        table: as in ``DataSet``.
+        input: as in ``DataSet``.
         classes: number of classes.
         names: of the classes, or empty.
-        vocabulary: as in ``DataSet``; records from before there were texts have none.
+        vocabulary: as in ``DataSet``.
+        channels: as in ``DataSet``.
     """
 
     name: str
     shape: tuple[int, ...]
     pixel_max: float | None
-    table: bool
+    input: Input
     classes: int
     names: tuple[str, ...]
     vocabulary: int | None = None
+    channels: Channels | None = None
 
     @classmethod
     def of(cls, data: DataSet) -> Shape:
         """What to remember of a data set."""
-        known = (data.name, data.shape, data.pixel_max, data.table, data.classes, data.names)
-        return cls(*known, data.vocabulary)
+        known = (data.name, data.shape, data.pixel_max, data.input, data.classes, data.names)
+        return cls(*known, data.vocabulary, data.channels)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Shape:
         """From its JSON form."""
         return cls(**{**values, "shape": tuple(values["shape"]), "names": tuple(values["names"])})
+
+    @property
+    def reading(self) -> Reading:
+        """How new rows are to be read."""
+        return Reading(self.input, self.channels, self.vocabulary)
 
     @property
     def format(self) -> RowFormat:
@@ -69,16 +77,48 @@ class Shape:
             raise InputError(f"{data.name}: holds {found}; this run was trained on {expected}")
 
 
+def digest(rows: Prepared) -> str:
+    """A checksum of prepared rows and their labels, in hex, to know them again."""
+    return rows.x.digest() + ("" if rows.y is None else rows.y.digest())
+
+
+def describe(data: DataSet, nonnegative: bool) -> str:
+    """What the training rows are and how they were read, in a line.
+
+    Args:
+        data: has training rows.
+        nonnegative: whether the rule reconstructs its inputs.
+    """
+    assert data.train is not None
+    size = "x".join(map(str, data.shape))
+    scaled = "brought to 0..1" if nonnegative else "standardised"
+    words = {
+        "image": [f"images, {size}", _values_in_words(data)],
+        "table": [f"rows of a table, {size} columns", f"each {scaled}"],
+        "signal": [f"signals, {size}", f"each channel {scaled}"],
+        "tokens": [f"rows of {size} token ids, 0..{(data.vocabulary or 0) - 1}"],
+    }[data.input]
+    if data.channels is not None:
+        words.append(f"channels {data.channels}")
+    return f"{data.train.rows:,} {', '.join(words)}{data.hint and f'; {data.hint}'}"
+
+
+def _values_in_words(data: DataSet) -> str:
+    return "values as they are" if data.pixel_max is None else f"0..{data.pixel_max:g} scaled to 0..1"
+
+
 def _kind(rows: DataSet | Shape) -> str:
     """What rows hold, in words; rows of one kind can be told apart by their shape only."""
     if rows.vocabulary is not None:
         return f"ids of {rows.vocabulary} tokens"
-    return "floating-point values" if rows.pixel_max is None else "8-bit pixels"
+    if rows.input == "image":
+        return "floating-point values" if rows.pixel_max is None else "8-bit pixels"
+    return f"rows of a {rows.input}"
 
 
 def scaling_of(data: DataSet, part: Part, nonnegative: bool) -> Scaling | None:
-    """Columns of a table are standardised, or brought to 0..1 for rules that reconstruct their input."""
-    if not data.table:
+    """Tables and signals are standardised, or brought to 0..1 for rules that reconstruct their input."""
+    if data.input not in ("table", "signal"):
         return None
     return measure_scaling(part, "unit" if nonnegative else "standard")
 
@@ -90,6 +130,7 @@ def pack(scaling: Scaling | None) -> dict[str, torch.Tensor]:
     return {
         "shift": torch.from_numpy(scaling.shift),
         "scale": torch.from_numpy(scaling.scale),
+        "rest": torch.from_numpy(scaling.rest),
         "clip": torch.tensor([scaling.clip], dtype=torch.uint8),
     }
 
@@ -98,5 +139,5 @@ def unpack(tensors: dict[str, torch.Tensor]) -> Scaling | None:
     """The inverse of ``pack``."""
     if not tensors:
         return None
-    shift, scale = (np.asarray(tensors[name].numpy(), np.float32) for name in ("shift", "scale"))
-    return Scaling(shift, scale, bool(tensors["clip"].item()))
+    found = {name: tensors[name].numpy().astype(np.float64) for name in ("shift", "scale", "rest") if name in tensors}
+    return Scaling(**found, clip=bool(tensors["clip"].item()))

@@ -14,7 +14,8 @@ from edgetrain.baselines import BASELINES
 from edgetrain.config import Settings, did_you_mean
 from edgetrain.data.augment import Augmentation
 from edgetrain.data.base import DataSet
-from edgetrain.data.specs import open_data
+from edgetrain.data.layout import Reading
+from edgetrain.data.specs import absolute, open_data
 from edgetrain.errors import InputError
 from edgetrain.memory import device as devices
 from edgetrain.memory import rates
@@ -29,7 +30,7 @@ from edgetrain.planning.planner import make_plan
 from edgetrain.planning.schedule import Cut
 from edgetrain.planning.workload import Workload
 from edgetrain.stream.cell import OptimizerRecipe
-from edgetrain.training.inputs import Shape
+from edgetrain.training.inputs import Shape, describe
 from edgetrain.training.process import process_state
 from edgetrain.units import MIB, from_mb, show_mb
 
@@ -54,6 +55,11 @@ class Job:
     shape: Shape
     net: Net
     work: Workload
+
+    @property
+    def input(self) -> str:
+        """What the training rows are and how they were read, in a line."""
+        return describe(self.data, self.work.objective.nonnegative_input)
 
 
 def method_of(settings: Settings) -> type[Objective]:
@@ -85,7 +91,7 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None) -
     method = method_of(settings)
     device = devices.resolve(settings.device)
     settings = with_defaults(settings, method)
-    opened = open_data(settings.data) if data is None else data
+    opened = open_data(settings.data, stated_reading(settings)) if data is None else data
     if opened.train is None:
         raise InputError(f"data {opened.name!r}: holds no training rows")
     shape = Shape.of(opened)
@@ -116,6 +122,11 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None) -
     return Job(settings, opened, shape, recipes, work)
 
 
+def stated_reading(settings: Settings) -> Reading:
+    """What settings state of how rows are to be read."""
+    return Reading(settings.input, settings.channels)
+
+
 def net_of(settings: Settings, method: type[Objective], shape: Shape, net: Any) -> Net:
     """The net of settings for a method, with its options.
 
@@ -124,7 +135,7 @@ def net_of(settings: Settings, method: type[Objective], shape: Shape, net: Any) 
     """
     like = settings.like or method.like
     preferred = METHODS[like] if like else method
-    reads = method.reads(shape.shape, shape.table, shape.classes)
+    reads = method.reads(shape.shape, shape.input == "table", shape.classes)
     found = open_net(net, shape.shape, preferred.net_defaults, shape.vocabulary, settings.seed, reads)
     if found.in_shape != shape.shape:
         found = replace(found, options={**found.options, "label": "beside"})
@@ -189,7 +200,7 @@ def constants_of(settings: Settings, method: type[Objective]) -> dict[str, float
 
 
 def with_defaults(settings: Settings, method: type[Objective]) -> Settings:
-    """Settings with the method's defaults where nothing was said.
+    """Settings with the method's defaults where nothing was said, and the data's path made absolute.
 
     Raises:
         InputError: a setting has no meaning for the method.
@@ -201,6 +212,7 @@ def with_defaults(settings: Settings, method: type[Objective]) -> Settings:
     constants_of(settings, method)
     _check_views(settings, method, schedule)
     values: dict[str, Any] = {
+        "data": absolute(settings.data),
         "net": settings.net or method.default_net,
         "schedule": schedule,
         "optimizer": settings.optimizer or prefers.optimizer,

@@ -18,12 +18,13 @@ class Model(nn.Module):
     Args:
         objective: the rule, which reads votes off cells.
         shape: of the run's rows.
-        scaling: of a table's columns, or ``None``.
+        scaling: of a table's columns or a signal's channels, or ``None``.
         cells: the trained cells with their heads (``None``: has none).
         classifier: tensors of the trained classifier by name, or ``None``.
     """
 
     shift: Tensor
+    rest: Tensor
     scale: Tensor
 
     def __init__(
@@ -38,8 +39,8 @@ class Model(nn.Module):
         self.objective, self.shape = objective, shape
         self.scaled, self.clipped = scaling is not None, scaling is not None and scaling.clip
         if scaling is not None:
-            self.register_buffer("shift", torch.from_numpy(scaling.shift).double())
-            self.register_buffer("scale", torch.from_numpy(scaling.scale).double())
+            for name in ("shift", "rest", "scale"):
+                self.register_buffer(name, torch.from_numpy(getattr(scaling, name)))
         self.cells = nn.ModuleList(cell for cell, _ in cells)
         self.heads = nn.ModuleList(nn.Identity() if head is None else head for _, head in cells)
         self.has_head = [head is not None for _, head in cells]
@@ -66,10 +67,13 @@ class Model(nn.Module):
 
     def prepared(self, x: Tensor) -> Tensor:
         """Rows as the first cell reads them: float32 (token ids: int64) [B, *shape]."""
+        channels, *rest = self.shape.shape
+        if self.shape.channels == "last" and tuple(x.shape[1:]) == (*rest, channels):
+            x = x.movedim(-1, 1)
         x = x.reshape(len(x), *self.shape.shape)
         if self.shape.vocabulary is not None:
             return x.long()
         if self.scaled:
-            values = (x.double() - self.shift) * self.scale
+            values = (x.double() - self.shift - self.rest) * self.scale
             return (values.clamp(0.0, 1.0) if self.clipped else values).float()
         return x.float() if self.shape.pixel_max is None else x.float() / self.shape.pixel_max

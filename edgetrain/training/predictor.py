@@ -40,6 +40,7 @@ class Predictions:
         peaks: device bytes of each cell's visit.
         missing: what is wrong with the first cell that could not be read, so that the cells before it vote
             without it; empty if all are there.
+        data: which rows these are, in words, if they were evaluated; ``rows``: how many.
     """
 
     scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -47,6 +48,8 @@ class Predictions:
     cells: list[float | None] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
     missing: str = ""
+    data: str = ""
+    rows: int = 0
 
 
 @dataclass(frozen=True)

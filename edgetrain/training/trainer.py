@@ -82,6 +82,7 @@ class Trainer:
         inputs: FileLatents,
         labels: LatentFile,
         input_state: State,
+        digests: Mapping[str, str | None],
         meter: Meter,
         watcher: Watcher,
         choices: Choices,
@@ -114,7 +115,7 @@ class Trainer:
         self._conditions, self._symptoms = conditions, Symptoms(work, self.records, watcher.note)
         self.commits = Commits(
             folder, work.nodes, self._cells, self._caches, self.records, self._current_readout, input_state,
-            inputs.digest() + labels.digest(), conditions, choices.checkpoint_every, stop.began, energy,
+            digests, conditions, choices.checkpoint_every, stop.began, energy,
         )  # fmt: skip
         self._visits = work.visits(plan.cut)
         self._resumed = Position.before(0, self._visits)

@@ -20,6 +20,18 @@ MISTAKES = {
     "truncated data file": (["fit", "--data", "truncated.npz"], 4, ["truncated.npz"]),
     "labels not from 0": (["fit", "--data", "labels.npz"], 2, ["labels", "0..C-1"]),
     "nan in the inputs": (["fit", "--data", "nan.npz"], 2, ["nan.npz", "row 7"]),
+    "table as images of channels": (
+        ["fit", "--data", "table.npz", "--channels", "last"],
+        2,
+        ["--channels last", "table"],
+    ),
+    "floats as token ids": (
+        ["fit", "--data", "table.npz", "--input", "tokens"],
+        2,
+        ["table.npz", "float32", "integers"],
+    ),
+    "input of a known data set": (["plan", "--data", "digits", "--input", "table"], 2, ["--input", "digits"]),
+    "unknown input": (["fit", "--input", "video"], 2, ["--input", "video", "tokens"]),
     "unknown method": (["fit", "--method", "mff"], 2, ["mff", "mf"]),
     "unknown net": (["fit", "--net", "resnet:50"], 2, ["resnet:50", "mlp:"]),
     "unknown net option": (["fit", "--net", "mlp:8;colour=1"], 2, ["colour", "bias"]),

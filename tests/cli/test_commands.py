@@ -26,7 +26,7 @@ CELL_KEYS = {
 }  # fmt: skip
 PLAN_KEYS = {
     "fits", "host_fits", "disk_fits", "min_budget_mb", "predicted_peak_mb", "bp_predicted_peak_mb", "disk_mb",
-    "written_mb", "cells",
+    "written_mb", "cells", "data",
 }  # fmt: skip
 
 
@@ -49,6 +49,8 @@ def test_plan_says_what_fit_measures(edgetrain: Command) -> None:
     record = json.loads(edgetrain("fit", *flags, "--json").stdout)
     assert plan.keys() >= PLAN_KEYS
     assert plan["fits"] is True
+    assert plan["data"] == record["input"] == "1,437 images, 1x8x8, 0..16 scaled to 0..1"
+    assert "Data: 1,437 images" in edgetrain("plan", *flags).stdout
     assert plan["predicted_peak_mb"] == record["predicted_peak_mb"] == record["peak_gpu_mb"]
     assert [cell["params"] for cell in plan["cells"]] == [cell["params"] for cell in record["cells"]]
     assert record["disk_mb"] <= plan["disk_mb"]
@@ -82,6 +84,8 @@ def test_evaluate_and_predict_agree_with_the_run(edgetrain: Command, tmp_path: P
     found = json.loads(edgetrain("evaluate", "r", "--json").stdout)
     assert found["test_accuracy"] == record["test_accuracy"]
     assert found["votes"] == record["votes"]
+    assert (found["data"], found["rows"]) == ("the 360 test rows of digits", 360)
+    assert "data: 1,437 images" in edgetrain("fit", "--epochs", "1", "--run-dir", "other").stderr
     shown = edgetrain("evaluate", "r", "--per-cell").stdout
     assert "cell 2" in shown
 
@@ -122,14 +126,14 @@ def test_a_damaged_cell_is_named_and_cells_before_it_predict(
     path.write_bytes(content)
     done = edgetrain("evaluate", "r", "--json")
     assert done.returncode == code
-    assert len(done.stderr.splitlines()) == 1
+    assert len(done.stderr.splitlines()) == 1 if code else 2
     assert f"{cell}.safetensors" in done.stderr
     if not code:
         assert json.loads(done.stdout)["votes"]["cells"][1:] == []
         assert f"{cell}.safetensors" in json.loads(done.stdout)["missing"]
         assert f"{cell}.safetensors" in edgetrain("cells", "r", "list").stdout.replace("\n", "")
         assert edgetrain("cells", "r", "retrain", "2", "--quiet").returncode == 0
-        assert edgetrain("evaluate", "r").stderr == ""
+        assert edgetrain("evaluate", "r").stderr == "evaluated the 360 test rows of digits\n"
 
 
 def test_a_second_process_in_a_run_folder_is_refused(tmp_path: Path, edgetrain: Command) -> None:

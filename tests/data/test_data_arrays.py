@@ -14,34 +14,37 @@ def floats(*dims, dtype=np.float32):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "shape", "table", "order"),
+    ("inputs", "shape", "read_as", "order"),
     [
-        (pixels(10, 7), (7,), False, None),
-        (pixels(10, 4, 6), (1, 4, 6), False, None),
-        (pixels(10, 4, 6, 3), (3, 4, 6), False, (0, 3, 1, 2)),
-        (pixels(10, 4, 6, 1), (1, 4, 6), False, (0, 3, 1, 2)),
-        (pixels(10, 3, 4, 6), (3, 4, 6), False, None),
-        (pixels(10, 5, 4, 6), (5, 4, 6), False, None),
-        (pixels(10, 64, 3, 3), (64, 3, 3), False, None),
-        (pixels(10, 64, 1, 1), (64, 1, 1), False, None),
-        (floats(10, 4, 6), (1, 4, 6), False, None),
-        (floats(10, 4, 6, 3), (3, 4, 6), False, (0, 3, 1, 2)),
-        (floats(10, 2, 4, 6), (2, 4, 6), False, None),
-        (floats(10, 7), (7,), True, None),
-        (floats(10, 7, dtype=np.float64), (7,), True, None),
-        (floats(10, 7, dtype=np.float16), (7,), True, None),
-        (floats(10, 7).astype(">f4"), (7,), True, None),
-        (pixels(10, 7).astype(np.int32), (7,), True, None),
+        (pixels(10, 7), (7,), "table", None),
+        (pixels(10, 4, 6), (1, 4, 6), "image", None),
+        (pixels(10, 4, 6, 3), (3, 4, 6), "image", (0, 3, 1, 2)),
+        (pixels(10, 4, 6, 1), (1, 4, 6), "image", (0, 3, 1, 2)),
+        (pixels(10, 3, 4, 6), (3, 4, 6), "image", None),
+        (pixels(10, 5, 4, 6), (5, 4, 6), "image", None),
+        (pixels(10, 64, 3, 3), (64, 3, 3), "image", None),
+        (pixels(10, 64, 1, 1), (64, 1, 1), "image", None),
+        (pixels(10, 9, 8, 4), (4, 9, 8), "image", (0, 3, 1, 2)),
+        (pixels(10, 9, 8, 2), (2, 9, 8), "image", (0, 3, 1, 2)),
+        (pixels(10, 4, 8, 2), (4, 8, 2), "image", None),
+        (floats(10, 4, 6), (1, 4, 6), "image", None),
+        (floats(10, 4, 6, 3), (3, 4, 6), "image", (0, 3, 1, 2)),
+        (floats(10, 2, 4, 6), (2, 4, 6), "image", None),
+        (floats(10, 7), (7,), "table", None),
+        (floats(10, 7, dtype=np.float64), (7,), "table", None),
+        (floats(10, 7, dtype=np.float16), (7,), "table", None),
+        (floats(10, 7).astype(">f4"), (7,), "table", None),
+        (pixels(10, 7).astype(np.int32), (7,), "table", None),
     ],
     ids=lambda value: f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else "",
 )
-def test_dtype_and_dims_say_what_rows_are(monkeypatch, inputs, shape, table, order):
+def test_dtype_and_dims_say_what_rows_are(monkeypatch, inputs, shape, read_as, order):
     with small_chunks(monkeypatch, 100):
         data = from_arrays((inputs, cycle(10, 2)), (inputs, cycle(10, 2)))
         x, y = rows_of(data.train)
-    assert (data.shape, data.table, data.classes) == (shape, table, 2)
-    assert data.pixel_max == (255.0 if inputs.dtype == np.uint8 else None)
-    assert x.dtype == (np.uint8 if inputs.dtype == np.uint8 else np.float32)
+    assert (data.shape, data.input, data.classes) == (shape, read_as, 2)
+    assert data.pixel_max == (255.0 if inputs.dtype == np.uint8 and read_as == "image" else None)
+    assert x.dtype == (inputs.dtype.newbyteorder("=") if read_as == "table" or inputs.dtype == np.uint8 else np.float32)
     expected = inputs if order is None else inputs.transpose(order)
     assert np.array_equal(x, expected.reshape(10, *shape).astype(x.dtype))
     assert np.array_equal(y, cycle(10, 2))
@@ -68,10 +71,19 @@ def test_arrays_that_are_no_rows_are_refused(inputs, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
-def test_value_that_is_not_finite_names_the_row(monkeypatch, value):
-    inputs = floats(50, 4, dtype=np.float64)
-    inputs[37, 2] = value
+@pytest.mark.parametrize(
+    ("value", "dims", "dtype"),
+    [
+        (np.nan, (50, 4), np.float64),
+        (np.inf, (50, 4), np.float64),
+        (-np.inf, (50, 4), np.float64),
+        (np.inf, (50, 4), np.float16),
+        (1e300, (50, 2, 2), np.float64),  # images are read as float32, tables as they are
+    ],
+)
+def test_value_that_is_not_finite_names_the_row(monkeypatch, value, dims, dtype):
+    inputs = floats(*dims, dtype=dtype)
+    inputs.reshape(50, 4)[37, 2] = value
     with (
         small_chunks(monkeypatch, 300),
         pytest.raises(InputError, match=r"x_train: row 37 holds .* position 2"),
@@ -89,13 +101,20 @@ def test_torch_tensors_are_arrays():
 
 
 def test_test_rows_must_be_like_training_rows():
-    train = (pixels(4, 3), cycle(4, 2))
-    with pytest.raises(InputError, match=r"x_test: uint8 rows of shape \[5\], but the training rows are uint8"):
-        from_arrays(train, (pixels(4, 5), cycle(4, 2)))
-    with pytest.raises(InputError, match="x_test: float rows"):
+    train = (pixels(4, 3, 3), cycle(4, 2))
+    with pytest.raises(InputError, match=r"x_test: uint8 images of shape \[1, 5, 3\], but the training rows are uint8"):
+        from_arrays(train, (pixels(4, 5, 3), cycle(4, 2)))
+    with pytest.raises(InputError, match="x_test: float images"):
+        from_arrays(train, (floats(4, 3, 3), cycle(4, 2)))
+    with pytest.raises(InputError, match=r"x_test: table rows of shape \[3\]"):
         from_arrays(train, (floats(4, 3), cycle(4, 2)))
     with pytest.raises(InputError, match=r"y_test: row 2 has label 2, expected 0..1"):
-        from_arrays(train, (pixels(4, 3), cycle(4, 3)))
+        from_arrays(train, (pixels(4, 3, 3), cycle(4, 3)))
+
+
+def test_a_table_s_test_rows_may_have_another_dtype():
+    data = from_arrays((pixels(4, 3), cycle(4, 2)), (floats(4, 3), cycle(4, 2)))
+    assert (data.input, data.test.rows) == ("table", 4)
 
 
 def test_no_split_is_drawn_from_arrays():

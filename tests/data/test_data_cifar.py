@@ -35,7 +35,7 @@ def test_rows_are_those_written(tmp_path, monkeypatch, suffix, label_bytes):
     with small_chunks(monkeypatch, 8000):  # two rows a chunk
         data = opened(paths, label_bytes=label_bytes)
         x, y = rows_of(data.test)
-    assert (data.shape, data.pixel_max, data.table, data.classes) == ((3, 32, 32), 255.0, False, 3)
+    assert (data.shape, data.pixel_max, data.input, data.classes) == ((3, 32, 32), 255.0, "image", 3)
     assert np.array_equal(x, np.concatenate([IMAGES, IMAGES + np.uint8(1)]))
     assert np.array_equal(y, np.concatenate([LABELS, LABELS]))
     assert y.dtype == np.int64

@@ -43,7 +43,7 @@ def test_rows_are_those_written(tmp_path, monkeypatch, suffix):
         data = opened(pair(tmp_path, suffix))
         x, y = rows_of(data.train)
         again, _ = rows_of(data.train)
-    assert (data.shape, data.pixel_max, data.table, data.classes) == ((1, 5, 4), 255.0, False, 3)
+    assert (data.shape, data.pixel_max, data.input, data.classes) == ((1, 5, 4), 255.0, "image", 3)
     assert x.dtype == np.uint8
     assert np.array_equal(x[:, 0], IMAGES)
     assert np.array_equal(again, x)

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import zipfile
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,10 +15,12 @@ from made_files import cycle, fuzzing, pixels, small_chunks
 
 from edgetrain.data.arrays import from_arrays, from_rows
 from edgetrain.data.base import DataSet, Part
+from edgetrain.data.layout import Reading
 from edgetrain.data.npz import open_npz
 from edgetrain.data.prepare import measure_scaling, prepare
 from edgetrain.data.text import LENGTH, LabelledText, open_texts
 from edgetrain.errors import CorruptError, InputError, StorageError
+from edgetrain.training.inputs import pack, unpack
 
 
 def table(rows=50, features=4, seed=0):
@@ -66,7 +70,7 @@ def test_floats_go_down_bit_for_bit(tmp_path, monkeypatch):
 
 def texts_of(values, labels=None, vocabulary=9):
     """A data set of token ids."""
-    return DataSet("made", values.shape[1:], None, False, 2, part_of(values, labels), None, vocabulary=vocabulary)
+    return DataSet("made", values.shape[1:], None, "tokens", 2, part_of(values, labels), None, vocabulary=vocabulary)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -110,7 +114,7 @@ def test_ids_that_are_no_whole_numbers_are_refused(tmp_path):
 
 
 def test_rows_without_labels_make_no_label_file(tmp_path):
-    data = from_rows(pixels(5, 3))
+    data = from_rows(pixels(5, 3), reading=Reading("image"))
     prepared = prepare(data, data.test, tmp_path, "new", None)
     assert prepared.y is None
     assert prepared.written == 15
@@ -120,7 +124,7 @@ def test_rows_without_labels_make_no_label_file(tmp_path):
 
 def test_prepared_files_can_be_gathered_from(tmp_path):
     inputs = pixels(30, 6)
-    data = from_arrays((inputs, cycle(30, 3)))
+    data = from_arrays((inputs, cycle(30, 3)), reading=Reading("image"))
     prepared = prepare(data, data.train, tmp_path, "train", None)
     out = torch.empty(3, 6, dtype=torch.uint8)
     prepared.x.read(np.array([7, 0, 29]), out)
@@ -137,7 +141,8 @@ def test_scaled_training_rows_are_as_promised(tmp_path, monkeypatch, kind):
     with small_chunks(monkeypatch, 330):
         scaling = measure_scaling(data.train, kind)
         x, _ = read_back(prepare(data, data.train, tmp_path, "train", scaling))
-    assert scaling.shift.dtype == scaling.scale.dtype == x.dtype == np.float32
+    assert scaling.shift.dtype == scaling.scale.dtype == np.float64
+    assert x.dtype == np.float32
     assert scaling.scale[3] == 1
     assert (x[:, 3] == 0).all()
     if kind == "standard":
@@ -164,20 +169,72 @@ def test_unit_scaling_clips_what_lies_beyond_the_training_rows():
     assert scaling.apply(np.array([[20.0]], np.float32)).item() == 3
 
 
+LARGE_MEANS = {
+    "milliseconds since 1970": 1.7e12 + np.arange(300.0) * 1000,
+    "narrow spread": 1e6 + np.arange(300) * 1e-4,
+    "degrees": 48.137 + np.arange(300) * 1e-7,
+    "nanoseconds since 1970": 1_700_000_000_000_000_000 + np.arange(300) * 7,
+    "beyond int64": np.uint64(2**63 + 2**62) + np.arange(300, dtype=np.uint64),
+    "below zero": -(2**62) + np.arange(300),
+    "both ends of int64": np.where(np.arange(300) % 3, 2**63 - 1, -(2**63)),
+    "huge": 1e300 * (1 + np.arange(300)),
+    "range beyond float64": 1.1e306 * (np.arange(300.0) - 150),
+    "tiny": 1e-200 * np.arange(300),
+    "bits": np.arange(300) % 2 == 0,
+    "bytes": np.arange(300).astype(np.uint8),
+    "halves": np.arange(300).astype(np.float16),
+}
+
+
+@pytest.mark.parametrize("kind", ["standard", "unit"])
+@pytest.mark.parametrize("column", LARGE_MEANS)
+def test_scaling_keeps_the_digits_of_a_column(tmp_path, monkeypatch, column, kind):
+    values = LARGE_MEANS[column]
+    exact = [Fraction(int(v)) if values.dtype.kind in "biu" else Fraction(float(v)) for v in values]
+    if kind == "unit":
+        least, most = min(exact), max(exact)
+        expected = [float((value - least) / (most - least)) for value in exact]
+    else:
+        mean = sum(exact) / len(exact)
+        variance = sum((value - mean) ** 2 for value in exact) / len(exact)
+        deviation = (Decimal(variance.numerator) / Decimal(variance.denominator)).sqrt()
+        expected = [float(Decimal((v - mean).numerator) / (v - mean).denominator / deviation) for v in exact]
+    data = from_arrays((values.reshape(-1, 1), cycle(300, 2)))
+    with small_chunks(monkeypatch, 500):
+        scaling = unpack(pack(measure_scaling(data.train, kind)))
+        x, _ = read_back(prepare(data, data.train, tmp_path, "train", scaling))
+    assert np.allclose(x[:, 0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["standard", "unit"])
+@pytest.mark.parametrize("value", [0.1, 1e6, 1.7e12, -48.137])
+def test_a_column_that_varies_by_rounding_only_is_constant(value, kind):
+    values = np.full((200, 2), value)
+    values[::3, 0] = np.nextafter(value, np.inf)
+    scaling = measure_scaling(part_of(values), kind)
+    assert scaling.scale.tolist() == [1, 1]
+    assert np.allclose(scaling.apply(values), 0, atol=1e-3)
+
+
+def test_whole_numbers_that_differ_by_one_are_no_rounding_noise():
+    values = 2**62 + np.arange(200).reshape(-1, 1) % 2
+    assert np.ptp(measure_scaling(part_of(values), "standard").apply(values)) == 2
+
+
 @fuzzing
 @given(
     columns=st.lists(
-        st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=5, max_size=5),
+        st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=5, max_size=5),
         min_size=1,
         max_size=4,
     ),
     kind=st.sampled_from(["standard", "unit"]),
 )
 def test_scaled_values_are_always_finite(columns, kind):
-    values = np.array(columns, np.float32).T
+    values = np.array(columns).T
     scaling = measure_scaling(part_of(values), kind)
     scaled = scaling.apply(values)
-    beyond = np.full_like(values, 3e38)
+    beyond = np.full_like(values, np.finfo(values.dtype).max)
     assert np.isfinite(scaled).all()
     assert np.isfinite(scaling.apply(beyond)).all()
     if kind == "unit":
@@ -188,7 +245,7 @@ def test_scaled_values_are_always_finite(columns, kind):
 def test_value_that_is_not_finite_leaves_no_files(tmp_path, value):
     values = table()
     values[33, 1] = value
-    data = DataSet("made", (4,), None, True, 2, part_of(values, cycle(50, 2)), None)
+    data = DataSet("made", (4,), None, "table", 2, part_of(values, cycle(50, 2)), None)
     with pytest.raises(InputError, match="made: row 33 holds"):
         prepare(data, data.train, tmp_path, "train", None)
     with pytest.raises(InputError, match="made: row 33 holds"):
@@ -199,7 +256,7 @@ def test_value_that_is_not_finite_leaves_no_files(tmp_path, value):
 @pytest.mark.parametrize("claimed", [49, 51])
 def test_wrong_number_of_rows_leaves_no_files(tmp_path, claimed):
     part = Part(claimed, lambda: iter([(table(), cycle(50, 2))]), "made")
-    data = DataSet("made", (4,), None, True, 2, part, None)
+    data = DataSet("made", (4,), None, "table", 2, part, None)
     with pytest.raises(CorruptError, match="made: gives"):
         prepare(data, part, tmp_path, "train", None)
     assert list(tmp_path.iterdir()) == []

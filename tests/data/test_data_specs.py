@@ -16,11 +16,11 @@ from edgetrain.errors import CorruptError, InputError
 def test_digits_are_shipped():
     data = open_data("digits")
     x, y = rows_of(data.train)
-    assert (data.name, data.shape, data.pixel_max, data.table, data.classes) == (
+    assert (data.name, data.shape, data.pixel_max, data.input, data.classes) == (
         "digits",
         (1, 8, 8),
         16.0,
-        False,
+        "image",
         10,
     )
     assert (data.train.rows, data.test.rows) == (1437, 360)
@@ -43,15 +43,15 @@ def test_breast_cancer_is_a_table():
     pytest.importorskip("sklearn")
     data = open_data("breast-cancer")
     x, y = rows_of(data.train)
-    assert (data.name, data.shape, data.pixel_max, data.table, data.classes) == (
+    assert (data.name, data.shape, data.pixel_max, data.input, data.classes) == (
         "breast-cancer",
         (30,),
         None,
-        True,
+        "table",
         2,
     )
     assert (data.train.rows, data.test.rows) == (455, 114)
-    assert x.dtype == np.float32
+    assert x.dtype == np.float64
     assert abs(y.mean() - rows_of(data.test)[1].mean()) < 0.01
     assert data.names == ("malignant", "benign")
 

@@ -13,6 +13,7 @@ from made_files import fuzzing, rows_of, small_chunks
 
 from edgetrain.data import text as module
 from edgetrain.data.arrays import from_arrays
+from edgetrain.data.layout import Reading
 from edgetrain.data.text import LENGTH, LONGEST_WORD, LabelledText, Vocabulary, WordCounts, open_texts, split_words
 from edgetrain.errors import InputError
 from edgetrain.store.rows import RowFormat
@@ -109,7 +110,7 @@ def test_counted_words_are_bounded_and_frequent_ones_kept():
 
 def test_made_texts_give_these_rows():
     data = open_texts("made", lambda: iter(MADE), "made", CLASSES)
-    assert (data.name, data.shape, data.pixel_max, data.table) == ("made", (LENGTH,), None, False)
+    assert (data.name, data.shape, data.pixel_max, data.input) == ("made", (LENGTH,), None, "tokens")
     assert (data.classes, data.names, data.vocabulary) == (2, CLASSES, 5)  # good 2, bad 3, film 4 - by count
     x, y = rows_of(data.train)
     assert (x.dtype, y.dtype) == (np.int32, np.int64)
@@ -241,8 +242,8 @@ def test_a_run_refuses_rows_of_another_kind():
     more = open_texts("more", lambda: iter([*MADE, LabelledText("train", 0, "other words")]), "more", CLASSES)
     labels = np.arange(4) % 2
     floats = from_arrays((np.zeros((4, LENGTH), np.int64), labels))
-    pixels = from_arrays((np.zeros((4, LENGTH), np.uint8), labels))
-    kinds = {"ids of 5 tokens": texts, "ids of 7 tokens": more, "floating-point values": floats, "8-bit pixels": pixels}
+    pixels = from_arrays((np.zeros((4, LENGTH), np.uint8), labels), reading=Reading("image"))
+    kinds = {"ids of 5 tokens": texts, "ids of 7 tokens": more, "rows of a table": floats, "8-bit pixels": pixels}
     for expected, trained in kinds.items():
         for found, rows in kinds.items():
             if found == expected:

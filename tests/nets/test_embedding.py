@@ -117,5 +117,7 @@ def test_a_users_net_is_tried_on_token_ids() -> None:
     assert [cell.in_shape for cell in open_net(lambda: [nn.Embedding(9, 2)], (3,), {}, 9).cells] == [(3,)]
     with pytest.raises(InputError, match=r"module 1 \(Flatten\) must return floating-point numbers; it returned int64"):
         open_net([nn.Flatten(), nn.Linear(TOKENS, 3)], (TOKENS,), {}, VOCABULARY)
-    with pytest.raises(InputError, match=r"module 1 \(Embedding\) begins with an Embedding, which reads token ids"):
+    with pytest.raises(
+        InputError, match=r"Embedding takes token ids, but the rows are numbers .* state --input tokens"
+    ):
         open_net([nn.Embedding(VOCABULARY, 4)], (TOKENS,), {})

@@ -23,6 +23,7 @@ from edgetrain import objectives
 from edgetrain.baselines import BASELINES
 from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
+from edgetrain.data.layout import Reading
 from edgetrain.errors import InputError
 from edgetrain.keys import seeded
 from edgetrain.memory.meter import meter_of
@@ -661,7 +662,7 @@ def toy(rows=ROWS, shape=SHAPE):
 
 
 def data_for(name):
-    return from_arrays(toy(shape=suited(name)[1]))
+    return from_arrays(toy(shape=suited(name)[1]), reading=Reading("image"))
 
 
 @pytest.mark.parametrize("placement", ["stream", "resident"])
@@ -717,7 +718,7 @@ def test_the_loss_of_every_cell_falls_on_a_toy(tmp_path, monkeypatch, name, trai
     if trained:
         values |= {"classifier_lr": 3e-2, "classifier_epochs": values["epochs"]}
     watcher, shape = Losses(), SUITED.get(name, (NET, WIDE))[1]
-    data = from_arrays(toy(150, shape), toy(60, shape))
+    data = from_arrays(toy(150, shape), toy(60, shape), reading=Reading("image"))
     run = fit(given(name, **values), tmp_path / "run", data=data, watcher=watcher)
     assert len(watcher.found) == len(run.nodes) + trained
     assert all(found[-1] < 0.9 * found[0] for found in watcher.found.values())
@@ -759,7 +760,7 @@ def register(monkeypatch, kind):
 
 def trained(path, name, **values):
     """Final tensors of a run on the toy data, by unit and name."""
-    folder = RunFolder(fit(given(name, **values), path / "run", data=from_arrays(toy())).path)
+    folder = RunFolder(fit(given(name, **values), path / "run", data=from_arrays(toy(), reading=Reading("image"))).path)
     files = folder.files()
     return {f"{unit}/{key}": value for unit in files for key, value in folder.read_unit(files[unit]).items()}
 
@@ -874,7 +875,9 @@ def test_a_rule_with_two_streams_and_a_normalised_hand_over_is_the_plain_loop(
 
 def test_a_rule_with_two_streams_can_be_planned(tmp_path, monkeypatch):
     register(monkeypatch, TwoStreams)
-    run = fit(given("toy-streams", placement="stream"), tmp_path / "run", data=from_arrays(toy()))
+    run = fit(
+        given("toy-streams", placement="stream"), tmp_path / "run", data=from_arrays(toy(), reading=Reading("image"))
+    )
     assert run.record.predicted_peak_mb >= run.record.peak_gpu_mb
 
 

@@ -16,6 +16,7 @@ from edgetrain.cli.profile import command
 from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
 from edgetrain.data.base import DataSet
+from edgetrain.data.layout import Reading
 from edgetrain.errors import BudgetError, EdgetrainError, InputError
 from edgetrain.report.profile import Point, Varied, points, slopes, spec, write_csv
 from edgetrain.training.fit import fit
@@ -25,7 +26,7 @@ def data(rows: int = 96, shape: tuple[int, ...] = (12,)) -> DataSet:
     draw = np.random.default_rng(0)
     x = draw.integers(0, 256, (rows + 8, *shape), dtype=np.uint8)
     y = np.arange(rows + 8) % 4
-    return from_arrays((x[:rows], y[:rows]), (x[rows:], y[rows:]))
+    return from_arrays((x[:rows], y[:rows]), (x[rows:], y[rows:]), reading=Reading("image"))
 
 
 def found(methods: list[str], depths: list[int], dry: bool = False, batch: int = 32, **more: Any) -> list[Point]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
+from edgetrain.data.layout import Reading
 from edgetrain.errors import BudgetError, InputError
 from edgetrain.memory.meter import meter_of
 from edgetrain.nets.spec import open_net
@@ -149,7 +150,7 @@ def toy(rows=90, width=20):
 def run(path, method, **values):
     standard = {"net": "mlp:70,33", "epochs": 2, "batch_size": BATCH, "threads": 1, "device": "cpu", "meter": "full"}
     given = Settings().with_values({"method": method, **standard, **values})
-    return fit(given, path, data=from_arrays(toy(), toy(40)))
+    return fit(given, path, data=from_arrays(toy(), toy(40), reading=Reading("image")))
 
 
 def tensors(path):
@@ -190,7 +191,7 @@ def test_an_interrupted_run_in_tiles_goes_on_to_the_same_bits(tmp_path, monkeypa
         patch.setattr(RunFolder, "commit", commits_and_dies)
         run(path, "mf", tiles=2, checkpoint_every=0.0)
     kept = Settings().with_values({"checkpoint_every": 0.0, **_profile(path)})
-    fit(kept, path, data=from_arrays(toy(), toy(40)), resume=True)
+    fit(kept, path, data=from_arrays(toy(), toy(40), reading=Reading("image")), resume=True)
     found, expected = tensors(path), tensors(tmp_path / "whole")
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
@@ -229,7 +230,8 @@ def test_what_a_plan_accepts_runs_within_the_budget_and_its_least_budget_is_the_
         "method": method, "net": f"mlp:{width}", "epochs": 1, "batch_size": batch, "optimizer": optimizer,
         "threads": 1, "device": "cpu", "meter": "full", "lr": 1e-3,
     }  # fmt: skip
-    data = from_arrays(toy(2 * batch + 5, max(inputs, CLASSES)), toy(11, max(inputs, CLASSES)))
+    features = max(inputs, CLASSES)
+    data = from_arrays(toy(2 * batch + 5, features), toy(11, features), reading=Reading("image"))
     free = plan_job(open_job(Settings().with_values(values), data=data))
     budget = max(free.predicted_peak * share, 1024) / (1 << 20)
     asked = Settings().with_values({**values, "max_gpu_mb": budget})

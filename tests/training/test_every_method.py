@@ -364,7 +364,7 @@ def texts() -> DataSet:
     train, test = (
         Part(30, lambda rows=rows: iter([(ids[rows], y[rows])]), "made") for rows in (slice(30), slice(30, 60))
     )
-    return DataSet("made", (5,), None, False, 3, train, test, ("a", "b", "c"), 12)
+    return DataSet("made", (5,), None, "tokens", 3, train, test, ("a", "b", "c"), 12)
 
 
 @pytest.mark.parametrize("name", METHODS)

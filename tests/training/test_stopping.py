@@ -21,6 +21,7 @@ import torch
 from machine import assert_same, data, settings, stopped_after, stopping_after, units
 
 from edgetrain.data.arrays import from_arrays
+from edgetrain.data.layout import Reading
 from edgetrain.errors import CorruptError, DivergedError, InputError, Stopped, StorageError
 from edgetrain.memory import energy
 from edgetrain.memory.energy import Sensor
@@ -345,7 +346,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, monkeypatch: pytes
     changed = data("pixels").raw.copy()
     changed[5, 5] ^= 1
     labels, size = data("pixels").labels, rows.train.rows  # type: ignore[union-attr]
-    other = from_arrays((changed[:size], labels[:size]), (changed[size:], labels[size:]))
+    other = from_arrays((changed[:size], labels[:size]), (changed[size:], labels[size:]), reading=Reading("image"))
     with pytest.raises(InputError, match="its training rows are not those that .* was begun with"):
         fit(asked, tmp_path / "run", data=other, resume=True)
     fit(asked, tmp_path / "run", data=rows, resume=True)
