@@ -8,6 +8,7 @@ from typing import Any
 from edgetrain.config import resolve
 from edgetrain.data.arrays import from_arrays
 from edgetrain.data.base import DataSet
+from edgetrain.errors import InputError
 from edgetrain.report.page import write_report
 from edgetrain.report.tensorboard import logged
 from edgetrain.training import edits, finished
@@ -49,7 +50,7 @@ def fit(
         method: the local rule, or a baseline.
         run_dir: the run folder; by default a new one under ``runs/``.
         profile: name or path of a profile to start from.
-        resume: go on with the run in ``run_dir``.
+        resume: continue the run in ``run_dir``, which must be given; start it if the folder is missing or empty.
         force: replace the run in ``run_dir``.
         watcher: is told of progress; by default nobody is.
         tensorboard: write TensorBoard's event files into the run folder.
@@ -59,6 +60,8 @@ def fit(
         EdgetrainError: see ``edgetrain.errors``; nothing is left half-written.
         Stopped: a signal came, or ``time_limit`` is over; what was done is committed, ``resume=True`` goes on.
     """
+    if resume and run_dir is None:
+        raise InputError("resume=True needs run_dir, the folder of the run to resume")
     given = {"method": method, **settings}
     modules = None
     if isinstance(net, str):
@@ -70,7 +73,7 @@ def fit(
     resolved = resolve(given, profile)
     path = Path(run_dir) if run_dir is not None else free_path(resolved.data, resolved.method)
     if resume:
-        resolved = resumed_settings(path, given, resolved)
+        resolved = resumed_settings(path, given, resolved, may_start=True)
     with logged(watcher or Silent(), tensorboard) as looking:
         return _ours(_fit(resolved, path, modules, opened, resume, force, looking))
 

@@ -101,19 +101,25 @@ def _as_it_is(folder: RunFolder, settings: Settings, net: Any, watcher: Watcher)
     return Run.open(folder.path, _named(settings, net))
 
 
-def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> Settings:
-    """The settings of the run in ``path``, if there is one to resume, else ``settings``.
+def resumed_settings(path: Path, given: dict[str, Any], settings: Settings, may_start: bool) -> Settings:
+    """The settings of the run in ``path`` or, if there is none, ``settings``.
 
     Args:
         path: the run folder.
         given: what was stated on the command line or in Python.
         settings: resolved without the run.
+        may_start: whether a run is started where there is none, as in a loop that starts or resumes.
 
     Raises:
-        InputError: something was stated that would change the run.
+        InputError: there is no run and none may be started, or something was stated that would change the run.
     """
-    config = RunFolder(path).config()
+    folder = RunFolder(path)
+    config = folder.config() if folder.is_run() else None
     if config is None:
+        if not may_start:
+            raise InputError(
+                f"{path}: no run to resume; check --run-dir, or state --data, --net or --profile to start one there"
+            )
         return settings
     kept = Settings().with_values(parse_profile(config, path / "config.toml"))
     if ".py:" in (kept.net or "") and "net" not in given:

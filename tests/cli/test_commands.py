@@ -14,6 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgetrain import api
+from edgetrain.config import Settings
+from edgetrain.errors import InputError
+from edgetrain.store.run import RunFolder
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 FIT_KEYS = {
@@ -236,3 +241,56 @@ def test_a_wrong_profile_writes_nothing(words: list[str], edgetrain: Command, tm
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
+QUICK = ("--data", "digits", "--net", "mlp:8", "--epochs", "1", "--quiet")
+
+
+@pytest.mark.parametrize("state", ["missing", "empty", "with an empty journal"])
+@pytest.mark.parametrize("words", [[], ["--epochs", "2"], ["--max-gpu-mb", "64", "--seed", "1"], ["--print-config"]])
+def test_resume_without_a_run_is_refused_and_creates_nothing(
+    edgetrain: Command, tmp_path: Path, state: str, words: list[str]
+) -> None:
+    if state != "missing":
+        (tmp_path / "typo").mkdir()
+    if state == "with an empty journal":
+        (tmp_path / "typo" / "journal.jsonl").touch()
+    before = sorted(tmp_path.rglob("*"))
+    done = edgetrain("fit", "--resume", "--run-dir", "typo", *words, EDGETRAIN_NET="mlp:8", EDGETRAIN_EPOCHS="1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("edgetrain: typo: no run to resume")
+    assert len(done.stderr.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("words", [QUICK[:2], QUICK[2:4], ["--profile", "quickstart"]])
+def test_resume_starts_a_run_where_the_command_says_what_to_train(edgetrain: Command, words: list[str]) -> None:
+    small = ("--epochs", "1", "--quiet", "--batch-size", "256")
+    for _ in range(2):
+        done = edgetrain("fit", "--resume", "--run-dir", "loop", *words, *small)
+        assert done.returncode == 0, done.stderr
+
+
+def test_resume_starts_a_run_without_a_checkpoint_again(edgetrain: Command, tmp_path: Path) -> None:
+    RunFolder(tmp_path / "r").create(Settings(net="mlp:8", epochs=1).to_toml())
+    done = edgetrain("fit", "--resume", "--run-dir", "r", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [cell["name"] for cell in json.loads(done.stdout)["cells"]] == ["linear 64-8"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "journal.jsonl"])
+def test_resume_leaves_a_folder_of_other_files_alone(edgetrain: Command, tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("something of mine, long enough\n")
+    done = edgetrain("fit", "--resume", "--run-dir", "mine", *QUICK)
+    assert done.returncode == 2, done.stderr
+    with pytest.raises(InputError, match="no edgetrain run"):
+        api.fit("mlp:8", "digits", run_dir=tmp_path / "mine", resume=True, epochs=1)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
+
+
+def test_resume_in_python_needs_a_folder_and_starts_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="run_dir"):
+        api.fit("mlp:8", "digits", resume=True, epochs=1)
+    for _ in range(2):
+        api.fit("mlp:8", "digits", run_dir=tmp_path / "loop", resume=True, epochs=1)
