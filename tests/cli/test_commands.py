@@ -294,3 +294,15 @@ def test_resume_in_python_needs_a_folder_and_starts_where_there_is_none(tmp_path
         api.fit("mlp:8", "digits", resume=True, epochs=1)
     for _ in range(2):
         api.fit("mlp:8", "digits", run_dir=tmp_path / "loop", resume=True, epochs=1)
+
+
+@pytest.mark.parametrize("flag", ["--out", "--latents"])
+@pytest.mark.parametrize("target", ["missing/a", "folder", "/dev/null"])
+def test_predict_refuses_targets_before_it_reads_anything(
+    edgetrain: Command, tmp_path: Path, flag: str, target: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    done = edgetrain("predict", "no-such-run", "--data", "digits", flag, target)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"edgetrain: {target}: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
