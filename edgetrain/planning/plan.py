@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from edgetrain.planning.schedule import WHOLE, Cut
-from edgetrain.units import ceil_mb, to_mb
+from edgetrain.units import ceil_mb, show_mb, to_mb
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Plan:
         readout: the trained classifier's, if there is one.
         placement: ``stream`` or ``resident``.
         readout_resident: whether all of the classifier stays on the device during its visits.
-        budget: device bytes that the run may take; ``None``: no limit.
+        budget: bytes that PyTorch's allocator may reserve on the device; ``None``: no limit.
         least: finds ``min_budget``, which takes longer than the plan itself.
         predicted_peak: of the device.
         host_bytes: host buffers and cells in transit, without the host tier.
@@ -69,6 +69,7 @@ class Plan:
         cut: how much of the latents is on disk at once.
         least_disk: the smallest run folder that would do, in bytes.
         batch_size: samples of a full step.
+        outside: bytes of the stated budget that PyTorch's allocator does not get, such as the CUDA context.
     """
 
     cells: tuple[CellPlan, ...]
@@ -87,11 +88,22 @@ class Plan:
     cut: Cut = WHOLE
     least_disk: int = 0
     batch_size: int = 0
+    outside: int = 0
+
+    @property
+    def stated_budget(self) -> int | None:
+        """The budget in bytes as ``--max-gpu-mb`` states it; ``None``: no limit."""
+        return None if self.budget is None else self.budget + self.outside
+
+    @property
+    def beside(self) -> str:
+        """What has to be said behind a peak where a part of the stated budget is outside PyTorch's allocator."""
+        return f" and {show_mb(self.outside)} outside PyTorch's allocator" if self.outside else ""
 
     @cached_property
     def min_budget(self) -> int:
-        """The smallest budget in bytes that would do, with the smallest micro-batches and the most tiles."""
-        return self.least()
+        """The smallest budget in bytes that can be stated, with the smallest micro-batches and the most tiles."""
+        return self.least() + self.outside
 
     @property
     def fits(self) -> bool:
@@ -132,7 +144,7 @@ class Plan:
             "host_fits": self.host_fits,
             "disk_fits": self.disk_fits,
             "placement": self.placement,
-            "budget_mb": to_mb(self.budget),
+            "budget_mb": to_mb(self.stated_budget),
             "min_budget_mb": ceil_mb(self.min_budget),
             "predicted_peak_mb": to_mb(self.predicted_peak),
             "bp_predicted_peak_mb": to_mb(bp_peak),

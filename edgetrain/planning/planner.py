@@ -25,7 +25,7 @@ from edgetrain.planning.plan import CellPlan, Plan
 from edgetrain.planning.schedule import Cut
 from edgetrain.planning.workload import Workload
 from edgetrain.stream.tiles import cuts
-from edgetrain.units import MIB, ceil_mb, show_mb
+from edgetrain.units import MIB, ceil_gb, ceil_mb, show_mb
 
 _REPEATS = (3, 4)  # copies of equal cells from which backpropagation's peak is extrapolated
 _RESIDENT_CELLS = 64  # beyond that, a resident plan is not worth the time to check
@@ -40,18 +40,20 @@ def make_plan(
     host_budget: int | None = None,
     disk_budget: int | None = None,
     cut: Cut | None = None,
+    outside: int = 0,
 ) -> Plan:
     """The plan of a run; it may say that the run does not fit.
 
     Args:
         work: the run.
-        budget: device bytes, or ``None`` for no limit.
+        budget: bytes that PyTorch's allocator may reserve on the device, or ``None`` for no limit.
         placement: ``auto``, ``stream`` or ``resident``.
         micro_batch: asked for by the user, for all or each; ``None``: the largest that fits.
         tiles: of cells, asked for by the user; ``None``: one if that fits.
         host_budget: host bytes, or ``None``.
         disk_budget: disk bytes, or ``None``.
         cut: of the latents, as a run was begun; ``None``: whatever fits the disk.
+        outside: bytes that the stated budget holds besides ``budget``.
 
     Raises:
         InputError: micro-batches or tiles were asked for where they cannot be.
@@ -93,6 +95,7 @@ def make_plan(
         least_disk=storage.least_disk_bytes(work, sum(params), chosen),
         batch_size=min(work.batch_size, work.rows),
         whole_batch=_whole_batch(work, budget) if over else None,
+        outside=outside,
     )
 
 
@@ -105,25 +108,27 @@ def require_fit(plan: Plan) -> None:
     """
     if plan.whole_batch is not None:
         raise InputError(
-            f"--batch-size is too large for --max-gpu-mb {(plan.budget or 0) / MIB:.4g}, and the samples of a batch"
-            f" influence each other here, so that it cannot be split: state --batch-size {plan.whole_batch}"
+            f"--batch-size is too large for --max-gpu-mb {(plan.stated_budget or 0) / MIB:.6g}, and the samples of a"
+            f" batch influence each other here, so that it cannot be split: state --batch-size {plan.whole_batch}"
         )
-    if not plan.fits and plan.budget is not None:
+    if not plan.fits and plan.stated_budget is not None:
         worst = max(plan.visits, key=lambda cell: cell.peak)
         raise BudgetError(
-            f"--max-gpu-mb {plan.budget / MIB:.4g} cannot hold {worst.name!r}, which needs {show_mb(worst.peak)} at"
-            f" micro-batch {worst.micro_batch}{_in_tiles(worst)}; the smallest budget for this run is"
+            f"--max-gpu-mb {plan.stated_budget / MIB:.6g} cannot hold {worst.name!r}, which needs"
+            f" {show_mb(worst.peak)}{plan.beside} at micro-batch {worst.micro_batch}{_in_tiles(worst)}; the smallest"
+            " budget for this run is"
             f" {ceil_mb(plan.min_budget):.2f} MiB"
         )
     if not plan.host_fits:
         raise BudgetError(
-            f"--max-host-mb {(plan.host_budget or 0) / MIB:.4g} is too little for batches and two cells in transit,"
+            f"--max-host-mb {(plan.host_budget or 0) / MIB:.6g} is too little for batches and two cells in transit,"
             f" which need {ceil_mb(plan.host_bytes):.2f} MiB; raise it or take a smaller --batch-size"
         )
     if not plan.disk_fits:
         raise BudgetError(
-            f"--max-disk-gb {(plan.disk_budget or 0) / (1 << 30):.3g} cannot hold the run folder:"
-            f" {show_mb(plan.disk_bytes)}, at least {show_mb(plan.least_disk)}; raise it or use --latent-dtype uint8"
+            f"--max-disk-gb {(plan.disk_budget or 0) / (1 << 30):.6g} cannot hold the run folder:"
+            f" {ceil_gb(plan.disk_bytes)} GiB, at least {ceil_gb(plan.least_disk)} GiB; raise it or use"
+            " --latent-dtype uint8"
         )
 
 
@@ -191,7 +196,7 @@ def _asked(work: Workload, micro_batch: int | list[int] | None) -> list[int] | N
     for index in range(work.depth):
         if asked[index] < size and work.couples_batch(index):
             raise InputError(
-                f"--micro-batch {asked[index]}: the samples of a batch influence each other in cell {index}"
+                f"--micro-batch {asked[index]}: the samples of a batch influence each other in cell {index + 1}"
                 "; it takes batches whole"
             )
     return [min(each, size) for each in asked]

@@ -315,7 +315,7 @@ def as_planned(job: Job, plan: Plan) -> Settings:
 
 
 def _budget_in_words(plan: Plan) -> str:
-    return "no budget" if plan.budget is None else f"budget {show_mb(plan.budget)}"
+    return "no budget" if plan.budget is None else f"budget {show_mb(plan.stated_budget)}"
 
 
 def _train(job: Job, plan: Plan, around: _Surroundings) -> tuple[Trainer, Prepared | None]:
@@ -439,7 +439,7 @@ def _record(job: Job, plan: Plan, folder: RunFolder) -> RunRecord:
         seed=job.settings.seed,
         rows=job.work.rows,
         epochs=job.work.epochs,
-        budget_mb=to_mb(plan.budget),
+        budget_mb=to_mb(plan.stated_budget),
         predicted_peak_mb=to_mb(plan.predicted_peak),
         placement=plan.placement,
         citations=[job.work.objective.citation],

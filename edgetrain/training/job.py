@@ -262,7 +262,22 @@ def budget_of(settings: Settings, work: Workload) -> int | None:
             raise InputError(
                 f"--max-gpu-mb {settings.max_gpu_mb:g}: the device has {total >> 20} MiB; state a smaller budget"
             )
-    outside = {}
+    outside = outside_of(settings, work)
+    if budget is None or not outside:
+        return budget
+    if budget <= sum(outside.values()):
+        taken = " and ".join(f"{what} ({show_mb(size)})" for what, size in outside.items())
+        raise InputError(f"--max-gpu-mb {budget / MIB:.6g} is taken up by {taken}; state a larger one")
+    return budget - sum(outside.values())
+
+
+def outside_of(settings: Settings, work: Workload) -> dict[str, int]:
+    """Bytes that the stated budget holds besides what PyTorch's allocator reserves, by what takes them.
+
+    Raises:
+        InputError: the device's context is unknown.
+    """
+    device, outside = work.device, {}
     if settings.count_context:
         context = devices.context_bytes(device)
         if context is None:
@@ -270,12 +285,7 @@ def budget_of(settings: Settings, work: Workload) -> int | None:
         outside["the CUDA context"] = context
     if devices.is_integrated(device):
         outside["batches in the memory that device and host share"] = storage.staging_bytes(work)
-    if budget is None or not outside:
-        return budget
-    if budget <= sum(outside.values()):
-        taken = " and ".join(f"{what} ({show_mb(size)})" for what, size in outside.items())
-        raise InputError(f"--max-gpu-mb {budget / MIB:.4g} is taken up by {taken}; state a larger one")
-    return budget - sum(outside.values())
+    return outside
 
 
 def plan_job(job: Job) -> Plan:
@@ -294,6 +304,7 @@ def plan_job(job: Job) -> Plan:
         None if settings.max_host_mb is None else from_mb(settings.max_host_mb),
         None if settings.max_disk_gb is None else from_mb(settings.max_disk_gb * 1024),
         None if settings.ranges is None else Cut(settings.ranges, _as_set(settings.cached)),
+        sum(outside_of(settings, job.work).values()),
     )
 
 

@@ -453,8 +453,9 @@ class Trainer:
         record.peak_gpu_mb = max(record.peak_gpu_mb or 0.0, to_mb(peak) or 0.0)
         if self._plan.budget is not None and peak > self._plan.budget:
             raise BudgetError(
-                f"cell {node + 1} ({record.name}) took {show_mb(peak)} of the device, over the"
-                f" {self._plan.budget / MIB:g} MiB allowed; its module allocates what the plan did not foresee"
+                f"cell {node + 1} ({record.name}) took {show_mb(peak)}{self._plan.beside}, over the"
+                f" {(self._plan.stated_budget or 0) / MIB:.6g} MiB allowed; its module allocates what the plan"
+                " did not foresee"
             )
 
     def _read(self, tally: Tally, visit: Visit) -> Sums:

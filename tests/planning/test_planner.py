@@ -414,3 +414,8 @@ def test_words_say_how_batches_and_cells_are_cut() -> None:
         micro_batch=[8, 4, 8]
     )
     assert "in tiles: 1 of 3 cells, 'linear 64-64' in 2" in said(tiles=[1, 2, 1])
+
+
+def test_messages_count_cells_from_one() -> None:
+    with pytest.raises(InputError, match="in cell 1;"):
+        make_plan(coupled(), None, micro_batch=8)

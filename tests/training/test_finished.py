@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from machine import data, finished
 
 from edgetrain.errors import CorruptError, InputError
-from tests.machine import data, finished
 
 
 @pytest.fixture(scope="module")
