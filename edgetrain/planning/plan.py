@@ -63,8 +63,9 @@ class Plan:
         host_budget: host bytes allowed; ``None``: no limit.
         disk_bytes: the most that the run folder holds.
         disk_budget: disk bytes allowed; ``None``: no limit.
-        whole_batch: of a run that does not fit because its batches cannot be split, the largest batch that
-            would; else ``None``.
+        whole_batch: of a run that does not fit because its batches cannot be split, a smaller batch that would;
+            else ``None``.
+        splits: whether batches can be split into micro-batches.
         written_bytes: what the run writes in all.
         cut: how much of the latents is on disk at once.
         least_disk: the smallest run folder that would do, in bytes.
@@ -85,6 +86,7 @@ class Plan:
     disk_budget: int | None
     written_bytes: int
     whole_batch: int | None = None
+    splits: bool = True
     cut: Cut = WHOLE
     least_disk: int = 0
     batch_size: int = 0

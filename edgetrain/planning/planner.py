@@ -6,10 +6,10 @@ fits stays there. On the CPU nothing is gained by keeping what lies in files in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import groupby
+from functools import cached_property, partial
+from itertools import groupby, islice
 from math import prod
 
 import torch
@@ -20,7 +20,7 @@ from edgetrain.errors import BudgetError, InputError
 from edgetrain.nets.base import CellRecipe, Options
 from edgetrain.objectives.base import nodes
 from edgetrain.planning import storage
-from edgetrain.planning.dryrun import cell_peak, readout_peak, resident_peak
+from edgetrain.planning.dryrun import cell_peak, readout_peak, refusal_of_one_row, resident_peak
 from edgetrain.planning.plan import CellPlan, Plan
 from edgetrain.planning.schedule import Cut
 from edgetrain.planning.workload import Workload
@@ -56,8 +56,41 @@ def make_plan(
         outside: bytes that the stated budget holds besides ``budget``.
 
     Raises:
-        InputError: micro-batches or tiles were asked for where they cannot be.
+        InputError: micro-batches or tiles were asked for where they cannot be, or the last batch is a single row
+            from which a cell cannot learn.
     """
+
+    def attempt(size: int, cut: Cut | None = None) -> Plan:
+        return _attempt(replace(work, batch_size=size), budget, placement, micro_batch, tiles, host_budget,
+                        disk_budget, cut, outside)  # fmt: skip
+
+    size = min(work.batch_size, work.rows)
+    last_row = _LastRow(work)
+    if (refusal := last_row.refusal(size)) is not None:
+        other = next((each for each in last_row.others(size) if _fits_all(attempt(each))), None)
+        advice = "no other batch size fits" if other is None else f"state --batch-size {other}"
+        raise InputError(
+            f"--batch-size {work.batch_size} leaves a last batch of one of the {work.rows} rows, from which"
+            f" {refusal}; {advice}"
+        )
+    plan = attempt(work.batch_size, cut)
+    if plan.fits or plan.splits:
+        return plan
+    return replace(plan, whole_batch=next((each for each in last_row.smaller(size) if _fits_all(attempt(each))), None))
+
+
+def _attempt(
+    work: Workload,
+    budget: int | None,
+    placement: str,
+    micro_batch: int | list[int] | None,
+    tiles: int | list[int] | None,
+    host_budget: int | None,
+    disk_budget: int | None,
+    cut: Cut | None,
+    outside: int,
+) -> Plan:
+    """The plan of a run of this batch size; see ``make_plan``."""
     chooser = _Chooser(work, budget, _asked(work, micro_batch), _asked_tiles(work, tiles))
     cells = tuple(chooser.cell(index) for index in range(work.depth))
     readout, readout_resident = chooser.readout(lean=placement == "stream")
@@ -76,7 +109,6 @@ def make_plan(
             cells = tuple(replace(cell, peak=peaks[index]) for index, cell in enumerate(cells))
             readout = None if readout is None else replace(readout, peak=peaks[-1])
     params = [cell.params for cell in visits]
-    over = budget is not None and peak > budget
     cut = cut or storage.cut_for(work, sum(params), chosen, disk_budget)
     return Plan(
         cells=cells,
@@ -94,7 +126,7 @@ def make_plan(
         cut=cut,
         least_disk=storage.least_disk_bytes(work, sum(params), chosen),
         batch_size=min(work.batch_size, work.rows),
-        whole_batch=_whole_batch(work, budget) if over else None,
+        splits=not any(work.couples_batch(index) for index in range(work.depth)),
         outside=outside,
     )
 
@@ -117,7 +149,7 @@ def require_fit(plan: Plan) -> None:
             f"--max-gpu-mb {plan.stated_budget / MIB:.6g} cannot hold {worst.name!r}, which needs"
             f" {show_mb(worst.peak)}{plan.beside} at micro-batch {worst.micro_batch}{_in_tiles(worst)}; the smallest"
             " budget for this run is"
-            f" {ceil_mb(plan.min_budget):.2f} MiB"
+            f" {ceil_mb(plan.min_budget):.2f} MiB{'' if plan.splits else ', and no smaller --batch-size fits'}"
         )
     if not plan.host_fits:
         raise BudgetError(
@@ -138,18 +170,49 @@ def _in_tiles(cell: CellPlan) -> str:
     return "" if cell.tileable else " (it cannot be trained in tiles)"
 
 
-def _whole_batch(work: Workload, budget: int | None) -> int | None:
-    """The largest batch, halving from the run's, that fits where cells take batches whole."""
-    if not any(work.couples_batch(index) for index in range(work.depth)):
+def _fits_all(plan: Plan) -> bool:
+    return plan.fits and plan.host_fits and plan.disk_fits
+
+
+class _LastRow:
+    """Which batch sizes leave a last batch of a single row, and whether the cells can learn from it."""
+
+    def __init__(self, work: Workload):
+        self._work = work
+
+    def refusal(self, size: int) -> str | None:
+        """The cell that cannot learn from the last batch, and why; ``None``: all can."""
+        if (self._work.rows - 1) % size:
+            return None
+        return self._of_one_row
+
+    def smaller(self, size: int) -> Iterator[int]:
+        """Smaller batches, about half as large each time, from whose last batch the cells can learn."""
+        while size > 1:
+            size //= 2
+            while size and self.refusal(size) is not None:
+                size -= 1
+            if size:
+                yield size
+
+    def others(self, size: int) -> Iterator[int]:
+        """Batches to state instead, the nearest smaller one first."""
+        below = (each for each in range(size - 1, 0, -1) if self.refusal(each) is None)
+        yield from islice(below, 1)
+        yield from self.smaller(size)
+        above = (each for each in range(size + 1, self._work.rows + 1) if self.refusal(each) is None)
+        yield from islice(above, 1)
+
+    @cached_property
+    def _of_one_row(self) -> str | None:
+        kinds = set()
+        for node in self._work.nodes:
+            assert node.recipe is not None
+            kind = node.recipe.signature, node.parent and node.parent.shape
+            if kind not in kinds and (why := refusal_of_one_row(self._work, node.index)) is not None:
+                return f"cell {node.index + 1} ({node.recipe.name}) cannot learn: {why}"
+            kinds.add(kind)
         return None
-    size = min(work.batch_size, work.rows) // 2
-    while size > 1:
-        smaller = replace(work, batch_size=size)
-        chooser = _Chooser(smaller, budget, None, None)
-        if all(chooser.fits(chooser.cell(index).peak) for index in range(work.depth)):
-            return size
-        size //= 2
-    return None
 
 
 def backprop_peak(work: Workload, recipes: Sequence[CellRecipe], options: Options) -> int:

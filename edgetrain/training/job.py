@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import psutil
@@ -112,7 +111,6 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None) -
         augmentation=Augmentation.parse(settings.augment, shape.shape) if settings.augment else None,
         keep_latents=settings.keep_latents,
     )
-    _check_last_batch(work)
     return Job(settings, opened, shape, recipes, work)
 
 
@@ -231,18 +229,6 @@ def _check_views(settings: Settings, method: type[Objective], schedule: str | No
             "--augment needs --views N under --schedule separate: finished cells cache N augmented views of the data,"
             " on N times the disk; or use --schedule sequence, which makes a fresh one every epoch"
         )
-
-
-def _check_last_batch(work: Workload) -> None:
-    """Batch normalisation of one number for each channel has no spread to divide by."""
-    left = work.rows % work.batch_size or min(work.rows, work.batch_size)
-    for node in work.nodes:
-        assert node.recipe is not None
-        if left == 1 and node.recipe.couples_batch and prod(node.shape[1:]) == 1:
-            raise InputError(
-                f"--batch-size {work.batch_size} leaves a last batch of one of the {work.rows} rows, which the batch"
-                f" normalisation of cell {node.index + 1} cannot learn from; state another --batch-size"
-            )
 
 
 def budget_of(settings: Settings, work: Workload) -> int | None:
