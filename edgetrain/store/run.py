@@ -110,8 +110,12 @@ class RunFolder:
         finally:
             self._lock.release()  # the file stays: removing it could take it from under the next holder
 
-    def create(self, config: str) -> None:
+    def create(self, config: str, requested: Mapping[str, Any] | None = None) -> None:
         """Begin a run in the folder: its ``config.toml``, and that in the journal.
+
+        Args:
+            config: with what was planned.
+            requested: see ``requested``.
 
         Raises:
             StorageError: the disk refused; nothing is left behind.
@@ -120,7 +124,8 @@ class RunFolder:
             with storage_errors(self.path):
                 (self.path / "cells").mkdir(parents=True, exist_ok=True)
                 sync_folder(self.path.parent)
-            self.reconfigure(config)
+            self.journal.append({"config": config, "requested": dict(requested or {})})
+            write_text(self.path / "config.toml", config)
         except BaseException:
             self.clear()
             self.remove_if_free()
@@ -137,6 +142,19 @@ class RunFolder:
         if found and not isinstance(found[-1], str):
             raise CorruptError(f"{self.journal.path}: its configuration is no text")
         return found[-1] if found else None
+
+    def requested(self) -> dict[str, Any]:
+        """The settings that the plan replaced in ``config.toml``, as they were asked for.
+
+        Raises:
+            CorruptError: the journal names none.
+        """
+        found: Any = {}
+        for entry in self.journal.entries():
+            found = entry.get("requested", found)
+        if not isinstance(found, dict):
+            raise CorruptError(f"{self.journal.path}: the requested settings are not a table")
+        return found
 
     def restore_config(self) -> bool:
         """Write ``config.toml`` again if it is not as it was written; whether it was not."""
@@ -233,20 +251,21 @@ class RunFolder:
         self._sweep(files)
         return files
 
-    def reopen(self, units: Sequence[str], entry: Entry, config: str) -> None:
+    def reopen(self, units: Sequence[str], entry: Entry, config: str, requested: Mapping[str, Any]) -> None:
         """Take a finished run up again with only some of its units; the others' files stay until it is finished.
 
         Args:
             units: to keep.
             entry: to remember in the journal line.
             config: the run's new ``config.toml``.
+            requested: see ``requested``.
 
         Raises:
             StorageError: the disk refused.
         """
         number = self.commits()
         kept = {unit: kinds for unit, kinds in self.files().items() if unit in units}
-        self._append(number + 1, kept, {**entry, "config": config})
+        self._append(number + 1, kept, {**entry, "config": config, "requested": dict(requested)})
         write_text(self.path / "config.toml", config)
         with storage_errors(self.path):
             for name in _RESULTS:

@@ -29,7 +29,7 @@ from edgetrain.store.journal import Entry
 from edgetrain.store.run import RunFolder
 from edgetrain.training.commits import INPUTS
 from edgetrain.training.finished import Run, read_record, settings_of
-from edgetrain.training.fit import as_planned, carry_out, check_disk, process_state
+from edgetrain.training.fit import as_planned, carry_out, check_disk, process_state, requested
 from edgetrain.training.inputs import Shape
 from edgetrain.training.job import Job, open_job, plan_job
 from edgetrain.training.watcher import Silent, Watcher
@@ -152,7 +152,9 @@ class _Finished:
             InputError: there is none, it is unfinished, or it has no cells to change.
         """
         record, shape = read_record(path)
-        settings = replace(settings_of(path), ranges=None, cached=None)  # chosen anew for other cells
+        planned = settings_of(path)
+        asked = {"micro_batch": None, "tiles": None, "placement": "auto", **RunFolder(path).requested()}
+        settings = planned.with_values({**asked, "ranges": None, "cached": None})  # planned anew for other cells
         if settings.schedule is None:
             raise InputError(f"{path}: {settings.method} trains the whole net at once; it has no cells to change")
         own = settings.net == "modules" or ".py:" in (settings.net or "")
@@ -197,7 +199,7 @@ class _Edit:
             raise InputError(f"{path}: was trained on arrays in memory; give them again, in Python")
         folder, looking = RunFolder(path), watcher or Silent()
         with process_state(self.settings):
-            job = open_job(self._separate(), net, data)
+            job = _listed(open_job(replace(self.settings, schedule="separate"), net, data))
             self._check(job, folder)
             plan = plan_job(job)
             require_fit(plan)
@@ -206,14 +208,9 @@ class _Edit:
                 if read_record(path)[0] != self.before.record:
                     raise InputError(f"{path}: was changed by another process meanwhile; look at it again")
                 config = as_planned(job, plan).to_toml()
-                folder.reopen([INPUTS, *map(_unit, range(self.kept))], self._entry(job, plan, folder), config)
+                entry = self._entry(job, plan, folder)
+                folder.reopen([INPUTS, *map(_unit, range(self.kept))], entry, config, requested(job.settings))
                 return carry_out(job, plan, folder, looking, net)
-
-    def _separate(self) -> Settings:
-        """The settings for the new cells; micro-batches that were planned are planned anew."""
-        sizes = self.settings.micro_batch
-        planned = isinstance(sizes, list) or sizes == self.settings.batch_size
-        return replace(self.settings, schedule="separate", micro_batch=None if planned else sizes, tiles=None)
 
     def _check(self, job: Job, folder: RunFolder) -> None:
         """Refuse data or a net that are not the run's, and cells to keep that are damaged."""
@@ -254,6 +251,15 @@ class _Edit:
         """How many visits are done if the kept cells are: those before the first that trains another."""
         others = (number for number, visit in enumerate(visits) if visit.trains and visit.node >= self.kept)
         return frontier_before(visits, next(others, len(visits)))
+
+
+def _listed(job: Job) -> Job:
+    """The job without sizes that were listed for another number of cells; these are planned."""
+    cells, visits = job.work.depth, job.work.depth + (job.work.readout is not None)
+    fitting = {"micro_batch": {visits}, "tiles": {cells, visits}}
+    asked = {name: getattr(job.settings, name) for name in fitting}
+    others = [name for name, sizes in asked.items() if isinstance(sizes, list) and len(sizes) not in fitting[name]]
+    return replace(job, settings=job.settings.with_values(dict.fromkeys(others)))
 
 
 def _unit(index: int) -> str:

@@ -92,7 +92,7 @@ def fit(
                 return _as_it_is(folder, settings, net, watcher)
             if not resuming:
                 folder.clear()
-                folder.create(as_planned(job, plan).to_toml())
+                folder.create(as_planned(job, plan).to_toml(), requested(job.settings))
             return carry_out(job, plan, folder, watcher, net)
 
 
@@ -312,6 +312,11 @@ def as_planned(job: Job, plan: Plan) -> Settings:
         cached=None if plan.cut.cached is None else sorted(plan.cut.cached),
         time_limit=None,
     )
+
+
+def requested(settings: Settings) -> dict[str, Any]:
+    """The settings that ``as_planned`` replaces, as they were asked for."""
+    return {name: getattr(settings, name) for name in ("micro_batch", "tiles", "placement")}
 
 
 def _budget_in_words(plan: Plan) -> str:
