@@ -18,6 +18,7 @@ from edgetrain.data.specs import open_data
 from edgetrain.errors import InputError
 from edgetrain.memory import device as devices
 from edgetrain.memory import rates
+from edgetrain.memory.threads import fixed_team_size, thread_limit
 from edgetrain.nets.base import Net
 from edgetrain.nets.spec import open_net
 from edgetrain.objectives import OBJECTIVES
@@ -84,6 +85,7 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None) -
     method = method_of(settings)
     device = devices.resolve(settings.device)
     settings = with_defaults(settings, method)
+    _check_threads(settings)
     opened = open_data(settings.data) if data is None else data
     if opened.train is None:
         raise InputError(f"data {opened.name!r}: holds no training rows")
@@ -193,11 +195,25 @@ def with_defaults(settings: Settings, method: type[Objective]) -> Settings:
         "optimizer": settings.optimizer or prefers.optimizer,
         "lr": _or(settings.lr, prefers.lr),
         "weight_decay": _or(settings.weight_decay, prefers.weight_decay),
-        "threads": settings.threads or torch.get_num_threads(),
+        "threads": settings.threads or min(torch.get_num_threads(), thread_limit() or torch.get_num_threads()),
         "like": settings.like or method.like,
         **_classifier(settings, method, schedule),
     }
     return replace(settings, **values)
+
+
+def _check_threads(settings: Settings) -> None:
+    """Refuse a number of threads that a parallel region does not get, as the bits of the result depend on it.
+
+    Raises:
+        InputError: OpenMP's limit is lower.
+    """
+    limit = thread_limit()
+    if limit is not None and settings.threads is not None and settings.threads > limit:
+        raise InputError(
+            f"--threads {settings.threads}: OMP_THREAD_LIMIT allows {limit} here, and results depend on the number of"
+            f" threads; set OMP_THREAD_LIMIT={settings.threads} or unset it"
+        )
 
 
 def _classifier(settings: Settings, method: type[Objective], schedule: str | None) -> dict[str, Any]:
@@ -338,11 +354,12 @@ def _readout(settings: Settings) -> OptimizerRecipe | None:
 
 @contextmanager
 def threads_of(settings: Settings) -> Iterator[None]:
-    """A scope in which torch uses as many CPU threads as the settings say."""
+    """A scope in which torch uses exactly as many CPU threads as the settings say."""
     before = torch.get_num_threads()
     try:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        yield
+        with fixed_team_size():
+            yield
     finally:
         torch.set_num_threads(before)

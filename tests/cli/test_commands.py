@@ -306,3 +306,18 @@ def test_predict_refuses_targets_before_it_reads_anything(
     assert done.returncode == 2
     assert done.stderr.startswith(f"edgetrain: {target}: ")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_run_goes_on_only_with_the_threads_that_it_was_begun_with(edgetrain: Command, tmp_path: Path) -> None:
+    words = ("fit", "--run-dir", "r", *QUICK)
+    stopped = edgetrain(*words, "--time-limit", "0.000001", "--threads", "2", OMP_THREAD_LIMIT="2")
+    assert stopped.returncode == 143, stopped.stderr
+    before = (tmp_path / "r" / "journal.jsonl").read_bytes()
+    refused = edgetrain("fit", "--resume", "--run-dir", "r", "--quiet", OMP_THREAD_LIMIT="1")
+    assert refused.returncode == 2
+    assert "set OMP_THREAD_LIMIT=2" in refused.stderr
+    assert (tmp_path / "r" / "journal.jsonl").read_bytes() == before
+    assert edgetrain("fit", "--resume", "--run-dir", "r", "--quiet", OMP_THREAD_LIMIT="2").returncode == 0
+    assert edgetrain("evaluate", "r", OMP_THREAD_LIMIT="1").returncode == 0
+    refused = edgetrain("cells", "r", "retrain", "1", "--quiet", OMP_THREAD_LIMIT="1")
+    assert (refused.returncode, "set OMP_THREAD_LIMIT=2" in refused.stderr) == (2, True)
