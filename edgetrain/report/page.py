@@ -40,10 +40,9 @@ def write_report(paths: Sequence[Path], folder: Path | None = None) -> tuple[Pat
     require_packages()
     if not paths:
         raise InputError("no run to report; name the folders of one or more")
-    if folder is not None:
-        check_name(folder)
-    runs = [open_shown(path) for path in paths]
     target = folder or (paths[0] if len(paths) == 1 else Path("report"))
+    check_name(target)
+    runs = [open_shown(path) for path in paths]
     if (target / _REPORT).is_dir():
         raise InputError(f"{target / _REPORT}: is a folder; expected room for the page")
     names = _distinct(runs)

@@ -28,6 +28,11 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: {reason[:1].lower()}{reason[1:]}") from error
 
 
+def temporary_of(path: Path) -> Path:
+    """Where ``replacing`` writes; a process that is killed may leave it behind."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to; when the body succeeds it becomes ``path``, durably.
@@ -35,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk refused; ``path`` is then as it was before.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     with storage_errors(path):
         try:
             temporary.unlink(missing_ok=True)  # it could be a link to somewhere else
@@ -78,6 +83,11 @@ def check_target(path: Path) -> None:
             raise InputError(f"{path}: the folder {path.parent} does not exist; create it first")
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise StorageError(f"{path}: the folder {path.parent} is read-only")
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """Of a folder and its parents, those that do not exist, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 def reserve(descriptor: int, size: int) -> None:

@@ -17,6 +17,7 @@ import xxhash
 
 from edgetrain.errors import CorruptError
 from edgetrain.store.atomic import CHUNK, storage_errors, sync_folder
+from edgetrain.store.tensors import FileEntry
 
 Entry = dict[str, Any]
 BEGINNING = b'{"check": "'
@@ -28,6 +29,7 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
+        self._newest: tuple[tuple[int, int], Entry | None] | None = None  # with the version that it was read from
 
     def append(self, entry: Entry) -> None:
         """Make an entry durable; a torn line before it is cut off first.
@@ -52,9 +54,12 @@ class Journal:
         with storage_errors(self.path), self.path.open("rb") as file:
             return file.read(len(BEGINNING)) == BEGINNING
 
-    def size(self) -> int:
-        """Bytes of the file; 0 if there is none."""
-        return self.path.stat().st_size if self.path.is_file() else 0
+    def version(self) -> tuple[int, int]:
+        """Inode and bytes of the file, which change with every entry; zeros if there is none."""
+        if not self.path.is_file():
+            return 0, 0
+        found = self.path.stat()
+        return found.st_ino, found.st_size
 
     def entries(self) -> Iterator[Entry]:
         """All entries, oldest first, one at a time; none if there is no journal.
@@ -74,6 +79,57 @@ class Journal:
                 if entry is None:
                     raise CorruptError(f"{self.path}: line {number} is damaged")
                 yield entry
+
+    def config(self) -> str | None:
+        """The run's ``config.toml`` as it was written, or ``None`` if there is no run."""
+        config = self._newest_of("config")
+        if config is not None and not isinstance(config, str):
+            raise CorruptError(f"{self.path}: its configuration is no text")
+        return config
+
+    def requested(self) -> dict[str, Any]:
+        """The settings that the plan replaced in ``config.toml``, as they were asked for.
+
+        Raises:
+            CorruptError: the journal names none.
+        """
+        found = self._newest_of("requested")
+        if not isinstance(found, dict | None):
+            raise CorruptError(f"{self.path}: the requested settings are not a table")
+        return found or {}
+
+    def last(self) -> Entry | None:
+        """The newest commit's entry, or ``None``."""
+        version = self.version()
+        if self._newest is None or self._newest[0] != version:
+            newest = None
+            for entry in self.entries():
+                newest = entry if "files" in entry else newest
+            self._newest = version, newest
+        return self._newest[1]
+
+    def results(self) -> dict[str, FileEntry]:
+        """The model and the record of a finished run; empty while it is unfinished.
+
+        Raises:
+            CorruptError: the journal's entry does not name files in this folder.
+        """
+        found: Entry = {}
+        for entry in self.entries():
+            if "files" in entry:
+                found = {}
+            if "results" in entry:
+                found = entry["results"]
+        try:
+            return {name: FileEntry(**file) for name, file in found.items()}
+        except (TypeError, AttributeError) as error:
+            raise CorruptError(f"{self.path}: names no results ({error})") from error
+
+    def _newest_of(self, key: str) -> Any:
+        found = None
+        for entry in self.entries():
+            found = entry.get(key, found)
+        return found
 
     def _whole(self) -> int:
         """Bytes up to the end of the last whole line, looked for from the end."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,16 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from edgetrain.errors import BusyError, CorruptError, InputError, StorageError
-from edgetrain.store.atomic import checksum, storage_errors, sync_folder, write_bytes, write_text
+from edgetrain.store.atomic import (
+    check_name,
+    checksum,
+    missing_folders,
+    storage_errors,
+    sync_folder,
+    temporary_of,
+    write_bytes,
+    write_text,
+)
 from edgetrain.store.journal import BEGINNING, Entry, Journal
 from edgetrain.store.tensors import FileEntry, join, move_durably, plain_name, read_tensors, write_plain, write_tensors
 
@@ -55,7 +64,6 @@ class RunFolder:
         self.journal = Journal(path / "journal.jsonl")
         self.written = 0
         self.peak_space = self._space = 0
-        self._newest: tuple[int, Entry | None] | None = None  # with the size of the journal that it was read from
         self._lock = FileLock(path / "lock", timeout=0)  # may be taken again by who holds it
 
     @property
@@ -93,9 +101,11 @@ class RunFolder:
 
         Raises:
             BusyError: another process works in it.
+            InputError: its name is not valid UTF-8.
             CorruptError: a member is a link, which may lead out of the folder.
             StorageError: the disk refused.
         """
+        check_name(self.path)
         for name in (*_FOLDERS, *_MEMBERS):
             if (self.path / name).is_symlink():
                 raise CorruptError(f"{self.path / name}: is a link; a run folder holds none")
@@ -115,11 +125,12 @@ class RunFolder:
 
         Args:
             config: with what was planned.
-            requested: see ``requested``.
+            requested: see ``Journal.requested``.
 
         Raises:
             StorageError: the disk refused; nothing is left behind.
         """
+        created = missing_folders(self.path)
         try:
             with storage_errors(self.path):
                 (self.path / "cells").mkdir(parents=True, exist_ok=True)
@@ -128,7 +139,7 @@ class RunFolder:
             write_text(self.path / "config.toml", config)
         except BaseException:
             self.clear()
-            self.remove_if_free()
+            self.remove_if_free(created)
             raise
 
     def reconfigure(self, config: str) -> None:
@@ -137,24 +148,8 @@ class RunFolder:
         write_text(self.path / "config.toml", config)
 
     def config(self) -> str | None:
-        """The run's ``config.toml`` as it was written, or ``None`` if there is no run."""
-        found = [entry["config"] for entry in self.journal.entries() if "config" in entry]
-        if found and not isinstance(found[-1], str):
-            raise CorruptError(f"{self.journal.path}: its configuration is no text")
-        return found[-1] if found else None
-
-    def requested(self) -> dict[str, Any]:
-        """The settings that the plan replaced in ``config.toml``, as they were asked for.
-
-        Raises:
-            CorruptError: the journal names none.
-        """
-        found: Any = {}
-        for entry in self.journal.entries():
-            found = entry.get("requested", found)
-        if not isinstance(found, dict):
-            raise CorruptError(f"{self.journal.path}: the requested settings are not a table")
-        return found
+        """See ``Journal.config``."""
+        return self.journal.config()
 
     def restore_config(self) -> bool:
         """Write ``config.toml`` again if it is not as it was written; whether it was not."""
@@ -175,8 +170,8 @@ class RunFolder:
             return False
         return not self.path.exists() or all(_is_bare(member) for member in self.path.iterdir())
 
-    def clear(self) -> None:
-        """Remove a run of ours, and nothing else; its lock stays, which is held.
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Remove a run of ours, and nothing else; its lock stays, which is held, and latents named in ``keep``.
 
         Raises:
             InputError: the folder holds something that is no run.
@@ -184,17 +179,25 @@ class RunFolder:
         if not (self.is_run() or self.is_free()):
             raise InputError(f"{self.path}: holds no edgetrain run, so --force does not remove it")
         with storage_errors(self.path):
-            for name in _FOLDERS:
-                shutil.rmtree(self.path / name, ignore_errors=True)
             for name in _MEMBERS:
+                temporary_of(self.path / name).unlink(missing_ok=True)
                 if name != "lock":
                     (self.path / name).unlink(missing_ok=True)
-        self._newest = None
+        if keep:
+            self.clear_working_files(keep)
+        for name in _FOLDERS:
+            if name != "latents" or not keep:
+                shutil.rmtree(self.path / name, ignore_errors=True)
 
-    def remove_if_free(self) -> None:
-        """Remove the folder if no run was begun in it."""
-        if self.path.is_dir() and self.is_free():
-            shutil.rmtree(self.path, ignore_errors=True)
+    def remove_if_free(self, created: Sequence[Path]) -> None:
+        """If no run was begun in the folder, empty it and remove those of the folders ``created`` that are empty."""
+        if not (self.path.is_dir() and self.is_free()):
+            return
+        with contextlib.suppress(OSError):
+            for member in self.path.iterdir():
+                member.rmdir() if member.is_dir() else member.unlink()
+            for folder in created:
+                folder.rmdir()
 
     def clear_working_files(self, keep: Container[str] = ()) -> None:
         """Remove scratch cells and all latents but ``keep``, by file name."""
@@ -251,21 +254,23 @@ class RunFolder:
         self._sweep(files)
         return files
 
-    def reopen(self, units: Sequence[str], entry: Entry, config: str, requested: Mapping[str, Any]) -> None:
+    def reopen(
+        self, units: Sequence[str], entry: Entry, config: str, requested: Mapping[str, Any] | None = None
+    ) -> None:
         """Take a finished run up again with only some of its units; the others' files stay until it is finished.
 
         Args:
             units: to keep.
             entry: to remember in the journal line.
             config: the run's new ``config.toml``.
-            requested: see ``requested``.
+            requested: see ``Journal.requested``.
 
         Raises:
             StorageError: the disk refused.
         """
         number = self.commits()
         kept = {unit: kinds for unit, kinds in self.files().items() if unit in units}
-        self._append(number + 1, kept, {**entry, "config": config, "requested": dict(requested)})
+        self._append(number + 1, kept, {**entry, "config": config, "requested": dict(requested or {})})
         write_text(self.path / "config.toml", config)
         with storage_errors(self.path):
             for name in _RESULTS:
@@ -273,13 +278,7 @@ class RunFolder:
 
     def last(self) -> Entry | None:
         """The newest commit's entry, or ``None``."""
-        size = self.journal.size()
-        if self._newest is None or self._newest[0] != size:
-            newest = None
-            for entry in self.journal.entries():
-                newest = entry if "files" in entry else newest
-            self._newest = size, newest
-        return self._newest[1]
+        return self.journal.last()
 
     def commits(self) -> int:
         """The number of the newest commit; 0: there is none.
@@ -309,21 +308,8 @@ class RunFolder:
             raise CorruptError(f"{self.journal.path}: the newest commit names no files ({error})") from error
 
     def results(self) -> dict[str, FileEntry]:
-        """The model and the record of a finished run; empty while it is unfinished.
-
-        Raises:
-            CorruptError: the journal's entry does not name files in this folder.
-        """
-        found: Entry = {}
-        for entry in self.journal.entries():
-            if "files" in entry:
-                found = {}
-            if "results" in entry:
-                found = entry["results"]
-        try:
-            return {name: FileEntry(**file) for name, file in found.items()}
-        except (TypeError, AttributeError) as error:
-            raise CorruptError(f"{self.journal.path}: names no results ({error})") from error
+        """See ``Journal.results``."""
+        return self.journal.results()
 
     def is_finished(self) -> bool:
         """Whether the run is finished, and model and record are as they were written."""

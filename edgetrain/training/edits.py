@@ -153,7 +153,7 @@ class _Finished:
         """
         record, shape = read_record(path)
         planned = settings_of(path)
-        asked = {"micro_batch": None, "tiles": None, "placement": "auto", **RunFolder(path).requested()}
+        asked = {"micro_batch": None, "tiles": None, "placement": "auto", **RunFolder(path).journal.requested()}
         settings = planned.with_values({**asked, "ranges": None, "cached": None})  # planned anew for other cells
         if settings.schedule is None:
             raise InputError(f"{path}: {settings.method} trains the whole net at once; it has no cells to change")

@@ -16,7 +16,7 @@ import torch
 from edgetrain.config import Settings, parse_profile
 from edgetrain.data.arrays import ARRAYS
 from edgetrain.data.base import DataSet
-from edgetrain.data.prepare import Prepared, prepare
+from edgetrain.data.prepare import Prepared
 from edgetrain.errors import (
     BudgetError,
     CorruptError,
@@ -34,12 +34,14 @@ from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import backprop_peak, require_fit
 from edgetrain.planning.words import choices_in_words
 from edgetrain.record import MemorySeries, RunRecord
+from edgetrain.store.atomic import missing_folders
 from edgetrain.store.run import RunFolder, size_of
 from edgetrain.stream.latents import FileLatents
 from edgetrain.training.commits import working_files
 from edgetrain.training.finished import Run, predictor_of
-from edgetrain.training.inputs import pack, scaling_of
+from edgetrain.training.inputs import pack
 from edgetrain.training.job import Job, host_tier, open_job, plan_job, threads_of
+from edgetrain.training.prepared import Inputs
 from edgetrain.training.stopping import Stop
 from edgetrain.training.trainer import Choices, Trainer
 from edgetrain.training.watcher import Silent, Watcher
@@ -90,10 +92,13 @@ def fit(
             resuming = _check_folder(folder, resume, force)  # another process may have been here meanwhile
             if resuming and folder.is_finished():
                 return _as_it_is(folder, settings, net, watcher)
+            inputs = None
             if not resuming:
-                folder.clear()
+                if folder.is_run():  # bad data must not cost the run that is there
+                    inputs = Inputs.prepared(job, folder, "new-")
+                folder.clear(keep=() if inputs is None else inputs.names)
                 folder.create(as_planned(job, plan).to_toml(), requested(job.settings))
-            return carry_out(job, plan, folder, watcher, net)
+            return carry_out(job, plan, folder, watcher, net, inputs)
 
 
 def _as_it_is(folder: RunFolder, settings: Settings, net: Any, watcher: Watcher) -> Run:
@@ -196,15 +201,19 @@ def process_state(settings: Settings) -> Iterator[None]:
 @contextmanager
 def working_in(folder: RunFolder) -> Iterator[None]:
     """A scope in which the folder is this process's; if no run was begun there it is as before."""
+    created = missing_folders(folder.path)
     with folder.locked():
         try:
             yield
         finally:
-            folder.remove_if_free()
+            folder.remove_if_free(created)
 
 
-def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: Any) -> Run:
-    """Train a planned run from its newest commit (or from the start), evaluate and finish it; the folder is locked."""
+def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: Any, inputs: Inputs | None = None) -> Run:
+    """Train a planned run from its newest commit (or from the start), evaluate and finish it; the folder is locked.
+
+    ``inputs`` are prepared here unless they are given.
+    """
     device = job.work.device
     if folder.restore_config():
         watcher.note(f"{folder.path / 'config.toml'}: was not as it was written; it was made again from the journal")
@@ -213,18 +222,18 @@ def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, net: An
             foreseen = _Foreseen.of(job, plan)
             stop = Stop(watcher.note, job.settings.time_limit)  # the clock of time and energy starts here
             energy.restart()
-            folder.clear_working_files(working_files(folder.last()))
+            folder.clear_working_files(working_files(folder.last()) | (inputs.names if inputs else set()))
             devices.cap(device, plan.budget)
             meter = meter_of(device, job.settings.meter == "full")
             around = _Surroundings(folder, meter, watcher, stop, energy, opened)
-            plan, record, trainer, test = _train_or_retry(job, plan, around)
+            plan, record, trainer, test = _train_or_retry(job, plan, around, inputs)
             _evaluate(job, folder, plan, test, meter, record, trainer)
             record.energy_source = energy.source
             _complete(folder, record, trainer, host, job, plan, foreseen)
         except BaseException as error:
             if folder.last() is None:
                 folder.clear()
-                watcher.note("nothing was committed yet, so the run folder was removed")
+                watcher.note("nothing was committed yet, so the run was removed")
             elif not isinstance(error, (CorruptError, DivergedError, InputError)):  # these would come again
                 watcher.note(f"what was committed is kept; go on with: {resuming(folder.path, job.settings)}")
             raise
@@ -254,7 +263,9 @@ class _Surroundings:
     opened: ExitStack
 
 
-def _train_or_retry(job: Job, plan: Plan, around: _Surroundings) -> tuple[Plan, RunRecord, Trainer, Prepared | None]:
+def _train_or_retry(
+    job: Job, plan: Plan, around: _Surroundings, inputs: Inputs | None
+) -> tuple[Plan, RunRecord, Trainer, Prepared | None]:
     """Train; if memory runs out all the same, or latents are damaged, say so and go on once from the newest commit.
 
     Raises:
@@ -266,7 +277,7 @@ def _train_or_retry(job: Job, plan: Plan, around: _Surroundings) -> tuple[Plan, 
         record = _record(job, plan, around.folder)
         around.watcher.planned(plan, record)
         try:
-            return plan, record, *_train(job, plan, around)
+            return plan, record, *_train(job, plan, around, None if retried else inputs)
         except DamagedLatentsError as error:
             if retried:
                 raise
@@ -323,13 +334,11 @@ def _budget_in_words(plan: Plan) -> str:
     return "no budget" if plan.budget is None else f"budget {show_mb(plan.stated_budget)}"
 
 
-def _train(job: Job, plan: Plan, around: _Surroundings) -> tuple[Trainer, Prepared | None]:
-    assert job.data.train is not None
+def _train(job: Job, plan: Plan, around: _Surroundings, inputs: Inputs | None) -> tuple[Trainer, Prepared | None]:
     folder = around.folder
-    scaling = scaling_of(job.data, job.data.train, job.work.objective.nonnegative_input)
-    train = prepare(job.data, job.data.train, folder.latents, "000", scaling)
-    test = None if job.data.test is None else prepare(job.data, job.data.test, folder.latents, "test", scaling)
-    for part in filter(None, (train, test)):
+    inputs = inputs or Inputs.prepared(job, folder)
+    train = inputs.train
+    for part in inputs.parts:
         around.opened.callback(part.close)
         folder.space(part.written)
         folder.wrote(part.written)
@@ -338,14 +347,14 @@ def _train(job: Job, plan: Plan, around: _Surroundings) -> tuple[Trainer, Prepar
     choices = Choices(
         host_tier(job, plan), job.settings.prefetch, job.settings.keep_latents, job.settings.checkpoint_every
     )
-    inputs = FileLatents.of_files({"x": train.x}, around.meter.host)
+    rows = FileLatents.of_files({"x": train.x}, around.meter.host)
     trainer = Trainer(
-        job.work, plan, folder, inputs, train.y, pack(scaling), around.meter, around.watcher, choices, around.stop,
+        job.work, plan, folder, rows, train.y, pack(inputs.scaling), around.meter, around.watcher, choices, around.stop,
         lambda: around.energy.joules,
     )  # fmt: skip
     with around.stop.listening():
         trainer.run()
-    return trainer, test
+    return trainer, inputs.test
 
 
 def _check_data(job: Job, folder: RunFolder, train: Prepared) -> None:

@@ -321,3 +321,25 @@ def test_a_run_goes_on_only_with_the_threads_that_it_was_begun_with(edgetrain: C
     assert edgetrain("evaluate", "r", OMP_THREAD_LIMIT="1").returncode == 0
     refused = edgetrain("cells", "r", "retrain", "1", "--quiet", OMP_THREAD_LIMIT="1")
     assert (refused.returncode, "set OMP_THREAD_LIMIT=2" in refused.stderr) == (2, True)
+
+
+BAD_NAME = "b\udcff"  # the byte 0xff on the command line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fit", "--run-dir", BAD_NAME, *QUICK],
+        ["fit", "--run-dir", f"{BAD_NAME}/r", *QUICK],
+        ["predict", "r", "--data", "digits", "--out", BAD_NAME],
+        ["predict", "r", "--data", "digits", "--latents", BAD_NAME],
+        ["report", "r", "--out", BAD_NAME],
+        *(["profile", "--dry", "--depths", "1", flag, BAD_NAME] for flag in ("--csv", "--png", "--html")),
+    ],
+)
+def test_names_that_are_not_utf8_are_refused(edgetrain: Command, tmp_path: Path, words: list[str]) -> None:
+    done = edgetrain(*words)
+    assert done.returncode == 2
+    assert "not valid UTF-8" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []

@@ -290,4 +290,4 @@ def test_a_placement_that_was_planned_is_planned_anew(tmp_path):
     fit(settings(placement="resident"), tmp_path / "asked")
     assert edits.retrain(tmp_path / "asked", 2).record.placement == "resident"
     fit(settings(placement="stream"), tmp_path / "streamed")
-    assert RunFolder(tmp_path / "streamed").requested()["placement"] == "stream"
+    assert RunFolder(tmp_path / "streamed").journal.requested()["placement"] == "stream"
