@@ -123,6 +123,11 @@ class Plan:
         return self.disk_budget is None or self.disk_bytes <= self.disk_budget
 
     @property
+    def spare_disk(self) -> int | None:
+        """Bytes of the disk budget that the run does not need; ``None``: no limit."""
+        return None if self.disk_budget is None else self.disk_budget - self.disk_bytes
+
+    @property
     def visits(self) -> tuple[CellPlan, ...]:
         """All cells and, last, the classifier."""
         return self.cells if self.readout is None else (*self.cells, self.readout)

@@ -120,7 +120,7 @@ def _attempt(
         predicted_peak=peak,
         host_bytes=storage.host_bytes(work, params),
         host_budget=host_budget,
-        disk_bytes=storage.disk_bytes(work, sum(params), chosen, cut),
+        disk_bytes=storage.disk_bytes(work, sum(params), chosen, cut, disk_budget),
         disk_budget=disk_budget,
         written_bytes=storage.written_bytes(work, sum(params), chosen, cut),
         cut=cut,

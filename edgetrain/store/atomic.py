@@ -90,6 +90,12 @@ def missing_folders(path: Path) -> list[Path]:
     return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; 0 if there is none."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file())
+
+
 def reserve(descriptor: int, size: int) -> None:
     """Allocate ``size`` bytes of an open file, so that a full disk is an error now and not a dead process later.
 

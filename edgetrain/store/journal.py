@@ -8,27 +8,36 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from edgetrain.errors import CorruptError
-from edgetrain.store.atomic import CHUNK, storage_errors, sync_folder
+from edgetrain.store.atomic import CHUNK, storage_errors, sync_folder, write_bytes
 from edgetrain.store.tensors import FileEntry
 
 Entry = dict[str, Any]
 BEGINNING = b'{"check": "'
+SLACK = 64 << 10  # bytes
+_SETTINGS = ("config", "requested")
 _LONGEST_LINE = 128 << 20  # bytes; a commit of 100,000 cells of 40 epochs takes less
 
 
 class Journal:
-    """An append-only file of JSON lines, fsynced line by line."""
+    """A file of JSON lines, fsynced line by line.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Where it would grow beyond twice what is needed plus ``SLACK``, it is replaced by what is needed.
+
+    Args:
+        path: the file.
+        on_space: told of bytes on disk (negative: freed).
+    """
+
+    def __init__(self, path: Path, on_space: Callable[[int], None] = lambda size: None):
+        self.path, self._on_space = path, on_space
         self._newest: tuple[tuple[int, int], Entry | None] | None = None  # with the version that it was read from
 
     def append(self, entry: Entry) -> None:
@@ -37,11 +46,19 @@ class Journal:
         Raises:
             StorageError: the disk refused.
         """
+        line, size = _line(entry), self.version()[1]
+        size += len(line)
+        if size > SLACK + 2 * len(line):  # what is needed holds at least this line
+            needed = b"".join(map(_line, _needed(chain(self.entries(), [entry]))))
+            if size > SLACK + 2 * len(needed):
+                self._replace(needed)
+                return
         with storage_errors(self.path):
             fresh = not self.path.exists()
+            self._on_space(len(line))
             with self.path.open("ab") as file:
                 file.truncate(self._whole())
-                file.write(_line(entry).encode() + b"\n")
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
             if fresh:
@@ -131,6 +148,12 @@ class Journal:
             found = entry.get(key, found)
         return found
 
+    def _replace(self, content: bytes) -> None:
+        before = self.version()[1]
+        self._on_space(len(content))
+        write_bytes(self.path, content)
+        self._on_space(-before)
+
     def _whole(self) -> int:
         """Bytes up to the end of the last whole line, looked for from the end."""
         with self.path.open("rb") as file:
@@ -148,9 +171,27 @@ def _check(text: str) -> str:
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: Entry) -> bytes:
     text = json.dumps(entry, sort_keys=True)
-    return json.dumps({"check": _check(text), "entry": entry}, sort_keys=True)
+    return json.dumps({"check": _check(text), "entry": entry}, sort_keys=True).encode() + b"\n"
+
+
+def _needed(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """What readers still need of a journal: the newest settings, all edits, the newest commit and its results."""
+    settings: Entry = {}
+    edits: list[Entry] = []
+    newest: list[Entry] = []
+    for entry in entries:
+        settings |= {name: entry[name] for name in _SETTINGS if name in entry}
+        if "edit" in entry:
+            edits.append({"edit": entry["edit"]})
+        if "files" in entry:
+            newest = [{name: value for name, value in entry.items() if name not in (*_SETTINGS, "edit")}]
+        elif "results" in entry:
+            newest = [*(known for known in newest if "files" in known), entry]
+    yield settings
+    yield from edits
+    yield from newest
 
 
 def _parse(line: bytes) -> Entry | None:

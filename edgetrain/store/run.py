@@ -11,7 +11,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from edgetrain.store.atomic import (
     check_name,
     checksum,
     missing_folders,
+    size_of,
     storage_errors,
     sync_folder,
     temporary_of,
@@ -31,21 +32,16 @@ from edgetrain.store.atomic import (
     write_text,
 )
 from edgetrain.store.journal import BEGINNING, Entry, Journal
-from edgetrain.store.tensors import FileEntry, join, move_durably, plain_name, read_tensors, write_plain, write_tensors
-
-
-@dataclass(frozen=True)
-class Spilled:
-    """A unit that waits on disk between visits, not durable and not in the journal: a file for each kind.
-
-    Attributes:
-        paths: of the files.
-        checksums: of what they hold.
-    """
-
-    paths: dict[str, Path]
-    checksums: dict[str, str]
-
+from edgetrain.store.tensors import (
+    FileEntry,
+    Spilled,
+    join,
+    move_durably,
+    plain_name,
+    read_tensors,
+    write_plain,
+    write_tensors,
+)
 
 RECORD, MODEL = "record.json", "model.safetensors"
 _REPORT = "report.html"
@@ -61,7 +57,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.journal = Journal(path / "journal.jsonl")
+        self.journal = Journal(path / "journal.jsonl", self.space)
         self.written = 0
         self.peak_space = self._space = 0
         self._lock = FileLock(path / "lock", timeout=0)  # may be taken again by who holds it
@@ -83,7 +79,8 @@ class RunFolder:
 
     def measure(self) -> None:
         """Count anew: what is there takes space, and nothing was written yet."""
-        self._space = self.peak_space = size_of(self.path / "cells") + size_of(self.latents)
+        counted = ("cells", "scratch", *_MEMBERS)  # latents are counted when they are opened
+        self._space = self.peak_space = sum(size_of(self.path / name) for name in counted)
         self.written = 0
 
     @property
@@ -136,7 +133,7 @@ class RunFolder:
                 (self.path / "cells").mkdir(parents=True, exist_ok=True)
                 sync_folder(self.path.parent)
             self.journal.append({"config": config, "requested": dict(requested or {})})
-            write_text(self.path / "config.toml", config)
+            self._write_config(config)
         except BaseException:
             self.clear()
             self.remove_if_free(created)
@@ -145,7 +142,7 @@ class RunFolder:
     def reconfigure(self, config: str) -> None:
         """Write ``config.toml`` anew; what the journal says of it counts."""
         self.journal.append({"config": config})
-        write_text(self.path / "config.toml", config)
+        self._write_config(config)
 
     def config(self) -> str | None:
         """See ``Journal.config``."""
@@ -157,7 +154,7 @@ class RunFolder:
         with storage_errors(path):
             if config is None or (path.is_file() and path.read_bytes() == config.encode()):
                 return False
-        write_text(path, config)
+        self._write_config(config)
         return True
 
     def is_run(self) -> bool:
@@ -271,7 +268,7 @@ class RunFolder:
         number = self.commits()
         kept = {unit: kinds for unit, kinds in self.files().items() if unit in units}
         self._append(number + 1, kept, {**entry, "config": config, "requested": dict(requested or {})})
-        write_text(self.path / "config.toml", config)
+        self._write_config(config)
         with storage_errors(self.path):
             for name in _RESULTS:
                 (self.path / name).unlink(missing_ok=True)
@@ -388,7 +385,8 @@ class RunFolder:
         parts = [(f"{unit}.", self._verified(file)) for unit, file in weights]
         files = [join(self.path / MODEL, parts, model)]
         self._took(files[0].size)
-        content = json.dumps(record(), indent=2).encode() + b"\n"
+        self._took(len(_json(record())))
+        content = _json(record())  # the size of the record itself is now a part of what it says
         write_bytes(self.path / RECORD, content)
         files.append(FileEntry(RECORD, xxhash.xxh3_128_hexdigest(content), len(content)))
         self.journal.append({"results": {file.name: asdict(file) for file in files}})
@@ -406,7 +404,7 @@ class RunFolder:
             paths[kind] = self.scratch / _name(unit, kind)
             self._replaced(paths[kind])
             with storage_errors(paths[kind]):
-                self._took(write_plain(paths[kind], group, _unit_metadata(unit)))
+                self._took(write_plain(paths[kind], group, {"unit": unit, "format": 1}))
             checksums[kind] = checksum(paths[kind])
         return Spilled(paths, checksums)
 
@@ -432,7 +430,7 @@ class RunFolder:
         entries = {}
         for kind, group in _by_kind(tensors):
             path = self.path / "cells" / _name(f"{unit}@{number}", kind)
-            entries[kind] = write_tensors(path, group, _unit_metadata(unit))
+            entries[kind] = write_tensors(path, group, {"unit": unit, "format": 1})
             self._took(entries[kind].size)
         return entries
 
@@ -442,6 +440,12 @@ class RunFolder:
             kind: move_durably(path, self.path / "cells" / _name(f"{unit}@{number}", kind), spilled.checksums[kind])
             for kind, path in spilled.paths.items()
         }
+
+    def _write_config(self, config: str) -> None:
+        path = self.path / "config.toml"
+        self.space(len(config.encode()))
+        self._replaced(path)
+        write_text(path, config)
 
     def _took(self, size: int) -> None:
         self.space(size)
@@ -471,9 +475,8 @@ class RunFolder:
             self.space(-file.size)
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder, if there is one."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+def _json(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, indent=2).encode() + b"\n"
 
 
 def _is_bare(member: Path) -> bool:
@@ -490,10 +493,6 @@ def _by_kind(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, dict[st
     for kind, group in (("weights", weights), ("optim", optimizer)):
         if group:
             yield kind, group
-
-
-def _unit_metadata(unit: str) -> dict[str, Any]:
-    return {"unit": unit, "format": 1}
 
 
 def _name(unit: str, kind: str) -> str:

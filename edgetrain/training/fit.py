@@ -34,8 +34,8 @@ from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import backprop_peak, require_fit
 from edgetrain.planning.words import choices_in_words
 from edgetrain.record import MemorySeries, RunRecord
-from edgetrain.store.atomic import missing_folders
-from edgetrain.store.run import RunFolder, size_of
+from edgetrain.store.atomic import missing_folders, size_of
+from edgetrain.store.run import RunFolder
 from edgetrain.stream.latents import FileLatents
 from edgetrain.training.commits import working_files
 from edgetrain.training.finished import Run, predictor_of

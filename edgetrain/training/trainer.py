@@ -396,7 +396,7 @@ class Trainer:
         share = self._share(number, (step - visit.first) / (visit.last - visit.first))
         if not self.commits.due(share):
             return False
-        return not self._work.emits_in_training or self._caches.has_room(self._plan.disk_budget)
+        return not self._work.emits_in_training or self._caches.has_room(self._plan.spare_disk)
 
     def _commit(self, position: Position) -> None:
         """Make the run durable as it stands; between frontiers, latents that cannot be emitted again too."""
@@ -408,7 +408,7 @@ class Trainer:
 
     def _halt(self, position: Position) -> NoReturn:
         """Commit, because the run is to stop, and stop."""
-        if self._resident and self._work.emits_in_training and not self._caches.has_room(self._plan.disk_budget):
+        if self._resident and self._work.emits_in_training and not self._caches.has_room(self._plan.spare_disk):
             self._watcher.note("the disk has no room for what is on the device; the run stops at its newest commit")
         else:
             self._commit(position)
