@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgetrain.threads import yield_cores_while_waiting
+from edgetrain.openmp import yield_cores_while_waiting
 
 if TYPE_CHECKING:
     from edgetrain.api import Run, append_cells, drop_cells, fit, open_run, report_runs, retrain_cells

@@ -53,7 +53,7 @@ def fit(
         method: the local rule, or a baseline.
         run_dir: the run folder; by default a new one under ``runs/``.
         profile: name or path of a profile to start from.
-        resume: go on with the run in ``run_dir``.
+        resume: continue the run in ``run_dir``, which must be given; start it if the folder is missing or empty.
         force: replace the run in ``run_dir``.
         watcher: is told of progress; by default nobody is.
         tensorboard: write TensorBoard's event files into the run folder.
@@ -63,6 +63,8 @@ def fit(
         EdgetrainError: see ``edgetrain.errors``; nothing is left half-written.
         Stopped: a signal came, or ``time_limit`` is over; what was done is committed, ``resume=True`` goes on.
     """
+    if resume and run_dir is None:
+        raise InputError("resume=True needs run_dir, the folder of the run to resume")
     given = {"method": method, **settings}
     modules = None
     if isinstance(net, str):
@@ -73,7 +75,7 @@ def fit(
     resolved = resolve(given, profile)
     path = Path(run_dir) if run_dir is not None else free_path(resolved.data, resolved.method)
     if resume:
-        resolved = resumed_settings(path, given, resolved)
+        resolved = resumed_settings(path, given, resolved, may_start=True)
     reading = stated_reading(resolved)
     if isinstance(data, DataSet) and reading != AS_FOUND:
         raise InputError(

@@ -17,6 +17,11 @@ def ceil_mb(size: int) -> float:
     return math.ceil(size * 100 / MIB) / 100
 
 
+def ceil_gb(size: int) -> float:
+    """Bytes as the smallest number of GiB, in steps of 0.0001, that holds them all."""
+    return math.ceil(size * 10_000 / (1024 * MIB)) / 10_000
+
+
 def from_mb(megabytes: float) -> int:
     """MiB as whole bytes, rounded down."""
     return math.floor(megabytes * MIB)

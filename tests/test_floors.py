@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "edgetrain"
-CORE = ["errors", "units", "keys", "threads", "config", "record"]
+CORE = ["errors", "units", "keys", "openmp", "config", "record"]
 FLOORS = [
     *CORE,
     "memory",

@@ -39,7 +39,11 @@ def command(
     """
     settings, given = given_settings(flags, profile)
     if resume and run_dir is None:
-        raise click.UsageError("--resume needs --run-dir: the folder of the run to go on with")
+        raise click.UsageError("--resume needs --run-dir: the folder of the run to resume")
+    if resume and run_dir is not None and not force:
+        from edgetrain.training.fit import resumed_settings
+
+        settings = resumed_settings(run_dir, given, settings, bool(profile or given.keys() & {"data", "net"}))
     if print_config:
         from edgetrain.training.job import method_of, with_defaults
 
@@ -47,11 +51,9 @@ def command(
         return
     from edgetrain.report.tensorboard import logged
     from edgetrain.report.terminal import show_run, watcher
-    from edgetrain.training.fit import fit, free_path, resumed_settings
+    from edgetrain.training.fit import fit, free_path
 
     path = run_dir or free_path(settings.data, settings.method)
-    if resume:
-        settings = resumed_settings(path, given, settings)
     with stdout_for_results(), watcher(quiet) as looking, logged(looking, tensorboard) as looking:
         run = fit(settings, path, resume=resume, force=force, watcher=looking)
     if as_json:

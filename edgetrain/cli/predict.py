@@ -35,9 +35,11 @@ def command(
     as_json: bool,
 ) -> None:
     """Read labels off a finished run for new data: a CSV table, one line a row."""
-    from edgetrain.store.atomic import write_text
+    from edgetrain.store.atomic import check_target, write_text
     from edgetrain.training.finished import Run
 
+    for target in filter(None, (latents, out)):
+        check_target(target)
     with stdout_for_results():
         opened = Run.open(run, net)
         scores = opened.probabilities(data, device)

@@ -25,16 +25,21 @@ def _numbers(context: click.Context, option: click.Parameter, text: str) -> list
 
 
 def _make_room(csv_path: Path | None, png: Path | None, html: Path | None) -> None:
-    """Make the folders that are written to in the end, so that nothing is measured in vain.
+    """Create the folders of the output files and check the files' names, before anything is measured.
 
     Raises:
+        InputError: a name cannot be that of a file or folder.
         StorageError: the disk refuses.
     """
-    from edgetrain.store.atomic import storage_errors
+    from edgetrain.store.atomic import check_name, check_target, storage_errors
 
+    for path in filter(None, (csv_path, png, html)):
+        check_name(path)
     for folder in filter(None, (csv_path and csv_path.parent, png, html and html.parent)):
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+    for target in filter(None, (csv_path, html)):
+        check_target(target)
 
 
 @click.command("profile", epilog=EPILOG)

@@ -70,7 +70,11 @@ def save(rates: Rates, device: torch.device) -> None:
     path = _path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**_known(path), _key(device): asdict(rates)}, indent=2) + "\n", encoding="utf-8")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(
+            json.dumps({**_known(path), _key(device): asdict(rates)}, indent=2) + "\n", encoding="utf-8"
+        )
+        temporary.replace(path)
     except OSError:
         return
 

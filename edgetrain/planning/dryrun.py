@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 
@@ -122,6 +122,19 @@ def _evaluation_peak(work: Workload, index: int, micro_batch: int, tiles: int) -
         piece = Slice(_STEPS * size, size, size, 0, _STEPS, phases=cell.tiles)
         executor.read(cell, feed, piece, _NoSink(), lambda part, scores, latents: None)
         return table.peak
+
+
+def refusal_of_one_row(work: Workload, index: int) -> str | None:
+    """Why cell ``index`` cannot take a training step on a batch of one row; ``None``: it can.
+
+    Batch normalisation has no variance of a single value for each channel.
+    """
+    try:
+        visited(replace(work, batch_size=1), index, 1)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[0]
+    return None
 
 
 def place(work: Workload, index: int, table: Bench, tiles: int = 1) -> LiveCell | TiledCell:

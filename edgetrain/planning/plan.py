@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from edgetrain.planning.schedule import WHOLE, Cut
-from edgetrain.units import ceil_mb, to_mb
+from edgetrain.units import ceil_mb, show_mb, to_mb
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,22 @@ class Plan:
         readout: the trained classifier's, if there is one.
         placement: ``stream`` or ``resident``.
         readout_resident: whether all of the classifier stays on the device during its visits.
-        budget: device bytes that the run may take; ``None``: no limit.
+        budget: bytes that PyTorch's allocator may reserve on the device; ``None``: no limit.
         least: finds ``min_budget``, which takes longer than the plan itself.
         predicted_peak: of the device.
         host_bytes: host buffers and cells in transit, without the host tier.
         host_budget: host bytes allowed; ``None``: no limit.
         disk_bytes: the most that the run folder holds.
         disk_budget: disk bytes allowed; ``None``: no limit.
-        whole_batch: of a run that does not fit because its batches cannot be split, the largest batch that
-            would; else ``None``.
+        whole_batch: of a run that does not fit because its batches cannot be split, a smaller batch that would;
+            else ``None``.
+        splits: whether batches can be split into micro-batches.
         written_bytes: what the run writes in all.
         cut: how much of the latents is on disk at once.
         least_disk: the smallest run folder that would do, in bytes.
         batch_size: samples of a full step.
         remarks: what the method says of how it reads the data.
+        outside: bytes of the stated budget that PyTorch's allocator does not get, such as the CUDA context.
     """
 
     cells: tuple[CellPlan, ...]
@@ -85,15 +87,27 @@ class Plan:
     disk_budget: int | None
     written_bytes: int
     whole_batch: int | None = None
+    splits: bool = True
     cut: Cut = WHOLE
     least_disk: int = 0
     batch_size: int = 0
     remarks: tuple[str, ...] = ()
+    outside: int = 0
+
+    @property
+    def stated_budget(self) -> int | None:
+        """The budget in bytes as ``--max-gpu-mb`` states it; ``None``: no limit."""
+        return None if self.budget is None else self.budget + self.outside
+
+    @property
+    def beside(self) -> str:
+        """What has to be said behind a peak where a part of the stated budget is outside PyTorch's allocator."""
+        return f" and {show_mb(self.outside)} outside PyTorch's allocator" if self.outside else ""
 
     @cached_property
     def min_budget(self) -> int:
-        """The smallest budget in bytes that would do, with the smallest micro-batches and the most tiles."""
-        return self.least()
+        """The smallest budget in bytes that can be stated, with the smallest micro-batches and the most tiles."""
+        return self.least() + self.outside
 
     @property
     def fits(self) -> bool:
@@ -109,6 +123,11 @@ class Plan:
     def disk_fits(self) -> bool:
         """Whether the disk budget holds it."""
         return self.disk_budget is None or self.disk_bytes <= self.disk_budget
+
+    @property
+    def spare_disk(self) -> int | None:
+        """Bytes of the disk budget that the run does not need; ``None``: no limit."""
+        return None if self.disk_budget is None else self.disk_budget - self.disk_bytes
 
     @property
     def visits(self) -> tuple[CellPlan, ...]:
@@ -134,7 +153,7 @@ class Plan:
             "host_fits": self.host_fits,
             "disk_fits": self.disk_fits,
             "placement": self.placement,
-            "budget_mb": to_mb(self.budget),
+            "budget_mb": to_mb(self.stated_budget),
             "min_budget_mb": ceil_mb(self.min_budget),
             "predicted_peak_mb": to_mb(self.predicted_peak),
             "bp_predicted_peak_mb": to_mb(bp_peak),

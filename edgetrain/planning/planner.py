@@ -6,10 +6,10 @@ fits stays there. On the CPU nothing is gained by keeping what lies in files in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import groupby
+from functools import cached_property, partial
+from itertools import groupby, islice
 from math import prod
 
 import torch
@@ -20,12 +20,12 @@ from edgetrain.errors import BudgetError, InputError
 from edgetrain.nets.base import CellRecipe, Options
 from edgetrain.objectives.base import nodes
 from edgetrain.planning import storage
-from edgetrain.planning.dryrun import cell_peak, readout_peak, resident_peak
+from edgetrain.planning.dryrun import cell_peak, readout_peak, refusal_of_one_row, resident_peak
 from edgetrain.planning.plan import CellPlan, Plan
 from edgetrain.planning.schedule import Cut
 from edgetrain.planning.workload import Workload
 from edgetrain.stream.tiles import cuts
-from edgetrain.units import MIB, ceil_mb, show_mb
+from edgetrain.units import MIB, ceil_gb, ceil_mb, show_mb
 
 _REPEATS = (3, 4)  # copies of equal cells from which backpropagation's peak is extrapolated
 _RESIDENT_CELLS = 64  # beyond that, a resident plan is not worth the time to check
@@ -40,22 +40,57 @@ def make_plan(
     host_budget: int | None = None,
     disk_budget: int | None = None,
     cut: Cut | None = None,
+    outside: int = 0,
 ) -> Plan:
     """The plan of a run; it may say that the run does not fit.
 
     Args:
         work: the run.
-        budget: device bytes, or ``None`` for no limit.
+        budget: bytes that PyTorch's allocator may reserve on the device, or ``None`` for no limit.
         placement: ``auto``, ``stream`` or ``resident``.
         micro_batch: asked for by the user, for all or each; ``None``: the largest that fits.
         tiles: of cells, asked for by the user; ``None``: one if that fits.
         host_budget: host bytes, or ``None``.
         disk_budget: disk bytes, or ``None``.
         cut: of the latents, as a run was begun; ``None``: whatever fits the disk.
+        outside: bytes that the stated budget holds besides ``budget``.
 
     Raises:
-        InputError: micro-batches or tiles were asked for where they cannot be.
+        InputError: micro-batches or tiles were asked for where they cannot be, or the last batch is a single row
+            from which a cell cannot learn.
     """
+
+    def attempt(size: int, cut: Cut | None = None) -> Plan:
+        return _attempt(replace(work, batch_size=size), budget, placement, micro_batch, tiles, host_budget,
+                        disk_budget, cut, outside)  # fmt: skip
+
+    size = min(work.batch_size, work.rows)
+    last_row = _LastRow(work)
+    if (refusal := last_row.refusal(size)) is not None:
+        other = next((each for each in last_row.others(size) if _fits_all(attempt(each))), None)
+        advice = "no other batch size fits" if other is None else f"state --batch-size {other}"
+        raise InputError(
+            f"--batch-size {work.batch_size} leaves a last batch of one of the {work.rows} rows, from which"
+            f" {refusal}; {advice}"
+        )
+    plan = attempt(work.batch_size, cut)
+    if plan.fits or plan.splits:
+        return plan
+    return replace(plan, whole_batch=next((each for each in last_row.smaller(size) if _fits_all(attempt(each))), None))
+
+
+def _attempt(
+    work: Workload,
+    budget: int | None,
+    placement: str,
+    micro_batch: int | list[int] | None,
+    tiles: int | list[int] | None,
+    host_budget: int | None,
+    disk_budget: int | None,
+    cut: Cut | None,
+    outside: int,
+) -> Plan:
+    """The plan of a run of this batch size; see ``make_plan``."""
     chooser = _Chooser(work, budget, _asked(work, micro_batch), _asked_tiles(work, tiles))
     cells = tuple(chooser.cell(index) for index in range(work.depth))
     readout, readout_resident = chooser.readout(lean=placement == "stream")
@@ -74,7 +109,6 @@ def make_plan(
             cells = tuple(replace(cell, peak=peaks[index]) for index, cell in enumerate(cells))
             readout = None if readout is None else replace(readout, peak=peaks[-1])
     params = [cell.params for cell in visits]
-    over = budget is not None and peak > budget
     cut = cut or storage.cut_for(work, sum(params), chosen, disk_budget)
     return Plan(
         cells=cells,
@@ -86,14 +120,15 @@ def make_plan(
         predicted_peak=peak,
         host_bytes=storage.host_bytes(work, params),
         host_budget=host_budget,
-        disk_bytes=storage.disk_bytes(work, sum(params), chosen, cut),
+        disk_bytes=storage.disk_bytes(work, sum(params), chosen, cut, disk_budget),
         disk_budget=disk_budget,
         written_bytes=storage.written_bytes(work, sum(params), chosen, cut),
         cut=cut,
         least_disk=storage.least_disk_bytes(work, sum(params), chosen),
         batch_size=min(work.batch_size, work.rows),
         remarks=work.objective.remarks(work.nodes),
-        whole_batch=_whole_batch(work, budget) if over else None,
+        splits=not any(work.couples_batch(index) for index in range(work.depth)),
+        outside=outside,
     )
 
 
@@ -106,25 +141,27 @@ def require_fit(plan: Plan) -> None:
     """
     if plan.whole_batch is not None:
         raise InputError(
-            f"--batch-size is too large for --max-gpu-mb {(plan.budget or 0) / MIB:.4g}, and the samples of a batch"
-            f" influence each other here, so that it cannot be split: state --batch-size {plan.whole_batch}"
+            f"--batch-size is too large for --max-gpu-mb {(plan.stated_budget or 0) / MIB:.6g}, and the samples of a"
+            f" batch influence each other here, so that it cannot be split: state --batch-size {plan.whole_batch}"
         )
-    if not plan.fits and plan.budget is not None:
+    if not plan.fits and plan.stated_budget is not None:
         worst = max(plan.visits, key=lambda cell: cell.peak)
         raise BudgetError(
-            f"--max-gpu-mb {plan.budget / MIB:.4g} cannot hold {worst.name!r}, which needs {show_mb(worst.peak)} at"
-            f" micro-batch {worst.micro_batch}{_in_tiles(worst)}; the smallest budget for this run is"
-            f" {ceil_mb(plan.min_budget):.2f} MiB"
+            f"--max-gpu-mb {plan.stated_budget / MIB:.6g} cannot hold {worst.name!r}, which needs"
+            f" {show_mb(worst.peak)}{plan.beside} at micro-batch {worst.micro_batch}{_in_tiles(worst)}; the smallest"
+            " budget for this run is"
+            f" {ceil_mb(plan.min_budget):.2f} MiB{'' if plan.splits else ', and no smaller --batch-size fits'}"
         )
     if not plan.host_fits:
         raise BudgetError(
-            f"--max-host-mb {(plan.host_budget or 0) / MIB:.4g} is too little for batches and two cells in transit,"
+            f"--max-host-mb {(plan.host_budget or 0) / MIB:.6g} is too little for batches and two cells in transit,"
             f" which need {ceil_mb(plan.host_bytes):.2f} MiB; raise it or take a smaller --batch-size"
         )
     if not plan.disk_fits:
         raise BudgetError(
-            f"--max-disk-gb {(plan.disk_budget or 0) / (1 << 30):.3g} cannot hold the run folder:"
-            f" {show_mb(plan.disk_bytes)}, at least {show_mb(plan.least_disk)}; raise it or use --latent-dtype uint8"
+            f"--max-disk-gb {(plan.disk_budget or 0) / (1 << 30):.6g} cannot hold the run folder:"
+            f" {ceil_gb(plan.disk_bytes)} GiB, at least {ceil_gb(plan.least_disk)} GiB; raise it or use"
+            " --latent-dtype uint8"
         )
 
 
@@ -134,18 +171,49 @@ def _in_tiles(cell: CellPlan) -> str:
     return "" if cell.tileable else " (it cannot be trained in tiles)"
 
 
-def _whole_batch(work: Workload, budget: int | None) -> int | None:
-    """The largest batch, halving from the run's, that fits where cells take batches whole."""
-    if not any(work.couples_batch(index) for index in range(work.depth)):
+def _fits_all(plan: Plan) -> bool:
+    return plan.fits and plan.host_fits and plan.disk_fits
+
+
+class _LastRow:
+    """Which batch sizes leave a last batch of a single row, and whether the cells can learn from it."""
+
+    def __init__(self, work: Workload):
+        self._work = work
+
+    def refusal(self, size: int) -> str | None:
+        """The cell that cannot learn from the last batch, and why; ``None``: all can."""
+        if (self._work.rows - 1) % size:
+            return None
+        return self._of_one_row
+
+    def smaller(self, size: int) -> Iterator[int]:
+        """Smaller batches, about half as large each time, from whose last batch the cells can learn."""
+        while size > 1:
+            size //= 2
+            while size and self.refusal(size) is not None:
+                size -= 1
+            if size:
+                yield size
+
+    def others(self, size: int) -> Iterator[int]:
+        """Batches to state instead, the nearest smaller one first."""
+        below = (each for each in range(size - 1, 0, -1) if self.refusal(each) is None)
+        yield from islice(below, 1)
+        yield from self.smaller(size)
+        above = (each for each in range(size + 1, self._work.rows + 1) if self.refusal(each) is None)
+        yield from islice(above, 1)
+
+    @cached_property
+    def _of_one_row(self) -> str | None:
+        kinds = set()
+        for node in self._work.nodes:
+            assert node.recipe is not None
+            kind = node.recipe.signature, node.parent and node.parent.shape
+            if kind not in kinds and (why := refusal_of_one_row(self._work, node.index)) is not None:
+                return f"cell {node.index + 1} ({node.recipe.name}) cannot learn: {why}"
+            kinds.add(kind)
         return None
-    size = min(work.batch_size, work.rows) // 2
-    while size > 1:
-        smaller = replace(work, batch_size=size)
-        chooser = _Chooser(smaller, budget, None, None)
-        if all(chooser.fits(chooser.cell(index).peak) for index in range(work.depth)):
-            return size
-        size //= 2
-    return None
 
 
 def backprop_peak(work: Workload, recipes: Sequence[CellRecipe], options: Options) -> int | None:
@@ -201,7 +269,7 @@ def _asked(work: Workload, micro_batch: int | list[int] | None) -> list[int] | N
     for index in range(work.depth):
         if asked[index] < size and work.couples_batch(index):
             raise InputError(
-                f"--micro-batch {asked[index]}: the samples of a batch influence each other in cell {index}"
+                f"--micro-batch {asked[index]}: the samples of a batch influence each other in cell {index + 1}"
                 "; it takes batches whole"
             )
     return [min(each, size) for each in asked]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from itertools import pairwise
 from math import prod
 
+from edgetrain.objectives.base import Node
 from edgetrain.planning.cut import choose_cut, latents_held, latents_written, least_room
 from edgetrain.planning.schedule import WHOLE, Cut
 from edgetrain.planning.workload import Workload
-from edgetrain.store.latents import DEFAULT_WINDOW
+from edgetrain.store.journal import SLACK
+from edgetrain.store.latents import BLOCK_BYTES, DEFAULT_WINDOW
+from edgetrain.stream.cell import shapes_of
 
 STATE_BYTES_PER_PARAMETER = 12  # a float32 weight and Adam's two moments
 _LABEL_BYTES = 8
+_HEADER_BYTES = 512  # of a safetensors file without tensors
+_TENSOR_BYTES = 256  # of a tensor's place in the header, and of a single number
 
 
 def latent_bytes(work: Workload, index: int) -> int:
@@ -54,12 +60,57 @@ def evaluation_bytes(work: Workload) -> int:
 def fixed_disk_bytes(work: Workload, params: int) -> int:
     """Disk that a run needs beside its training latents: inputs, cells, and the model."""
     # While a commit replaces cells, both generations exist; then the model joins the last one.
-    return input_bytes(work) + 2 * STATE_BYTES_PER_PARAMETER * params
+    return input_bytes(work) + 2 * STATE_BYTES_PER_PARAMETER * params + bookkeeping_bytes(work)
 
 
-def disk_bytes(work: Workload, params: int, placement: str, cut: Cut = WHOLE) -> int:
-    """The most that the run folder holds: inputs, the latents needed at once, cells, and the model."""
+def bookkeeping_bytes(work: Workload) -> int:
+    """Disk of all that is neither rows nor parameters, at most: buffers, headers, checksums, journal, record, settings.
+
+    Rounded up to 64 KiB.
+    """
+    known: dict[Hashable, tuple[int, int]] = {}
+    cells = model = names = 0
+    for node in work.nodes:
+        assert node.recipe is not None
+        kind = node.recipe.signature, node.parent and node.parent.shape
+        if kind not in known:
+            known[kind] = _beside_parameters(work, node)
+        state, optimizer = known[kind]
+        cells, model = cells + state + optimizer, model + state
+        names += len(node.recipe.name) + 8
+    visits = work.depth + 1
+    cells += 2 * _HEADER_BYTES * visits + 4 * _TENSOR_BYTES * (visits + 3) + 8 * prod(work.inputs.shape)
+    epochs = max(work.epochs, work.readout_epochs)
+    settings = 8192 + 48 * visits + 2 * names
+    streams = visits * len(work.objective.stream_names)
+    needed = settings + names + visits * (1200 + 40 * epochs) + 400 * streams
+    series = 200 * (900 + 8 * visits)
+    record = 8192 + 2 * names + visits * (1500 + 80 * epochs) + series
+    sums = 2 * 8 * sum(2 * work.views * work.rows * work.row_bytes_into(index) // BLOCK_BYTES + 1
+                       for index in range(1, visits))  # fmt: skip
+    total = 2 * cells + model + 2 * _HEADER_BYTES + settings + 3 * needed + SLACK + record + sums
+    return -(-total // SLACK) * SLACK
+
+
+def _beside_parameters(work: Workload, node: Node) -> tuple[int, int]:
+    """Bytes of a cell's files that are not parameters or their moments: of weights and head, and of the optimizer."""
+    modules = [module for module in shapes_of(node, work.objective) if module is not None]
+    state = [named for module in modules for named in module.state_dict().items()]
+    learned = [named for module in modules for named in module.named_parameters()]
+    buffers = sum(value.nbytes for _, value in state) - sum(value.nbytes for _, value in learned)
+    named = sum(_TENSOR_BYTES + len(name) for name, _ in state)
+    return max(buffers, 0) + named, 3 * sum(_TENSOR_BYTES + len(name) for name, _ in learned)
+
+
+def disk_bytes(work: Workload, params: int, placement: str, cut: Cut = WHOLE, budget: int | None = None) -> int:
+    """The most that the run folder holds: inputs, the latents needed at once, cells, the model, and the rest.
+
+    Without a ``budget``, commits within an epoch of ``sequence`` keep the latents that are still to be read, beside
+    those that follow them.
+    """
     latents = 0 if placement == "resident" else latents_held(work, cut)
+    if budget is None and work.emits_in_training:
+        latents += latents_held(work, cut) * (2 if placement == "resident" else 1)
     return fixed_disk_bytes(work, params) + max(latents, evaluation_bytes(work))
 
 

@@ -16,11 +16,11 @@ def plan_in_words(plan: Plan, bp_peak: int | None, times: Sequence[VisitTime] | 
     yield from choices_in_words(plan)
     smallest = f"the smallest budget that works is {ceil_mb(plan.min_budget):.2f} MiB"
     if plan.budget is None:
-        yield f"Peak {show_mb(plan.predicted_peak)}; {smallest}."
+        yield f"Peak {show_mb(plan.predicted_peak)}{plan.beside}; {smallest}."
     elif plan.fits:
-        yield f"It fits: {show_mb(plan.predicted_peak)} of {show_mb(plan.budget)}; {smallest}."
+        yield f"It fits: {show_mb(plan.predicted_peak)}{plan.beside} of {show_mb(plan.stated_budget)}; {smallest}."
     else:
-        yield f"It does not fit into {show_mb(plan.budget)}; {smallest}."
+        yield f"It does not fit into {show_mb(plan.stated_budget)}; {smallest}."
     yield f"Backpropagation on the same net and batch: {show_mb(bp_peak)}."
     yield (
         f"Host {show_mb(plan.host_bytes)}{'' if plan.host_fits else ' (over --max-host-mb)'};"

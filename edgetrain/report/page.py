@@ -15,7 +15,7 @@ from edgetrain.report import figures
 from edgetrain.report.drawing import Drawing, png, svg
 from edgetrain.report.profile import Point
 from edgetrain.report.runs import ShownRun, open_shown, shown_path
-from edgetrain.store.atomic import storage_errors, write_text
+from edgetrain.store.atomic import check_name, storage_errors, write_text
 from edgetrain.units import MIB, show_mb, show_seconds
 
 _UNKNOWN = "unknown"
@@ -40,8 +40,9 @@ def write_report(paths: Sequence[Path], folder: Path | None = None) -> tuple[Pat
     require_packages()
     if not paths:
         raise InputError("no run to report; name the folders of one or more")
-    runs = [open_shown(path) for path in paths]
     target = folder or (paths[0] if len(paths) == 1 else Path("report"))
+    check_name(target)
+    runs = [open_shown(path) for path in paths]
     if (target / _REPORT).is_dir():
         raise InputError(f"{target / _REPORT}: is a folder; expected room for the page")
     names = _distinct(runs)

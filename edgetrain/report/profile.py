@@ -7,6 +7,7 @@ with ``dry`` only predicted, which takes neither memory nor time.
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,7 +25,7 @@ from edgetrain.planning import timelines
 from edgetrain.planning.planner import require_fit
 from edgetrain.planning.workload import Workload
 from edgetrain.record import MemorySeries
-from edgetrain.store.atomic import storage_errors
+from edgetrain.store.atomic import write_text
 from edgetrain.training.fit import fit
 from edgetrain.training.job import METHODS, method_of, open_job, plan_job
 from edgetrain.units import to_mb
@@ -147,10 +148,11 @@ def write_csv(path: Path, found: Sequence[Point]) -> None:
     Raises:
         StorageError: the disk refused.
     """
-    with storage_errors(path), path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Point)])
-        writer.writeheader()
-        writer.writerows(asdict(point) for point in found)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in fields(Point)])
+    writer.writeheader()
+    writer.writerows(asdict(point) for point in found)
+    write_text(path, text.getvalue())
 
 
 def _asked(settings: Settings, varied: Varied, combined: Sequence[tuple[str, int, int, int]]) -> list[Settings]:

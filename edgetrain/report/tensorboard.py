@@ -59,7 +59,7 @@ class TensorBoardWatcher:
             self._writer = SummaryWriter(str(self._folder))
             self._writer.add_scalar("memory/predicted, MiB", to_mb(plan.predicted_peak), 0)
             if plan.budget is not None:
-                self._writer.add_scalar("memory/budget, MiB", to_mb(plan.budget), 0)
+                self._writer.add_scalar("memory/budget, MiB", to_mb(plan.stated_budget), 0)
 
     def note(self, text: str) -> None:
         """See ``Watcher``."""

@@ -286,7 +286,7 @@ def _stdout() -> Console:
 
 
 def _headline(plan: Plan, record: RunRecord) -> str:
-    budget = "no budget" if plan.budget is None else f"budget {show_mb(plan.budget)}"
+    budget = "no budget" if plan.budget is None else f"budget {show_mb(plan.stated_budget)}"
     schedule = f", {record.schedule}" if record.schedule else ""
     return (
         f"{record.method}{schedule}: {counted(len(plan.cells))} on {record.device}, {plan.placement};"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from edgetrain.errors import CorruptError, StorageError
+from edgetrain.errors import CorruptError, InputError, StorageError
 
 CHUNK = 1 << 20
 
@@ -28,6 +28,11 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: {reason[:1].lower()}{reason[1:]}") from error
 
 
+def temporary_of(path: Path) -> Path:
+    """Where ``replacing`` writes; a process that is killed may leave it behind."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to; when the body succeeds it becomes ``path``, durably.
@@ -35,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk refused; ``path`` is then as it was before.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     with storage_errors(path):
         try:
             temporary.unlink(missing_ok=True)  # it could be a link to somewhere else
@@ -47,6 +52,62 @@ def replacing(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def check_name(path: Path) -> None:
+    """Check the name of a file or folder that is to be created.
+
+    Raises:
+        InputError: the name cannot be written as UTF-8, and could not be kept in a record.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: the name is not valid UTF-8; choose another") from None
+
+
+def check_target(path: Path) -> None:
+    """Check that a file can be written at ``path``, before the work that yields its content.
+
+    Raises:
+        InputError: the name is not valid UTF-8, its folder is missing, or something other than a file has the name.
+        StorageError: the folder is read-only.
+    """
+    check_name(path)
+    with storage_errors(path):
+        if path.exists() and not path.is_file():
+            raise InputError(
+                f"{path}: is {'a folder' if path.is_dir() else 'not a regular file'}; expected a file name"
+            )
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: the folder {path.parent} does not exist; create it first")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise StorageError(f"{path}: the folder {path.parent} is read-only")
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """Of a folder and its parents, those that do not exist, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; 0 if there is none."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file())
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Allocate ``size`` bytes of an open file, so that a full disk is an error now and not a dead process later.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    if size == 0:
+        return
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:  # macOS has no posix_fallocate; writes there still report a full disk, one by one
+        os.ftruncate(descriptor, size)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -8,11 +8,11 @@ journal last. A crash in between is made good by the next process that opens the
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgetrain.store.atomic import storage_errors, sync_file, sync_folder, write_text
+from edgetrain.store.atomic import storage_errors, sync_file, sync_folder
 from edgetrain.store.journal import Entry
 from edgetrain.store.run import ADOPTED, EDIT, MODEL, RECORD, REPORT, RunFolder, as_entries
 
@@ -31,7 +31,14 @@ def open_folder(path: Path) -> RunFolder:
     return folder
 
 
-def begin(folder: RunFolder, units: Sequence[str], entry: Entry, config: str, net: Sequence[Any]) -> RunFolder:
+def begin(
+    folder: RunFolder,
+    units: Sequence[str],
+    entry: Entry,
+    config: str,
+    requested: Mapping[str, Any],
+    net: Sequence[Any],
+) -> RunFolder:
     """The folder of an edit; one that was begun in the same way and then stopped is resumed.
 
     Args:
@@ -39,6 +46,7 @@ def begin(folder: RunFolder, units: Sequence[str], entry: Entry, config: str, ne
         units: to begin with; their files are linked, not copied, where the file system can.
         entry: to remember in the journal line.
         config: the edited run's ``config.toml``.
+        requested: see ``Journal.requested``.
         net: fingerprints of its cells.
 
     Raises:
@@ -48,7 +56,7 @@ def begin(folder: RunFolder, units: Sequence[str], entry: Entry, config: str, ne
     edit.home = folder.path
     kept = {unit: kinds for unit, kinds in folder.files().items() if unit in units}
     files = {unit: as_entries(kinds) for unit, kinds in kept.items()}
-    begun = {"config": config, "net": list(net), "begins_with": files}
+    begun = {"config": config, "requested": dict(requested), "net": list(net), "begins_with": files}
     if next(edit.journal.entries(), None) == begun and edit.last() is not None:
         return edit
     with storage_errors(edit.path):
@@ -60,7 +68,7 @@ def begin(folder: RunFolder, units: Sequence[str], entry: Entry, config: str, ne
     history = [{"edit": old["edit"]} for old in folder.journal.entries() if "edit" in old]
     for each in (begun, *history):
         edit.journal.append(each)
-    write_text(edit.path / "config.toml", config)
+    edit.write_config(config)
     edit.append(folder.commits() + 1, kept, entry)
     return edit
 

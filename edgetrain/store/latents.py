@@ -22,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from edgetrain.errors import CorruptError, DamagedLatentsError, StorageError
-from edgetrain.store.atomic import checksum, storage_errors, write_bytes
+from edgetrain.store.atomic import checksum, reserve, storage_errors, write_bytes
 from edgetrain.store.rows import RowFormat
 from edgetrain.store.tensors import FileEntry
 
@@ -70,7 +70,7 @@ class LatentFile:
         with storage_errors(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
             try:
-                _reserve(self._descriptor, self.size)
+                reserve(self._descriptor, self.size)
             except OSError:
                 self.close()
                 self.path.unlink()
@@ -272,13 +272,3 @@ class LatentFile:
                 raise StorageError(f"{self.path}: ends at byte {found}, expected {self.size}")
             self._map = mmap.mmap(self._fd, self.size, access=mmap.ACCESS_READ)
         return np.frombuffer(self._map, np.uint8).reshape(self.rows, self.format.row_bytes)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Allocate ``size`` bytes, so that a full disk is an error now and not a dead process later."""
-    if size == 0:
-        return
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    else:  # macOS has no posix_fallocate; writes there still report a full disk, one by one
-        os.ftruncate(descriptor, size)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,28 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from edgetrain.errors import BusyError, CorruptError, InputError, StorageError
-from edgetrain.store.atomic import checksum, storage_errors, sync_folder, write_bytes, write_text
+from edgetrain.store.atomic import (
+    check_name,
+    checksum,
+    missing_folders,
+    size_of,
+    storage_errors,
+    sync_folder,
+    temporary_of,
+    write_bytes,
+    write_text,
+)
 from edgetrain.store.journal import BEGINNING, Entry, Journal
-from edgetrain.store.tensors import FileEntry, join, move_durably, plain_name, read_tensors, write_plain, write_tensors
-
-
-@dataclass(frozen=True)
-class Spilled:
-    """A unit that waits on disk between visits, not durable and not in the journal: a file for each kind.
-
-    Attributes:
-        paths: of the files.
-        checksums: of what they hold.
-    """
-
-    paths: dict[str, Path]
-    checksums: dict[str, str]
-
+from edgetrain.store.tensors import (
+    FileEntry,
+    Spilled,
+    join,
+    move_durably,
+    plain_name,
+    read_tensors,
+    write_plain,
+    write_tensors,
+)
 
 RECORD, MODEL = "record.json", "model.safetensors"
 REPORT = "report.html"
@@ -53,10 +58,9 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = self.home = path  # home: the run's folder, also of an edit within it
-        self.journal = Journal(path / "journal.jsonl")
+        self.journal = Journal(path / "journal.jsonl", self.space)
         self.written = 0
         self.peak_space = self._space = 0
-        self._newest: tuple[int, Entry | None] | None = None  # with the size of the journal that it was read from
         self._lock = FileLock(path / "lock", timeout=0)  # may be taken again by who holds it
 
     @property
@@ -76,7 +80,8 @@ class RunFolder:
 
     def measure(self) -> None:
         """Count anew: what is there takes space, and nothing was written yet."""
-        self._space = self.peak_space = size_of(self.path / "cells") + size_of(self.latents)
+        counted = ("cells", "scratch", *_MEMBERS)  # latents are counted when they are opened
+        self._space = self.peak_space = sum(size_of(self.path / name) for name in counted)
         self.written = 0
 
     @property
@@ -94,9 +99,11 @@ class RunFolder:
 
         Raises:
             BusyError: another process works in it.
+            InputError: its name is not valid UTF-8.
             CorruptError: a member is a link, which may lead out of the folder.
             StorageError: the disk refused.
         """
+        check_name(self.path)
         for name in (*_FOLDERS, *_MEMBERS):
             if (self.path / name).is_symlink():
                 raise CorruptError(f"{self.path / name}: is a link; a run folder holds none")
@@ -111,45 +118,37 @@ class RunFolder:
         finally:
             self._lock.release()  # the file stays: removing it could take it from under the next holder
 
-    def create(self, config: str, net: Sequence[Any]) -> None:
+    def create(self, config: str, net: Sequence[Any], requested: Mapping[str, Any] | None = None) -> None:
         """Begin a run in the folder: its ``config.toml``, and in the journal that and the net's fingerprints.
+
+        Args:
+            config: with what was planned.
+            net: see ``training.identity``.
+            requested: see ``Journal.requested``.
 
         Raises:
             StorageError: the disk refused; nothing is left behind.
         """
+        created = missing_folders(self.path)
         try:
             with storage_errors(self.path):
                 (self.path / "cells").mkdir(parents=True, exist_ok=True)
                 sync_folder(self.path.parent)
-            self.journal.append({"config": config, "net": net})
-            write_text(self.path / "config.toml", config)
+            self.journal.append({"config": config, "requested": dict(requested or {}), "net": list(net)})
+            self.write_config(config)
         except BaseException:
             self.clear()
-            self.remove_if_free()
+            self.remove_if_free(created)
             raise
 
     def reconfigure(self, config: str) -> None:
         """Write ``config.toml`` anew; what the journal says of it counts."""
         self.journal.append({"config": config})
-        write_text(self.path / "config.toml", config)
+        self.write_config(config)
 
     def config(self) -> str | None:
-        """The run's ``config.toml`` as it was written, or ``None`` if there is no run."""
-        found = [entry["config"] for entry in self.journal.entries() if "config" in entry]
-        if found and not isinstance(found[-1], str):
-            raise CorruptError(f"{self.journal.path}: its configuration is no text")
-        return found[-1] if found else None
-
-    def net(self) -> list[Any] | None:
-        """Fingerprints of the cells that the run was begun with; ``None``: the journal has none.
-
-        Raises:
-            CorruptError: they are not a list.
-        """
-        found = [entry["net"] for entry in self.journal.entries() if "net" in entry]
-        if found and not isinstance(found[-1], list):
-            raise CorruptError(f"{self.journal.path}: its description of the net is damaged")
-        return found[-1] if found else None
+        """See ``Journal.config``."""
+        return self.journal.config()
 
     def restore_config(self) -> bool:
         """Write ``config.toml`` again if it is not as it was written; whether it was not."""
@@ -157,7 +156,7 @@ class RunFolder:
         with storage_errors(path):
             if config is None or (path.is_file() and path.read_bytes() == config.encode()):
                 return False
-        write_text(path, config)
+        self.write_config(config)
         return True
 
     def is_run(self) -> bool:
@@ -170,8 +169,8 @@ class RunFolder:
             return False
         return not self.path.exists() or all(_is_bare(member) for member in self.path.iterdir())
 
-    def clear(self) -> None:
-        """Remove a run of ours, and nothing else; its lock stays, which is held.
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Remove a run of ours, and nothing else; its lock stays, which is held, and latents named in ``keep``.
 
         Raises:
             InputError: the folder holds something that is no run.
@@ -179,17 +178,25 @@ class RunFolder:
         if not (self.is_run() or self.is_free()):
             raise InputError(f"{self.path}: holds no edgetrain run, so --force does not remove it")
         with storage_errors(self.path):
-            for name in _FOLDERS:
-                shutil.rmtree(self.path / name, ignore_errors=True)
             for name in _MEMBERS:
+                temporary_of(self.path / name).unlink(missing_ok=True)
                 if name != "lock":
                     (self.path / name).unlink(missing_ok=True)
-        self._newest = None
+        if keep:
+            self.clear_working_files(keep)
+        for name in _FOLDERS:
+            if name != "latents" or not keep:
+                shutil.rmtree(self.path / name, ignore_errors=True)
 
-    def remove_if_free(self) -> None:
-        """Remove the folder if no run was begun in it."""
-        if self.path.is_dir() and self.is_free():
-            shutil.rmtree(self.path, ignore_errors=True)
+    def remove_if_free(self, created: Sequence[Path]) -> None:
+        """If no run was begun in the folder, empty it and remove those of the folders ``created`` that are empty."""
+        if not (self.path.is_dir() and self.is_free()):
+            return
+        with contextlib.suppress(OSError):
+            for member in self.path.iterdir():
+                member.rmdir() if member.is_dir() else member.unlink()
+            for folder in created:
+                folder.rmdir()
 
     def clear_working_files(self, keep: Container[str] = ()) -> None:
         """Remove scratch cells and all latents but ``keep``, by file name."""
@@ -248,13 +255,7 @@ class RunFolder:
 
     def last(self) -> Entry | None:
         """The newest commit's entry, or ``None``."""
-        size = self.journal.size()
-        if self._newest is None or self._newest[0] != size:
-            newest = None
-            for entry in self.journal.entries():
-                newest = entry if "files" in entry else newest
-            self._newest = size, newest
-        return self._newest[1]
+        return self.journal.last()
 
     def commits(self) -> int:
         """The number of the newest commit; 0: there is none.
@@ -284,21 +285,8 @@ class RunFolder:
             raise CorruptError(f"{self.journal.path}: the newest commit names no files ({error})") from error
 
     def results(self) -> dict[str, FileEntry]:
-        """The model and the record of a finished run; empty while it is unfinished.
-
-        Raises:
-            CorruptError: the journal's entry does not name files in this folder.
-        """
-        found: Entry = {}
-        for entry in self.journal.entries():
-            if "files" in entry:
-                found = {}
-            if "results" in entry:
-                found = entry["results"]
-        try:
-            return {name: FileEntry(**file) for name, file in found.items()}
-        except (TypeError, AttributeError) as error:
-            raise CorruptError(f"{self.journal.path}: names no results ({error})") from error
+        """See ``Journal.results``."""
+        return self.journal.results()
 
     def is_finished(self) -> bool:
         """Whether the run is finished, and model and record are as they were written."""
@@ -377,7 +365,8 @@ class RunFolder:
         parts = [(f"{unit}.", self._verified(file)) for unit, file in weights]
         files = [join(self.path / MODEL, parts, model)]
         self._took(files[0].size)
-        content = json.dumps(record(), indent=2).encode() + b"\n"
+        self._took(len(_json(record())))
+        content = _json(record())  # the size of the record itself is now a part of what it says
         write_bytes(self.path / RECORD, content)
         files.append(FileEntry(RECORD, xxhash.xxh3_128_hexdigest(content), len(content)))
         self.journal.append({"results": {file.name: asdict(file) for file in files}})
@@ -395,7 +384,7 @@ class RunFolder:
             paths[kind] = self.scratch / _name(unit, kind)
             self._replaced(paths[kind])
             with storage_errors(paths[kind]):
-                self._took(write_plain(paths[kind], group, _unit_metadata(unit)))
+                self._took(write_plain(paths[kind], group, {"unit": unit, "format": 1}))
             checksums[kind] = checksum(paths[kind])
         return Spilled(paths, checksums)
 
@@ -421,7 +410,7 @@ class RunFolder:
         entries = {}
         for kind, group in _by_kind(tensors):
             path = self.path / "cells" / _name(f"{unit}@{number}", kind)
-            entries[kind] = write_tensors(path, group, _unit_metadata(unit))
+            entries[kind] = write_tensors(path, group, {"unit": unit, "format": 1})
             self._took(entries[kind].size)
         return entries
 
@@ -431,6 +420,13 @@ class RunFolder:
             kind: move_durably(path, self.path / "cells" / _name(f"{unit}@{number}", kind), spilled.checksums[kind])
             for kind, path in spilled.paths.items()
         }
+
+    def write_config(self, config: str) -> None:
+        """Write ``config.toml``, durably."""
+        path = self.path / "config.toml"
+        self.space(len(config.encode()))
+        self._replaced(path)
+        write_text(path, config)
 
     def _took(self, size: int) -> None:
         self.space(size)
@@ -466,9 +462,8 @@ def as_entries(kinds: Mapping[str, FileEntry]) -> dict[str, Any]:
     return {kind: asdict(file) for kind, file in kinds.items()}
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder, if there is one."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+def _json(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, indent=2).encode() + b"\n"
 
 
 def _is_bare(member: Path) -> bool:
@@ -485,10 +480,6 @@ def _by_kind(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, dict[st
     for kind, group in (("weights", weights), ("optim", optimizer)):
         if group or kind == "weights":
             yield kind, group
-
-
-def _unit_metadata(unit: str) -> dict[str, Any]:
-    return {"unit": unit, "format": 1}
 
 
 def _name(unit: str, kind: str) -> str:

@@ -62,6 +62,19 @@ class FileEntry:
         plain_name(self.name)
 
 
+@dataclass(frozen=True)
+class Spilled:
+    """A unit that waits on disk between visits, not durable and not in the journal: a file for each kind.
+
+    Attributes:
+        paths: of the files.
+        checksums: of what they hold.
+    """
+
+    paths: dict[str, Path]
+    checksums: dict[str, str]
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> FileEntry:
     """Write host tensors to ``path``; returns its entry for the journal.
 

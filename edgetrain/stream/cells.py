@@ -15,7 +15,7 @@ import torch
 
 from edgetrain.memory.host import give_back_free_memory
 from edgetrain.memory.meter import Meter
-from edgetrain.store.run import Spilled
+from edgetrain.store.tensors import Spilled
 from edgetrain.stream.cell import LiveCell, State, copied
 from edgetrain.stream.tiles import TiledCell
 

@@ -45,7 +45,7 @@ class Caches:
         self._committing: list[FileLatents] = []
         self._spare: FileLatents | None = None
         self._stale: set[int] = set()  # kept, though nobody reads them any more
-        self._bytes = self.peak = 0
+        self._bytes = self.peak = self._sums = self._new_sums = 0
 
     def __getitem__(self, number: int) -> Latents:
         return self._held[number]
@@ -86,11 +86,11 @@ class Caches:
 
     # -- commits -----------------------------------------------------------------------------------
 
-    def has_room(self, budget: int | None) -> bool:
-        """Whether the disk has room for what a commit keeps from being overwritten."""
+    def has_room(self, spare: int | None) -> bool:
+        """Whether ``spare`` bytes (``None``: what is free on the disk) hold what a commit keeps from being reused."""
         needed = sum(_size(latents) for number, latents in self._held.items() if number)
-        if budget is not None:
-            return self._folder.occupied + needed <= budget
+        if spare is not None:
+            return needed <= spare
         return shutil.disk_usage(self._folder.path).free > 2 * needed
 
     def commit(self, number: int) -> dict[str, Any]:
@@ -99,19 +99,23 @@ class Caches:
         Raises:
             StorageError: the disk refused.
         """
-        found = {}
+        found: dict[str, Any] = {}
+        self._new_sums = 0
         with storage_errors(self._folder.path):
             sync_folder(self._folder.path)  # the folder of latents may be new
         for latents, held in self._held.items():
             if latents and latents not in self._stale:
                 files = held if isinstance(held, FileLatents) else self._copied(latents, held)
                 self._committing.append(files)
+                streams = files.commit(number)
+                self._new_sums += sum(stream.sums.size for stream in streams)
                 found[str(latents)] = {
                     "rows": files.rows,
                     "first": files.first,
                     "step_order": files.step_order,
-                    "streams": [asdict(stream) for stream in files.commit(number)],
+                    "streams": [asdict(stream) for stream in streams],
                 }
+        self._folder.space(self._new_sums)
         return found
 
     def settle(self) -> None:
@@ -120,6 +124,8 @@ class Caches:
         self._committing, self._committed = [], needed
         for files in needed:
             files.settle()
+        self._folder.space(-self._sums)
+        self._sums, self._new_sums = self._new_sums, 0
         for files in before:
             if files not in needed and files not in self._held.values():
                 files.free()

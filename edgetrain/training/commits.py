@@ -21,7 +21,8 @@ from edgetrain.objectives.base import Node
 from edgetrain.planning.schedule import Visit
 from edgetrain.record import CellRecord
 from edgetrain.store.journal import Entry
-from edgetrain.store.run import RunFolder, Spilled
+from edgetrain.store.run import RunFolder
+from edgetrain.store.tensors import Spilled
 from edgetrain.stream.cell import State
 from edgetrain.stream.cells import CellStream
 from edgetrain.stream.executor import Sums

@@ -23,12 +23,13 @@ from edgetrain.planning.planner import require_fit
 from edgetrain.planning.schedule import Visit, frontier_before
 from edgetrain.record import CellRecord, RunRecord
 from edgetrain.store import edit
+from edgetrain.store.atomic import size_of
 from edgetrain.store.edit import open_folder
 from edgetrain.store.journal import Entry
-from edgetrain.store.run import RunFolder, size_of
+from edgetrain.store.run import RunFolder
 from edgetrain.training.commits import INPUTS, ROWS, check_rows
 from edgetrain.training.finished import Run, digests_of, read_record, settings_of
-from edgetrain.training.fit import as_planned, carry_out, check_disk
+from edgetrain.training.fit import as_planned, carry_out, check_disk, requested
 from edgetrain.training.identity import check_net, fingerprints
 from edgetrain.training.inputs import Shape
 from edgetrain.training.job import Job, open_job, plan_job
@@ -154,7 +155,9 @@ class _Finished:
             InputError: there is none, it is unfinished, or it has no cells to change.
         """
         record, shape = read_record(path)
-        settings = replace(settings_of(path), ranges=None, cached=None)  # chosen anew for other cells
+        planned = settings_of(path)
+        asked = {"micro_batch": None, "tiles": None, "placement": "auto", **RunFolder(path).journal.requested()}
+        settings = planned.with_values({**asked, "ranges": None, "cached": None})  # planned anew for other cells
         if settings.schedule is None:
             raise InputError(f"{path}: {settings.method} trains the whole net at once; it has no cells to change")
         own = settings.net == "modules" or ".py:" in (settings.net or "")
@@ -199,7 +202,8 @@ class _Edit:
             raise InputError(f"{path}: was trained on arrays in memory; give them again, in Python")
         folder, looking = open_folder(path), watcher or Silent()
         with process_state(self.settings):
-            job = open_job(self._within_disk(self._separate(), path), net, data)
+            asked = self._within_disk(replace(self.settings, schedule="separate"), path)
+            job = _listed(open_job(asked, net, data))
             self._check(job, folder)
             plan = plan_job(job)
             require_fit(plan)
@@ -216,7 +220,9 @@ class _Edit:
         config, net = as_planned(job, plan).to_toml(), fingerprints(job.work.nodes)
         units = [INPUTS, *map(_unit, range(self.kept))]
         try:
-            carry_out(job, plan, edit.begin(folder, units, self._entry(job, plan, folder), config, net), watcher)
+            entry = self._entry(job, plan, folder)
+            edited = edit.begin(folder, units, entry, config, requested(job.settings), net)
+            carry_out(job, plan, edited, watcher)
         except BaseException as error:
             if isinstance(error, (CorruptError, DivergedError, InputError)):  # these would come again
                 edit.discard(folder)
@@ -237,12 +243,6 @@ class _Edit:
                 " and stays until the edit is done; state a larger one"
             )
         return replace(settings, max_disk_gb=left)
-
-    def _separate(self) -> Settings:
-        """The settings for the new cells; micro-batches that were planned are planned anew."""
-        sizes = self.settings.micro_batch
-        planned = isinstance(sizes, list) or sizes == self.settings.batch_size
-        return replace(self.settings, schedule="separate", micro_batch=None if planned else sizes, tiles=None)
 
     def _check(self, job: Job, folder: RunFolder) -> None:
         """Refuse data or a net that are not the run's, and cells to keep that are damaged."""
@@ -278,6 +278,15 @@ class _Edit:
         """How many visits are done if the kept cells are: those before the first that trains another."""
         others = (number for number, visit in enumerate(visits) if visit.trains and visit.node >= self.kept)
         return frontier_before(visits, next(others, len(visits)))
+
+
+def _listed(job: Job) -> Job:
+    """The job without sizes that were listed for another number of cells; these are planned."""
+    cells, visits = job.work.depth, job.work.depth + (job.work.readout is not None)
+    fitting = {"micro_batch": {visits}, "tiles": {cells, visits}}
+    asked = {name: getattr(job.settings, name) for name in fitting}
+    others = [name for name, sizes in asked.items() if isinstance(sizes, list) and len(sizes) not in fitting[name]]
+    return replace(job, settings=job.settings.with_values(dict.fromkeys(others)))
 
 
 def _unit(index: int) -> str:

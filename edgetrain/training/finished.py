@@ -28,7 +28,9 @@ from edgetrain.memory import device as devices
 from edgetrain.memory.meter import Meter, meter_of
 from edgetrain.objectives.base import Node, Objective
 from edgetrain.record import RunRecord, parsed
+from edgetrain.store.atomic import check_target
 from edgetrain.store.edit import open_folder
+from edgetrain.store.npy import writing_npy
 from edgetrain.store.run import Files, RunFolder
 from edgetrain.stream.cell import LiveCell, OptimizerRecipe, State
 from edgetrain.stream.latents import FileLatents
@@ -136,18 +138,19 @@ class Run:
             return self._predict(rows, device).scores[self.objective.vote]
 
     def latents(self, data: Any, target: Path, device: str | None = None) -> tuple[int, ...]:
-        """Write the last cell's latents as a ``.npy`` file, streamed; returns its shape."""
+        """Write the last cell's latents as a ``.npy`` file [rows, ...], float32, streamed; returns its shape.
+
+        Raises:
+            InputError: the data are not like those the run was trained on, or ``target`` cannot be a file.
+            CorruptError: a cell is damaged.
+            StorageError: the disk refused. On every error ``target`` stays as it was.
+        """
+        check_target(target)
         opened = self._open(data)
         assert opened.test is not None
         shape = (opened.test.rows, *self.nodes[-1].shape)
-        out = np.lib.format.open_memmap(target, mode="w+", dtype=np.float32, shape=shape)
-
-        def keep(first: int, rows: NDArray[np.float32]) -> None:
-            out[first : first + len(rows)] = rows
-
-        with self._prepared(opened, opened.test) as rows:
-            self._predict(rows, device, keep)
-        out.flush()
+        with self._prepared(opened, opened.test) as rows, writing_npy(target, shape) as put:
+            self._predict(rows, device, put)
         return shape
 
     def model(self) -> Model:

@@ -14,7 +14,7 @@ from typing import Any
 from edgetrain.config import Settings, parse_profile
 from edgetrain.data.arrays import ARRAYS
 from edgetrain.data.base import DataSet
-from edgetrain.data.prepare import Prepared, prepare
+from edgetrain.data.prepare import Prepared
 from edgetrain.data.specs import absolute, is_path, open_data
 from edgetrain.errors import (
     BudgetError,
@@ -33,14 +33,16 @@ from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import backprop_peak, require_fit
 from edgetrain.planning.words import choices_in_words
 from edgetrain.record import MemorySeries, RunRecord
+from edgetrain.store.atomic import missing_folders, size_of
 from edgetrain.store.edit import is_pending, open_folder
-from edgetrain.store.run import RunFolder, size_of
+from edgetrain.store.run import RunFolder
 from edgetrain.stream.latents import FileLatents
 from edgetrain.training.commits import ROWS, check_rows, working_files
 from edgetrain.training.finished import Run, digests_of, predictor_of, settings_of
 from edgetrain.training.identity import check_net, fingerprints
-from edgetrain.training.inputs import digest, pack, scaling_of
+from edgetrain.training.inputs import digest, pack
 from edgetrain.training.job import Job, host_tier, open_job, plan_job, stated_reading
+from edgetrain.training.prepared import Inputs
 from edgetrain.training.process import process_state
 from edgetrain.training.stopping import Stop
 from edgetrain.training.trainer import Choices, Trainer
@@ -92,17 +94,20 @@ def fit(
             resuming = _check_folder(folder, resume, force)  # another process may have been here meanwhile
             if resuming and folder.is_finished():
                 return _as_it_is(folder, settings, net, data, watcher)
+            inputs = None
             if resuming:
                 check_net(folder, job.work.nodes, training=True)
             else:
-                folder.clear()
-                folder.create(as_planned(job, plan).to_toml(), fingerprints(job.work.nodes))
+                if folder.is_run():  # bad data must not cost the run that is there
+                    inputs = Inputs.prepared(job, folder, "new-")
+                folder.clear(keep=() if inputs is None else inputs.names)
+                folder.create(as_planned(job, plan).to_toml(), fingerprints(job.work.nodes), requested(job.settings))
             try:
-                carry_out(job, plan, folder, watcher)
+                carry_out(job, plan, folder, watcher, inputs)
             except BaseException as error:
                 if folder.last() is None:
                     folder.clear()
-                    watcher.note("nothing was committed yet, so the run folder was removed")
+                    watcher.note("nothing was committed yet, so the run was removed")
                 elif not isinstance(error, (CorruptError, DivergedError, InputError)):  # these would come again
                     watcher.note(f"what was committed is kept; go on with: {resuming_command(path, job.settings)}")
                 raise
@@ -126,8 +131,8 @@ def _as_it_is(folder: RunFolder, settings: Settings, net: Any, data: DataSet | N
     return run
 
 
-def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> Settings:
-    """The settings of the run in ``path``, if there is one to resume, else ``settings``.
+def resumed_settings(path: Path, given: dict[str, Any], settings: Settings, may_start: bool) -> Settings:
+    """The settings of the run in ``path`` or, if there is none, ``settings``.
 
     A file of data may have moved: whether it holds the run's rows is found when it is read.
 
@@ -135,12 +140,18 @@ def resumed_settings(path: Path, given: dict[str, Any], settings: Settings) -> S
         path: the run folder.
         given: what was stated on the command line or in Python.
         settings: resolved without the run.
+        may_start: whether a run is started where there is none, as in a loop that starts or resumes.
 
     Raises:
-        InputError: something was stated that would change the run.
+        InputError: there is no run and none may be started, or something was stated that would change the run.
     """
-    config = open_folder(path).config()
+    folder = open_folder(path)
+    config = folder.config() if folder.is_run() else None
     if config is None:
+        if not may_start:
+            raise InputError(
+                f"{path}: no run to resume; check --run-dir, or state --data, --net or --profile to start one there"
+            )
         return settings
     kept = Settings().with_values(parse_profile(config, path / "config.toml"))
     if _is_own(kept.net) and kept.net != "modules" and "net" not in given:
@@ -218,15 +229,19 @@ def check_disk(path: Path, plan: Plan, replaces: bool = True) -> None:
 @contextmanager
 def working_in(folder: RunFolder) -> Iterator[None]:
     """A scope in which the folder is this process's; if no run was begun there it is as before."""
+    created = missing_folders(folder.path)
     with folder.locked():
         try:
             yield
         finally:
-            folder.remove_if_free()
+            folder.remove_if_free(created)
 
 
-def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher) -> None:
-    """Train a planned run from its newest commit (or from the start), evaluate and finish it; the folder is locked."""
+def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, inputs: Inputs | None = None) -> None:
+    """Train a planned run from its newest commit (or from the start), evaluate and finish it; the folder is locked.
+
+    ``inputs`` are prepared here unless they are given.
+    """
     device = job.work.device
     if folder.restore_config():
         watcher.note(f"{folder.path / 'config.toml'}: was not as it was written; it was made again from the journal")
@@ -235,11 +250,11 @@ def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher) -> None
             foreseen = _Foreseen.of(job, plan)
             stop = Stop(watcher.note, job.settings.time_limit)  # the clock of time and energy starts here
             energy.restart()
-            folder.clear_working_files(working_files(folder.last()))
+            folder.clear_working_files(working_files(folder.last()) | (inputs.names if inputs else set()))
             devices.cap(device, plan.budget)
             meter = meter_of(device, job.settings.meter == "full")
             around = _Surroundings(folder, meter, watcher, stop, energy, opened)
-            plan, record, trainer, test = _train_or_retry(job, plan, around)
+            plan, record, trainer, test = _train_or_retry(job, plan, around, inputs)
             _evaluate(job, folder, plan, test, meter, record, trainer)
             record.energy_source = energy.source
             _complete(folder, record, trainer, host, job, plan, foreseen)
@@ -268,7 +283,9 @@ class _Surroundings:
     opened: ExitStack
 
 
-def _train_or_retry(job: Job, plan: Plan, around: _Surroundings) -> tuple[Plan, RunRecord, Trainer, Prepared | None]:
+def _train_or_retry(
+    job: Job, plan: Plan, around: _Surroundings, inputs: Inputs | None
+) -> tuple[Plan, RunRecord, Trainer, Prepared | None]:
     """Train; if memory runs out all the same, or latents are damaged, say so and go on once from the newest commit.
 
     Raises:
@@ -280,7 +297,7 @@ def _train_or_retry(job: Job, plan: Plan, around: _Surroundings) -> tuple[Plan, 
         record = _record(job, plan, around.folder)
         around.watcher.planned(plan, record)
         try:
-            return plan, record, *_train(job, plan, around)
+            return plan, record, *_train(job, plan, around, None if retried else inputs)
         except DamagedLatentsError as error:
             if retried:
                 raise
@@ -328,35 +345,38 @@ def as_planned(job: Job, plan: Plan) -> Settings:
     )
 
 
+def requested(settings: Settings) -> dict[str, Any]:
+    """The settings that ``as_planned`` replaces, as they were asked for."""
+    return {name: getattr(settings, name) for name in ("micro_batch", "tiles", "placement")}
+
+
 def _budget_in_words(plan: Plan) -> str:
-    return "no budget" if plan.budget is None else f"budget {show_mb(plan.budget)}"
+    return "no budget" if plan.budget is None else f"budget {show_mb(plan.stated_budget)}"
 
 
-def _train(job: Job, plan: Plan, around: _Surroundings) -> tuple[Trainer, Prepared | None]:
-    assert job.data.train is not None
+def _train(job: Job, plan: Plan, around: _Surroundings, inputs: Inputs | None) -> tuple[Trainer, Prepared | None]:
     folder = around.folder
-    scaling = scaling_of(job.data, job.data.train, job.work.objective.nonnegative_input)
-    train = prepare(job.data, job.data.train, folder.latents, "000", scaling)
-    test = None if job.data.test is None else prepare(job.data, job.data.test, folder.latents, "test", scaling)
-    for part in filter(None, (train, test)):
+    inputs = inputs or Inputs.prepared(job, folder)
+    train = inputs.train
+    for part in inputs.parts:
         around.opened.callback(part.close)
         folder.space(part.written)
         folder.wrote(part.written)
     assert train.y is not None
-    digests = {"data": digest(train), "test": None if test is None else digest(test)}
+    digests = {"data": digest(train), "test": None if inputs.test is None else digest(inputs.test)}
     check_rows(folder, job.data.name, digests)
     _keep_path(job, folder)
     choices = Choices(
         host_tier(job, plan), job.settings.prefetch, job.settings.keep_latents, job.settings.checkpoint_every
     )
-    inputs = FileLatents.of_files({"x": train.x}, around.meter.host)
+    rows = FileLatents.of_files({"x": train.x}, around.meter.host)
     trainer = Trainer(
-        job.work, plan, folder, inputs, train.y, pack(scaling), digests, around.meter, around.watcher, choices,
+        job.work, plan, folder, rows, train.y, pack(inputs.scaling), digests, around.meter, around.watcher, choices,
         around.stop, lambda: around.energy.joules,
     )  # fmt: skip
     with around.stop.listening():
         trainer.run()
-    return trainer, test
+    return trainer, inputs.test
 
 
 def _keep_path(job: Job, folder: RunFolder) -> None:
@@ -448,7 +468,7 @@ def _record(job: Job, plan: Plan, folder: RunFolder) -> RunRecord:
         rows=job.work.rows,
         input=job.input,
         epochs=job.work.epochs,
-        budget_mb=to_mb(plan.budget),
+        budget_mb=to_mb(plan.stated_budget),
         predicted_peak_mb=to_mb(plan.predicted_peak),
         placement=plan.placement,
         citations=[job.work.objective.citation],

@@ -36,7 +36,7 @@ def check_net(folder: RunFolder, nodes: Sequence[Node], training: bool, kept: in
         InputError: they differ.
         CorruptError: the journal holds no fingerprints.
     """
-    known, found = folder.net(), fingerprints(nodes)
+    known, found = folder.journal.net(), fingerprints(nodes)
     if known is None:
         return
     if kept is None and len(known) != len(found):

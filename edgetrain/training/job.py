@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import psutil
@@ -19,6 +18,7 @@ from edgetrain.data.specs import absolute, open_data
 from edgetrain.errors import InputError
 from edgetrain.memory import device as devices
 from edgetrain.memory import rates
+from edgetrain.memory.threads import thread_limit
 from edgetrain.nets.base import Net
 from edgetrain.nets.spec import open_net
 from edgetrain.objectives import OBJECTIVES
@@ -91,6 +91,7 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None) -
     method = method_of(settings)
     device = devices.resolve(settings.device)
     settings = with_defaults(settings, method)
+    _check_threads(settings)
     opened = open_data(settings.data, stated_reading(settings)) if data is None else data
     if opened.train is None:
         raise InputError(f"data {opened.name!r}: holds no training rows")
@@ -118,7 +119,6 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None) -
         augmentation=Augmentation.parse(settings.augment, shape.shape) if settings.augment else None,
         keep_latents=settings.keep_latents,
     )
-    _check_last_batch(work)
     return Job(settings, opened, shape, recipes, work)
 
 
@@ -218,11 +218,25 @@ def with_defaults(settings: Settings, method: type[Objective]) -> Settings:
         "optimizer": settings.optimizer or prefers.optimizer,
         "lr": _or(settings.lr, prefers.lr),
         "weight_decay": _or(settings.weight_decay, prefers.weight_decay),
-        "threads": settings.threads or torch.get_num_threads(),
+        "threads": settings.threads or min(torch.get_num_threads(), thread_limit() or torch.get_num_threads()),
         "like": settings.like or method.like,
         **_classifier(settings, method, schedule),
     }
     return replace(settings, **values)
+
+
+def _check_threads(settings: Settings) -> None:
+    """Refuse a number of threads that a parallel region does not get, as the bits of the result depend on it.
+
+    Raises:
+        InputError: OpenMP's limit is lower.
+    """
+    limit = thread_limit()
+    if limit is not None and settings.threads is not None and settings.threads > limit:
+        raise InputError(
+            f"--threads {settings.threads}: OMP_THREAD_LIMIT allows {limit} here, and results depend on the number of"
+            f" threads; set OMP_THREAD_LIMIT={settings.threads} or unset it"
+        )
 
 
 def _classifier(settings: Settings, method: type[Objective], schedule: str | None) -> dict[str, Any]:
@@ -256,18 +270,6 @@ def _check_views(settings: Settings, method: type[Objective], schedule: str | No
         )
 
 
-def _check_last_batch(work: Workload) -> None:
-    """Batch normalisation of one number for each channel has no spread to divide by."""
-    left = work.rows % work.batch_size or min(work.rows, work.batch_size)
-    for node in work.nodes:
-        assert node.recipe is not None
-        if left == 1 and node.recipe.couples_batch and prod(node.shape[1:]) == 1:
-            raise InputError(
-                f"--batch-size {work.batch_size} leaves a last batch of one of the {work.rows} rows, which the batch"
-                f" normalisation of cell {node.index + 1} cannot learn from; state another --batch-size"
-            )
-
-
 def budget_of(settings: Settings, work: Workload) -> int | None:
     """Bytes that PyTorch's allocator may reserve; ``None``: no limit.
 
@@ -285,7 +287,22 @@ def budget_of(settings: Settings, work: Workload) -> int | None:
             raise InputError(
                 f"--max-gpu-mb {settings.max_gpu_mb:g}: the device has {total >> 20} MiB; state a smaller budget"
             )
-    outside = {}
+    outside = outside_of(settings, work)
+    if budget is None or not outside:
+        return budget
+    if budget <= sum(outside.values()):
+        taken = " and ".join(f"{what} ({show_mb(size)})" for what, size in outside.items())
+        raise InputError(f"--max-gpu-mb {budget / MIB:.6g} is taken up by {taken}; state a larger one")
+    return budget - sum(outside.values())
+
+
+def outside_of(settings: Settings, work: Workload) -> dict[str, int]:
+    """Bytes that the stated budget holds besides what PyTorch's allocator reserves, by what takes them.
+
+    Raises:
+        InputError: the device's context is unknown.
+    """
+    device, outside = work.device, {}
     if settings.count_context:
         context = devices.context_bytes(device)
         if context is None:
@@ -293,12 +310,7 @@ def budget_of(settings: Settings, work: Workload) -> int | None:
         outside["the CUDA context"] = context
     if devices.is_integrated(device):
         outside["batches in the memory that device and host share"] = storage.staging_bytes(work)
-    if budget is None or not outside:
-        return budget
-    if budget <= sum(outside.values()):
-        taken = " and ".join(f"{what} ({show_mb(size)})" for what, size in outside.items())
-        raise InputError(f"--max-gpu-mb {budget / MIB:.4g} is taken up by {taken}; state a larger one")
-    return budget - sum(outside.values())
+    return outside
 
 
 def plan_job(job: Job) -> Plan:
@@ -317,6 +329,7 @@ def plan_job(job: Job) -> Plan:
         None if settings.max_host_mb is None else from_mb(settings.max_host_mb),
         None if settings.max_disk_gb is None else from_mb(settings.max_disk_gb * 1024),
         None if settings.ranges is None else Cut(settings.ranges, _as_set(settings.cached)),
+        sum(outside_of(settings, job.work).values()),
     )
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from edgetrain.config import Settings
 from edgetrain.memory import device as devices
+from edgetrain.memory.threads import fixed_team_size
 
 _LOCK = threading.RLock()
 _DENORMAL = 1e-40  # in float32
@@ -54,6 +55,7 @@ def process_state(settings: Settings) -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
+        stack.enter_context(fixed_team_size())
         yield
 
 

@@ -397,7 +397,7 @@ class Trainer:
         share = self._share(number, (step - visit.first) / (visit.last - visit.first))
         if not self.commits.due(share):
             return False
-        return not self._work.emits_in_training or self._caches.has_room(self._plan.disk_budget)
+        return not self._work.emits_in_training or self._caches.has_room(self._plan.spare_disk)
 
     def _commit(self, position: Position) -> None:
         """Make the run durable as it stands; between frontiers, latents that cannot be emitted again too."""
@@ -409,7 +409,7 @@ class Trainer:
 
     def _halt(self, position: Position) -> NoReturn:
         """Commit, because the run is to stop, and stop."""
-        if self._resident and self._work.emits_in_training and not self._caches.has_room(self._plan.disk_budget):
+        if self._resident and self._work.emits_in_training and not self._caches.has_room(self._plan.spare_disk):
             self._watcher.note("the disk has no room for what is on the device; the run stops at its newest commit")
         else:
             self._commit(position)
@@ -454,8 +454,9 @@ class Trainer:
         record.peak_gpu_mb = max(record.peak_gpu_mb or 0.0, to_mb(peak) or 0.0)
         if self._plan.budget is not None and peak > self._plan.budget:
             raise BudgetError(
-                f"cell {node + 1} ({record.name}) took {show_mb(peak)} of the device, over the"
-                f" {self._plan.budget / MIB:g} MiB allowed; its module allocates what the plan did not foresee"
+                f"cell {node + 1} ({record.name}) took {show_mb(peak)}{self._plan.beside}, over the"
+                f" {(self._plan.stated_budget or 0) / MIB:.6g} MiB allowed; its module allocates what the plan"
+                " did not foresee"
             )
 
     def _read(self, tally: Tally, visit: Visit) -> Sums:

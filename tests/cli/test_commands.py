@@ -14,6 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgetrain import api
+from edgetrain.config import Settings
+from edgetrain.errors import InputError
+from edgetrain.store.run import RunFolder
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 FIT_KEYS = {
@@ -239,4 +244,106 @@ def test_a_wrong_profile_writes_nothing(words: list[str], edgetrain: Command, tm
     assert done.stderr.strip().splitlines()[-1].strip()
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
+QUICK = ("--data", "digits", "--net", "mlp:8", "--epochs", "1", "--quiet")
+
+
+@pytest.mark.parametrize("state", ["missing", "empty", "with an empty journal"])
+@pytest.mark.parametrize("words", [[], ["--epochs", "2"], ["--max-gpu-mb", "64", "--seed", "1"], ["--print-config"]])
+def test_resume_without_a_run_is_refused_and_creates_nothing(
+    edgetrain: Command, tmp_path: Path, state: str, words: list[str]
+) -> None:
+    if state != "missing":
+        (tmp_path / "typo").mkdir()
+    if state == "with an empty journal":
+        (tmp_path / "typo" / "journal.jsonl").touch()
+    before = sorted(tmp_path.rglob("*"))
+    done = edgetrain("fit", "--resume", "--run-dir", "typo", *words, EDGETRAIN_NET="mlp:8", EDGETRAIN_EPOCHS="1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("edgetrain: typo: no run to resume")
+    assert len(done.stderr.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("words", [QUICK[:2], QUICK[2:4], ["--profile", "quickstart"]])
+def test_resume_starts_a_run_where_the_command_says_what_to_train(edgetrain: Command, words: list[str]) -> None:
+    small = ("--epochs", "1", "--quiet", "--batch-size", "256")
+    for _ in range(2):
+        done = edgetrain("fit", "--resume", "--run-dir", "loop", *words, *small)
+        assert done.returncode == 0, done.stderr
+
+
+def test_resume_starts_a_run_without_a_checkpoint_again(edgetrain: Command, tmp_path: Path) -> None:
+    RunFolder(tmp_path / "r").create(Settings(net="mlp:8", epochs=1).to_toml(), [])
+    done = edgetrain("fit", "--resume", "--run-dir", "r", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [cell["name"] for cell in json.loads(done.stdout)["cells"]] == ["linear 64-8"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "journal.jsonl"])
+def test_resume_leaves_a_folder_of_other_files_alone(edgetrain: Command, tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("something of mine, long enough\n")
+    done = edgetrain("fit", "--resume", "--run-dir", "mine", *QUICK)
+    assert done.returncode == 2, done.stderr
+    with pytest.raises(InputError, match="no edgetrain run"):
+        api.fit("mlp:8", "digits", run_dir=tmp_path / "mine", resume=True, epochs=1)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
+
+
+def test_resume_in_python_needs_a_folder_and_starts_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="run_dir"):
+        api.fit("mlp:8", "digits", resume=True, epochs=1)
+    for _ in range(2):
+        api.fit("mlp:8", "digits", run_dir=tmp_path / "loop", resume=True, epochs=1)
+
+
+@pytest.mark.parametrize("flag", ["--out", "--latents"])
+@pytest.mark.parametrize("target", ["missing/a", "folder", "/dev/null"])
+def test_predict_refuses_targets_before_it_reads_anything(
+    edgetrain: Command, tmp_path: Path, flag: str, target: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    done = edgetrain("predict", "no-such-run", "--data", "digits", flag, target)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"edgetrain: {target}: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_run_goes_on_only_with_the_threads_that_it_was_begun_with(edgetrain: Command, tmp_path: Path) -> None:
+    words = ("fit", "--run-dir", "r", *QUICK)
+    stopped = edgetrain(*words, "--time-limit", "0.000001", "--threads", "2", OMP_THREAD_LIMIT="2")
+    assert stopped.returncode == 143, stopped.stderr
+    before = (tmp_path / "r" / "journal.jsonl").read_bytes()
+    refused = edgetrain("fit", "--resume", "--run-dir", "r", "--quiet", OMP_THREAD_LIMIT="1")
+    assert refused.returncode == 2
+    assert "set OMP_THREAD_LIMIT=2" in refused.stderr
+    assert (tmp_path / "r" / "journal.jsonl").read_bytes() == before
+    assert edgetrain("fit", "--resume", "--run-dir", "r", "--quiet", OMP_THREAD_LIMIT="2").returncode == 0
+    assert edgetrain("evaluate", "r", OMP_THREAD_LIMIT="1").returncode == 0
+    refused = edgetrain("cells", "r", "retrain", "1", "--quiet", OMP_THREAD_LIMIT="1")
+    assert (refused.returncode, "set OMP_THREAD_LIMIT=2" in refused.stderr) == (2, True)
+
+
+BAD_NAME = "b\udcff"  # the byte 0xff on the command line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fit", "--run-dir", BAD_NAME, *QUICK],
+        ["fit", "--run-dir", f"{BAD_NAME}/r", *QUICK],
+        ["predict", "r", "--data", "digits", "--out", BAD_NAME],
+        ["predict", "r", "--data", "digits", "--latents", BAD_NAME],
+        ["report", "r", "--out", BAD_NAME],
+        *(["profile", "--dry", "--depths", "1", flag, BAD_NAME] for flag in ("--csv", "--png", "--html")),
+    ],
+)
+def test_names_that_are_not_utf8_are_refused(edgetrain: Command, tmp_path: Path, words: list[str]) -> None:
+    done = edgetrain(*words)
+    assert done.returncode == 2
+    assert "not valid UTF-8" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []

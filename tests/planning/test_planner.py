@@ -24,6 +24,7 @@ from edgetrain.objectives.sll import StochasticLayerwise
 from edgetrain.planning import dryrun, planner
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import backprop_peak, make_plan, require_fit
+from edgetrain.planning.storage import bookkeeping_bytes
 from edgetrain.planning.words import choices_in_words
 from edgetrain.planning.workload import Workload
 from edgetrain.store.rows import RowFormat
@@ -332,7 +333,8 @@ def test_a_classifier_of_the_last_latents_keeps_no_others() -> None:
     assert plan.readout.params == 5 * (10 + 1)
     inputs = (12 * 4 + 8) * 50
     params = sum(cell.params for cell in plan.visits)
-    assert plan.disk_bytes == inputs + 50 * 4 * (30 + 20) + 2 * 12 * params  # those of two cells at once
+    latents = 50 * 4 * (30 + 20)  # those of two cells at once
+    assert plan.disk_bytes == inputs + latents + 2 * 12 * params + bookkeeping_bytes(work)
 
 
 def test_streams_of_a_rule_are_latents_each_and_all_labels_are_tried_on_disk() -> None:
@@ -414,3 +416,8 @@ def test_words_say_how_batches_and_cells_are_cut() -> None:
         micro_batch=[8, 4, 8]
     )
     assert "in tiles: 1 of 3 cells, 'linear 64-64' in 2" in said(tiles=[1, 2, 1])
+
+
+def test_messages_count_cells_from_one() -> None:
+    with pytest.raises(InputError, match="in cell 1;"):
+        make_plan(coupled(), None, micro_batch=8)

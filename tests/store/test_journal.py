@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgetrain.errors import CorruptError, StorageError
+from edgetrain.store import journal as module
 from edgetrain.store.journal import Journal
 
 fuzzing = settings(
@@ -174,3 +175,49 @@ def test_an_append_after_a_failed_one_keeps_the_journal_whole(tmp_path: Path, mo
     written.append(commit(3))
     assert list(written.entries())[-1] == commit(3)
     assert next(written.entries()) == commit(1)
+
+
+def test_a_journal_that_grows_is_replaced_by_what_readers_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SLACK", 300)
+    compact, whole = Journal(tmp_path / "a"), []
+    for number in range(1, 60):
+        entry = commit(number)
+        if number % 20 == 1:
+            entry |= {"edit": f"edit {number}", "config": f"seed = {number}", "requested": {"tiles": number}}
+        for each in [entry, {"config": f"seed = {number}"}] if number % 7 == 0 else [entry]:
+            compact.append(each)
+            whole.append(each)
+            assert compact.last() == {
+                name: value for name, value in entry.items()
+                if name in compact.last() or name not in ("edit", "config", "requested")
+            }  # fmt: skip
+            known = Journal(tmp_path / "a")
+            assert known.config() == [one["config"] for one in whole if "config" in one][-1]
+            assert known.requested() == [one["requested"] for one in whole if "requested" in one][-1]
+            edits = [one["edit"] for one in known.entries() if "edit" in one]
+            assert edits == [one["edit"] for one in whole if "edit" in one]
+    results = {"model": {"name": "model.safetensors", "checksum": "ab", "size": 3}}
+    compact.append({"results": results})
+    assert Journal(tmp_path / "a").results()["model"].size == 3
+    assert (tmp_path / "a").stat().st_size < 3000
+    compact.append(commit(99))
+    assert Journal(tmp_path / "a").results() == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("operation", ["fsync", "replace"])
+def test_a_journal_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    known = journal(tmp_path / "j", *map(commit, range(1, 30)))
+    before = (tmp_path / "j").read_bytes()
+    monkeypatch.setattr(module, "SLACK", 0)
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path if operation == "replace" else os, operation, refuse)
+    with pytest.raises(StorageError):
+        known.append(commit(30))
+    assert (tmp_path / "j").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["j"]

@@ -17,7 +17,8 @@ from edgetrain.memory.meter import LiveMeter
 from edgetrain.nets.spec import open_net
 from edgetrain.objectives.base import nodes
 from edgetrain.objectives.mf import MonoForward
-from edgetrain.store.run import RunFolder, Spilled
+from edgetrain.store.run import RunFolder
+from edgetrain.store.tensors import Spilled
 from edgetrain.stream.cell import LiveCell, OptimizerRecipe, State
 from edgetrain.stream.cells import CellStream
 

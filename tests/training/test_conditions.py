@@ -19,12 +19,15 @@ from edgetrain.data.arrays import from_arrays
 from edgetrain.data.base import DataSet
 from edgetrain.errors import BudgetError, InputError
 from edgetrain.memory import device as devices
+from edgetrain.planning.plan import Plan
+from edgetrain.planning.planner import require_fit
 from edgetrain.planning.storage import staging_bytes
+from edgetrain.planning.words import plan_in_words
 from edgetrain.training import commits, trainer
 from edgetrain.training.commits import Position
 from edgetrain.training.conditions import Conditions
 from edgetrain.training.fit import fit
-from edgetrain.training.job import budget_of, open_job
+from edgetrain.training.job import budget_of, open_job, outside_of, plan_job
 from edgetrain.training.trainer import Trainer
 from edgetrain.training.watcher import Silent
 from edgetrain.units import MIB
@@ -214,6 +217,33 @@ def test_batches_on_the_host_come_off_the_budget_of_a_device_that_shares_its_mem
     assert budget_of(asked(max_gpu_mb=512), work) == 512 * MIB - staging_bytes(work)
     with pytest.raises(InputError, match="memory that device and host share"):
         budget_of(asked(max_gpu_mb=staging_bytes(work) / MIB), work)
+
+
+@pytest.mark.parametrize("outside", ["context", "staging", "both"])
+@pytest.mark.parametrize("values", [{}, {"method": "bp"}, {"method": "sll"}])
+def test_the_budget_that_a_refusal_names_is_accepted(gpu: dict[str, Any], outside: str, values: dict[str, Any]) -> None:
+    values = {**values, "net": "mlp:200x2", "count_context": outside != "staging"}
+    gpu["context"], gpu["integrated"] = int(12.34 * MIB), outside != "context"
+
+    def plan(budget: float) -> Plan:
+        return plan_job(open_job(asked(max_gpu_mb=budget, **values), data=data()))
+
+    taken = sum(outside_of(asked(**values), open_job(asked(**values), data=data()).work).values())
+    tight = plan(taken / MIB + 0.001)
+    with pytest.raises(BudgetError, match="--max-gpu-mb .* cannot hold") as refused:
+        require_fit(tight)
+    named = float(str(refused.value).split()[-2])
+    assert named == tight.as_dict(None)["min_budget_mb"]
+    accepted = plan(named)
+    require_fit(accepted)
+    assert accepted.as_dict(None)["budget_mb"] == pytest.approx(named, abs=0.001)
+    assert not plan(named - 0.02).fits
+    assert any(f"smallest budget that works is {named:.2f} MiB" in line for line in plan_in_words(tight, 0, None))
+
+
+def test_a_record_keeps_the_budget_as_it_was_stated(gpu: dict[str, Any], tmp_path: Path) -> None:
+    record = fit(asked(max_gpu_mb=512, count_context=True), tmp_path / "run", data=data()).record
+    assert record.budget_mb == 512
 
 
 def test_a_budget_larger_than_the_device_is_refused(gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,3 +261,44 @@ def test_retraining_on_a_small_disk_leaves_the_cells_before_alone(tmp_path, numb
         if name.startswith(tuple(f"00{index}" for index in range(number - 1))):
             assert after[name] == before[name], name
     assert after == files(free.path)
+
+
+# -- what was asked for, and what was planned ----------------------------------------------------------
+
+
+ASKED = {
+    "nothing": ({}, {"micro_batch": 32, "tiles": 1}),
+    "the whole batch": ({"micro_batch": 32}, {"micro_batch": 32, "tiles": 1}),
+    "a part of the batch": ({"micro_batch": 8}, {"micro_batch": 8, "tiles": 1}),
+    "tiles": ({"tiles": 2}, {"micro_batch": 32, "tiles": 2}),
+    "both": ({"micro_batch": 8, "tiles": 4}, {"micro_batch": 8, "tiles": 4}),
+    "lists": ({"micro_batch": [8, 16], "tiles": [2, 4]}, {"micro_batch": 16, "tiles": 4}),
+}
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("name", ASKED)
+def test_retrained_cells_keep_what_was_asked_for_and_plan_the_rest(tmp_path, name, tight):
+    values, expected = ASKED[name]
+    values = {"net": "mlp:64x2", "batch_size": 32, **values}
+    free = plan_job(open_job(settings(**values)))
+    least = plan_job(open_job(settings(**values, max_gpu_mb=1e-6))).min_budget
+    limit = {"max_gpu_mb": (least + 8) / (1 << 20)} if tight else {}
+    fit(settings(**values, **limit), tmp_path / "run")
+    for roomy in (2 * free.predicted_peak, 4 * free.predicted_peak):
+        run = edits.retrain(tmp_path / "run", 2, changes={"max_gpu_mb": roomy / (1 << 20)})
+        found = run.record.cells[1]
+        assert {"micro_batch": found.micro_batch, "tiles": found.tiles} == expected
+
+
+def test_sizes_listed_for_other_cells_are_planned_for_a_longer_and_a_shorter_net(tmp_path):
+    fit(settings(batch_size=32, micro_batch=[8, 16], tiles=[2, 4]), tmp_path / "run")
+    assert [cell.micro_batch for cell in edits.append(tmp_path / "run", THREE).record.cells] == [32, 32, 32]
+    assert len(edits.drop(tmp_path / "run", 3).record.cells) == 2
+
+
+def test_a_placement_that_was_planned_is_planned_anew(tmp_path):
+    fit(settings(placement="resident"), tmp_path / "asked")
+    assert edits.retrain(tmp_path / "asked", 2).record.placement == "resident"
+    fit(settings(placement="stream"), tmp_path / "streamed")
+    assert RunFolder(tmp_path / "streamed").journal.requested()["placement"] == "stream"

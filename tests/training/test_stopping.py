@@ -26,8 +26,9 @@ from edgetrain.errors import CorruptError, DivergedError, InputError, Stopped, S
 from edgetrain.memory import energy
 from edgetrain.memory.energy import Sensor
 from edgetrain.planning import timelines
+from edgetrain.store.atomic import size_of
 from edgetrain.store.latents import LatentFile
-from edgetrain.store.run import RunFolder, size_of
+from edgetrain.store.run import RunFolder
 from edgetrain.stream.readout import Readout
 from edgetrain.training.commits import Commits
 from edgetrain.training.fit import fit

@@ -1,0 +1,54 @@
+"""The rows of a run's data set as files in its folder."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+
+from edgetrain.data.prepare import Prepared, Scaling, prepare
+from edgetrain.store.run import RunFolder
+from edgetrain.training.inputs import scaling_of
+from edgetrain.training.job import Job
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Latents 0: the prepared rows, and how tables were scaled."""
+
+    scaling: Scaling | None
+    train: Prepared
+    test: Prepared | None
+
+    @classmethod
+    def prepared(cls, job: Job, folder: RunFolder, prefix: str = "") -> Inputs:
+        """Read the data set and write its rows to files in the folder, whose names begin with ``prefix``.
+
+        Raises:
+            InputError, CorruptError, StorageError: see ``data.prepare.prepare``; no file is left.
+        """
+        data = job.data
+        assert data.train is not None
+        scaling = scaling_of(data, data.train, job.work.objective.nonnegative_input)
+        done: list[Prepared] = []
+        try:
+            for part, name in ((data.train, "000"), (data.test, "test")):
+                if part is not None:
+                    done.append(prepare(data, part, folder.latents, f"{prefix}{name}", scaling))
+        except BaseException:
+            for files in done:
+                for file in filter(None, (files.x, files.y)):
+                    file.delete()
+            with suppress(OSError):
+                folder.latents.rmdir()
+            raise
+        return cls(scaling, done[0], done[1] if data.test is not None else None)
+
+    @property
+    def parts(self) -> list[Prepared]:
+        """The training rows and, if there are any, the test rows."""
+        return [self.train] if self.test is None else [self.train, self.test]
+
+    @property
+    def names(self) -> set[str]:
+        """Of the files."""
+        return {file.path.name for part in self.parts for file in (part.x, part.y) if file is not None}
