@@ -9,7 +9,7 @@ state is the last cached latents, the price of a cell is the work of emitting it
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -167,7 +167,7 @@ def _emission_flops(work: Workload) -> list[int]:
     for node in work.nodes:
         assert node.recipe is not None
         if node.recipe.signature not in known:
-            layout = work.inputs if node.index == 0 else RowFormat(node.recipe.in_shape)
+            layout = replace(work.inputs if node.index == 0 else RowFormat(()), shape=node.recipe.in_shape)
             known[node.recipe.signature] = forward_flops(node.recipe, layout)
         found.append(known[node.recipe.signature])
     return found

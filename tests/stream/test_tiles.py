@@ -230,7 +230,7 @@ def test_what_a_plan_accepts_runs_within_the_budget_and_its_least_budget_is_the_
         "method": method, "net": f"mlp:{width}", "epochs": 1, "batch_size": batch, "optimizer": optimizer,
         "threads": 1, "device": "cpu", "meter": "full", "lr": 1e-3,
     }  # fmt: skip
-    features = max(inputs, CLASSES)
+    features = max(inputs, 2 * CLASSES)  # ff needs room for the label
     data = from_arrays(toy(2 * batch + 5, features), toy(11, features), reading=Reading("image"))
     free = plan_job(open_job(Settings().with_values(values), data=data))
     budget = max(free.predicted_peak * share, 1024) / (1 << 20)
