@@ -22,10 +22,13 @@ from edgetrain.store.rows import RowFormat
 
 
 def latents_held(work: Workload, cut: Cut) -> int:
-    """The most bytes of training latents that are on disk at once."""
+    """The most bytes of training latents that are on disk at once.
+
+    Under ``sequence`` the newest commit keeps its latents while those that follow are written.
+    """
     if work.schedule == "separate" and cut.cached is not None:
         return _held_again(work, cut.cached, work.range_rows(cut))
-    rows = work.range_rows(cut) * work.views
+    rows = work.range_rows(cut) * work.views * (2 if work.emits_in_training else 1)
     sizes = [rows * size for size in _row_bytes(work)[1:]]
     if work.keep_latents:
         return sum(sizes)

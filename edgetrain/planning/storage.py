@@ -105,12 +105,11 @@ def _beside_parameters(work: Workload, node: Node) -> tuple[int, int]:
 def disk_bytes(work: Workload, params: int, placement: str, cut: Cut = WHOLE, budget: int | None = None) -> int:
     """The most that the run folder holds: inputs, the latents needed at once, cells, the model, and the rest.
 
-    Without a ``budget``, commits within an epoch of ``sequence`` keep the latents that are still to be read, beside
-    those that follow them.
+    Latents on the device are written by commits within an epoch; where a ``budget`` has no room for that, the run
+    does without such commits.
     """
-    latents = 0 if placement == "resident" else latents_held(work, cut)
-    if budget is None and work.emits_in_training:
-        latents += latents_held(work, cut) * (2 if placement == "resident" else 1)
+    on_device = placement == "resident" and (budget is not None or not work.emits_in_training)
+    latents = 0 if on_device else latents_held(work, cut)
     return fixed_disk_bytes(work, params) + max(latents, evaluation_bytes(work))
 
 

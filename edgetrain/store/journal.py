@@ -46,18 +46,19 @@ class Journal:
         Raises:
             StorageError: the disk refused.
         """
-        line, size = _line(entry), self.version()[1]
-        size += len(line)
+        line = _line(entry)
+        with storage_errors(self.path):
+            fresh = not self.path.exists()
+            size = len(line) + (0 if fresh else self._whole())
         if size > SLACK + 2 * len(line):  # what is needed holds at least this line
             needed = b"".join(map(_line, _needed(chain(self.entries(), [entry]))))
             if size > SLACK + 2 * len(needed):
                 self._replace(needed)
                 return
         with storage_errors(self.path):
-            fresh = not self.path.exists()
             self._on_space(len(line))
             with self.path.open("ab") as file:
-                file.truncate(self._whole())
+                file.truncate(size - len(line))
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
@@ -200,7 +201,8 @@ def _needed(entries: Iterable[Entry]) -> Iterator[Entry]:
             newest = [{name: value for name, value in entry.items() if name not in (*_SETTINGS, "edit")}]
         elif "results" in entry:
             newest = [*(known for known in newest if "files" in known), entry]
-    yield settings
+    if settings:
+        yield settings
     yield from edits
     yield from newest
 

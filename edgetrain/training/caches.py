@@ -87,10 +87,15 @@ class Caches:
     # -- commits -----------------------------------------------------------------------------------
 
     def has_room(self, spare: int | None) -> bool:
-        """Whether ``spare`` bytes (``None``: what is free on the disk) hold what a commit keeps from being reused."""
+        """Whether the disk has room for what a commit keeps from being overwritten.
+
+        Args:
+            spare: bytes of the disk budget that the plan does not need, of which only latents on the device that a
+                commit writes take any; ``None``: no limit but the disk's.
+        """
         needed = sum(_size(latents) for number, latents in self._held.items() if number)
         if spare is not None:
-            return needed <= spare
+            return not self._resident or 2 * needed <= spare
         return shutil.disk_usage(self._folder.path).free > 2 * needed
 
     def commit(self, number: int) -> dict[str, Any]:
