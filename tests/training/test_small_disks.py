@@ -45,8 +45,7 @@ def asked(method: str, **values: object) -> Settings:
 
 def tight(settings: Settings, share: float = 0.0) -> float:
     """A budget in GiB between the least and what caching everything takes."""
-    limited = settings.with_values({"max_disk_gb": 1.0})  # without a limit, commits within an epoch keep latents too
-    plan = plan_job(open_job(limited, data=table()))
+    plan = plan_job(open_job(settings, data=table()))
     assert plan.least_disk < plan.disk_bytes
     return (plan.least_disk + share * (plan.disk_bytes - 1 - plan.least_disk)) / GIB
 
