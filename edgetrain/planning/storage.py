@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable
 from itertools import pairwise
 from math import prod
@@ -68,14 +69,15 @@ def bookkeeping_bytes(work: Workload) -> int:
 
     Rounded up to 64 KiB.
     """
-    known: dict[Hashable, tuple[int, int]] = {}
-    cells = model = names = 0
+    known: dict[Hashable, tuple[int, int, int]] = {}
+    cells = model = names = prints = 0
     for node in work.nodes:
         assert node.recipe is not None
         kind = node.recipe.signature, node.parent and node.parent.shape
         if kind not in known:
-            known[kind] = _beside_parameters(work, node)
-        state, optimizer = known[kind]
+            known[kind] = (*_beside_parameters(work, node), len(json.dumps(node.recipe.fingerprints())) + 8)
+        state, optimizer, fingerprint = known[kind]
+        prints += fingerprint
         cells, model = cells + state + optimizer, model + state
         names += len(node.recipe.name) + 8
     visits = work.depth + 1
@@ -83,7 +85,7 @@ def bookkeeping_bytes(work: Workload) -> int:
     epochs = max(work.epochs, work.readout_epochs)
     settings = 8192 + 48 * visits + 2 * names
     streams = visits * len(work.objective.stream_names)
-    needed = settings + names + visits * (1200 + 40 * epochs) + 400 * streams
+    needed = settings + names + prints + visits * (1200 + 40 * epochs) + 400 * streams
     series = 200 * (900 + 8 * visits)
     record = 8192 + 2 * names + visits * (1500 + 80 * epochs) + series
     sums = 2 * 8 * sum(2 * work.views * work.rows * work.row_bytes_into(index) // BLOCK_BYTES + 1
