@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from machine import stopping_after
 from torch import nn
 
 import edgetrain
 from edgetrain.config import Settings
-from edgetrain.errors import BudgetError, CorruptError, EdgetrainWarning, InputError
+from edgetrain.errors import BudgetError, CorruptError, DivergedError, EdgetrainWarning, InputError, Stopped
 from edgetrain.store.run import RunFolder, size_of
 from edgetrain.training import edits
 from edgetrain.training.finished import Run
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job, plan_job
+from edgetrain.training.stopping import Stop
 from edgetrain.training.watcher import Silent
 
 TWO, THREE = "mlp:20,16", "mlp:20,16,12"
@@ -302,3 +306,87 @@ def test_a_placement_that_was_planned_is_planned_anew(tmp_path):
     assert edits.retrain(tmp_path / "asked", 2).record.placement == "resident"
     fit(settings(placement="stream"), tmp_path / "streamed")
     assert RunFolder(tmp_path / "streamed").journal.requested()["placement"] == "stream"
+
+
+# --- a failed edit leaves the finished run as it was ------------------------------------------------------
+
+
+def everything(path):
+    """The bytes of all files of a run but its lock."""
+    return {file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file() and file.name != "lock"}
+
+
+def changed_rows(path, part):
+    """The file of rows, with one value changed."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays[part][0, 0] += 1
+    np.savez(path, **arrays)
+
+
+FAILING = {
+    "append that diverges": (lambda path: edits.append(path, THREE, {"lr": 1e30}), DivergedError),
+    "retrain that diverges": (lambda path: edits.retrain(path, 1, changes={"lr": 1e30}), DivergedError),
+    "another net": (lambda path: edits.append(path, "mlp:21,16,12"), InputError),
+    "a budget that is too small": (lambda path: edits.retrain(path, 2, changes={"max_gpu_mb": 0.001}), BudgetError),
+    "other training rows": (
+        lambda path: (changed_rows(path.parent / "rows.npz", "x_train"), edits.drop(path)),
+        InputError,
+    ),
+    "other test rows": (
+        lambda path: (changed_rows(path.parent / "rows.npz", "x_test"), edits.retrain(path, 2)),
+        InputError,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_failed_edit_leaves_the_finished_run_as_it_was(name, tmp_path):
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(90, 6)), np.arange(90) % 3
+    np.savez(tmp_path / "rows.npz", x_train=x[:60], y_train=y[:60], x_test=x[60:], y_test=y[60:])
+    path = tmp_path / "run"
+    fit(settings(data=str(tmp_path / "rows.npz")), path)
+    before = everything(path)
+    carry_out, error = FAILING[name]
+    with pytest.raises(error):
+        carry_out(path)
+    assert everything(path) == before
+
+
+@pytest.mark.parametrize("operations", range(9))
+def test_a_crash_while_an_edit_is_adopted_is_made_good(operations, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    fit(settings(), path)
+    fit(settings(net=THREE), tmp_path / "three")
+    replace, done = Path.replace, []
+
+    def crashing(source, target):
+        if source.is_relative_to(path / "adopted"):
+            done.append(target)
+            if len(done) > operations:
+                raise KeyboardInterrupt
+        return replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", crashing)
+        try:
+            edits.append(path, THREE)
+        except KeyboardInterrupt:
+            assert (path / "adopted").exists()
+    run = Run.open(path)
+    assert len(run.nodes) == 3
+    assert files(path) == files(tmp_path / "three")
+    assert run.record.test_accuracy == run.evaluate().accuracy["sum"]
+    assert not {"edit", "adopted"} & {member.name for member in path.iterdir()}
+
+
+def test_a_killed_edit_leaves_a_run_that_every_command_opens(tmp_path):
+    path = tmp_path / "run"
+    fit(settings(), path)
+    before = everything(path)
+    with mock.patch.object(Stop, "asked", stopping_after(2)), pytest.raises(Stopped):
+        edits.append(path, THREE)
+    kept = {file: content for file, content in everything(path).items() if (path / "edit") not in file.parents}
+    assert kept == before
+    assert fit(settings(), path, resume=True).record.cells[-1].name == "linear 20-16"
