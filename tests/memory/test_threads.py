@@ -17,13 +17,14 @@ TEAM = """
 import ctypes, torch
 from edgetrain.config import Settings
 from edgetrain.memory.threads import _openmp
-from edgetrain.training.job import method_of, threads_of, with_defaults
+from edgetrain.training.job import method_of, with_defaults
+from edgetrain.training.process import process_state
 
 settings = Settings()
 settings = with_defaults(settings, method_of(settings))
 openmp, team = _openmp(), []
 region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda data: team.append(openmp.omp_get_num_threads()))
-with threads_of(settings):
+with process_state(settings):
     openmp.GOMP_parallel(region, None, 0, 0)
 print(settings.threads, team[0])
 """
