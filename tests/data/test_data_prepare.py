@@ -278,7 +278,7 @@ def test_full_disk_is_a_storage_error_and_leaves_no_files(tmp_path, monkeypatch)
     def full(descriptor, size):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("edgetrain.store.latents._reserve", full)
+    monkeypatch.setattr("edgetrain.store.latents.reserve", full)
     data = from_rows(pixels(5, 3))
     with pytest.raises(StorageError, match="no space left"):
         prepare(data, data.test, tmp_path, "new", None)
