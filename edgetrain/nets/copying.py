@@ -58,6 +58,11 @@ def cloned(module: M) -> M:
     return with_tensors(module, lambda name, tensor: tensor.detach().clone())
 
 
+def on_host(module: M) -> M:
+    """A copy with the same values on the CPU."""
+    return with_tensors(module, lambda name, tensor: tensor.detach().to("cpu", copy=True))
+
+
 def on_meta(module: M) -> M:
     """A copy without values, on the meta device."""
     return with_tensors(module, lambda name, tensor: torch.empty_like(tensor, device="meta"))

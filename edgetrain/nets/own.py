@@ -27,7 +27,7 @@ from torch.nn.parameter import is_lazy
 from edgetrain.errors import InputError
 from edgetrain.keys import generator, seeded
 from edgetrain.nets.base import CellRecipe, Tie
-from edgetrain.nets.copying import cloned, named_tensors, on_meta
+from edgetrain.nets.copying import cloned, named_tensors, on_host, on_meta
 from edgetrain.nets.trial import ROWS, Trial, attributes, check_memory, copy_inputs_of, said, try_module
 
 Build = Callable[[], Any]
@@ -115,9 +115,11 @@ def cells(spec: str, build: Build, inputs: Inputs, seed: int) -> list[CellRecipe
         built = _called(spec, build)
         if iter(built) is built:
             return _generated(spec, partial(_called, spec, build), built, inputs, seed)
-        modules = list(_checked(spec, built))
-        check_memory(nn.ModuleList(modules), f"net {spec!r}")
-    return _kept(spec, modules, inputs, seed)
+        whole = nn.ModuleList(_checked(spec, built))
+        check_memory(whole, f"net {spec!r}")
+        if any(value.device.type != "cpu" for _, value in named_tensors(whole)):
+            whole = on_host(whole)
+    return _kept(spec, list(whole), inputs, seed)
 
 
 def given(spec: str, modules: Iterable[nn.Module], inputs: Inputs, seed: int) -> list[CellRecipe]:
@@ -129,7 +131,7 @@ def given(spec: str, modules: Iterable[nn.Module], inputs: Inputs, seed: int) ->
     whole = nn.ModuleList(_checked(spec, modules))  # copied together, so that tied weights stay tied
     check_memory(whole, f"net {spec!r}")
     try:
-        copies = deepcopy(whole) if _is_lazy(whole) else cloned(whole)
+        copies = deepcopy(whole) if _is_lazy(whole) else on_host(whole)
     except Exception as error:
         raise InputError(f"net {spec!r}: its modules cannot be copied: {said(error)}") from error
     return _kept(spec, list(copies), inputs, seed)
@@ -161,6 +163,8 @@ def _checked(spec: str, modules: Iterable[Any]) -> Iterator[nn.Module]:
             raise InputError(f"net {spec!r}: its function fails: {said(error)}") from error
         if not isinstance(module, nn.Module):
             raise InputError(f"net {spec!r}: gave a {type(module).__name__}; expected nn.Modules")
+        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):  # torch.compile's
+            raise InputError(f"net {spec!r}: gave a compiled {type(module).__name__}; give the nn.Module itself")
         yield module
 
 

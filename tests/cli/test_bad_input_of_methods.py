@@ -34,8 +34,13 @@ MISTAKES = {
     "lbp-cae on images of one row": ([*THIN, "--method", "lbp-cae"], ["1x6", "halved 0 times"]),
     "lbp-cae deeper than the images": ([*DIGITS, "--method", "lbp-cae", "--net", "cnn:4,4,4,4"], ["8x8", "at most 3"]),
     "lbp-cae on odd images that run out": ([*IMAGES, "--method", "lbp-cae", "--net", "cnn:4,4,4,4"], ["5x7", "3"]),
-    "ff with more classes than inputs": ([*FEW, "--input", "image", "--method", "ff"], ["ff", "5 classes", "3 inputs"]),
-    "symba with more classes than inputs": ([*FEW, "--input", "image", "--method", "symba"], ["symba", "5 classes", "3 inputs"]),
+    **{
+        f"{method} with more classes than inputs": (
+            [*FEW, "--input", "image", "--method", method],
+            [method, "5 classes", "3 inputs"],
+        )
+        for method in ("ff", "symba")
+    },
     **{
         f"{method} on texts": ([*TEXTS, "--method", method, "--net", "mlp:8"], [method, "token ids", "mlp:"])
         for method in ("ff", "symba", "slp", "lbp-ae", "lbp-dae", "lbp-gan")

@@ -231,6 +231,11 @@ def test_modules_that_run_are_taken_and_copied(kind: str) -> None:
     assert not torch.equal(one(x), other(x))
 
 
+def test_compiled_modules_are_refused_by_name() -> None:
+    with pytest.raises(InputError, match="compiled .* give the nn.Module itself"):
+        cell(torch.compile(nn.Linear(WIDTH, 3)))
+
+
 def test_a_module_that_changes_its_input_gets_a_copy() -> None:
     made = cell(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(WIDTH, 3))).materialise(0, 0)
     x = torch.randn(4, WIDTH)
