@@ -456,7 +456,7 @@ class Trainer:
             raise BudgetError(
                 f"cell {node + 1} ({record.name}) took {show_mb(peak)}{self._plan.beside}, over the"
                 f" {(self._plan.stated_budget or 0) / MIB:.6g} MiB allowed; its module allocates what the plan"
-                " did not foresee"
+                " did not predict"
             )
 
     def _read(self, tally: Tally, visit: Visit) -> Sums:
