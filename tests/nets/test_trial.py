@@ -231,6 +231,7 @@ def test_modules_that_run_are_taken_and_copied(kind: str) -> None:
     assert not torch.equal(one(x), other(x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, by torch.compile itself
 def test_compiled_modules_are_refused_by_name() -> None:
     with pytest.raises(InputError, match="compiled .* give the nn.Module itself"):
         cell(torch.compile(nn.Linear(WIDTH, 3)))
