@@ -33,7 +33,7 @@ class Journal:
 
     Args:
         path: the file.
-        on_space: told of bytes on disk (negative: freed).
+        on_space: called with the bytes taken on disk (negative: freed).
     """
 
     def __init__(self, path: Path, on_space: Callable[[int], None] = lambda size: None):

@@ -216,7 +216,7 @@ def _check_folder(folder: RunFolder, resume: bool, force: bool) -> bool:
 
 
 def check_disk(path: Path, plan: Plan, replaces: bool = True) -> None:
-    """Refuse a run that the disk has no room for, before it begins; ``replaces``: what is in ``path`` is removed."""
+    """Refuse a run that needs more than the free disk space; ``replaces``: what is in ``path`` counts as free."""
     existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free + (size_of(path) if replaces else 0)
     if plan.disk_bytes > free:
