@@ -24,7 +24,7 @@ from edgetrain.nets.base import CellRecipe, Options
 #: The latents of a set of samples by stream: ``{"x": [B, ...]}``; FF has pos, neg and neutral.
 Streams = Mapping[str, Tensor]
 Schedule = Literal["separate", "sequence"]
-Vote = Literal["sum", "last", "trained"]
+Vote = Literal["sum", "last", "classifier"]
 Constants = Mapping[str, float]
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -41,38 +41,60 @@ class Defaults:
     classifier_weight_decay: float = 0.0
 
 
-@dataclass(frozen=True, eq=False)
-class Node:
-    """Where a cell stands in the net: what is needed to build its head.
-
-    Attributes:
-        index: 0 for the first cell, -1 for the network's input.
-        recipe: the cell's recipe; ``None`` for the input.
-        shape: of one sample of its latents (for the input: of the data).
-        seed: the run's.
-        parent: the node whose latents it reads.
-    """
+class _Keyed:
+    """Fixed random numbers that belong to one place in the net."""
 
     index: int
-    recipe: CellRecipe | None
-    shape: tuple[int, ...]
     seed: int
-    parent: Node | None = field(repr=False)
 
     def generator(self, word: str) -> torch.Generator:
-        """A CPU generator for a draw that belongs to this cell, such as a fixed projection."""
+        """A CPU generator for a draw that belongs to this place, such as a fixed projection."""
         return generator("cpu", self.seed, "node", self.index, word)
 
     def normal(self, word: str, shape: tuple[int, ...], std: float) -> Tensor:
-        """Fixed normal numbers of this cell, float32, the same whoever asks; without values on meta."""
+        """Fixed normal numbers of this place, float32, the same whoever asks; without values on meta."""
         values = torch.empty(shape)
         return values if values.is_meta else values.normal_(0.0, std, generator=self.generator(word))
 
 
+@dataclass(frozen=True, eq=False)
+class Input(_Keyed):
+    """The network's input, as the first cell's parent.
+
+    Attributes:
+        shape: of one sample of the data.
+        seed: the run's.
+        index: -1.
+    """
+
+    shape: tuple[int, ...]
+    seed: int
+    index: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Node(_Keyed):
+    """Where a cell stands in the net: what is needed to build its head.
+
+    Attributes:
+        index: 0 for the first cell.
+        recipe: the cell's recipe.
+        shape: of one sample of its latents.
+        seed: the run's.
+        parent: whose latents it reads: a cell, or the network's input.
+    """
+
+    index: int
+    recipe: CellRecipe
+    shape: tuple[int, ...]
+    seed: int
+    parent: Node | Input = field(repr=False)
+
+
 def nodes(recipes: list[CellRecipe], in_shape: tuple[int, ...], seed: int) -> list[Node]:
     """One node for each cell, each knowing its parent."""
-    parent = Node(-1, None, in_shape, seed, None)
-    chain = []
+    parent: Node | Input = Input(in_shape, seed)
+    chain: list[Node] = []
     for index, recipe in enumerate(recipes):
         parent = Node(index, recipe, recipe.out_shape, seed, parent)
         chain.append(parent)
@@ -166,8 +188,6 @@ class Objective(ABC):
         saves_on_host: whether what the backward pass needs waits on the host.
         like: for baselines: the method whose net options are taken where none is named.
         phases: a step's optimisations, in order.
-        tile_axes: of the head's tensors that are cut with the cell's units, the axis of the units; ``None``: the
-            rule cannot be trained in tiles.
         stream_names: of the latents between cells.
         unlabelled_names: of the streams in which classes are looked for.
     """
@@ -190,7 +210,6 @@ class Objective(ABC):
     saves_on_host: ClassVar[bool] = False
     like: ClassVar[str | None] = None
     phases: ClassVar[tuple[Phase, ...]] = (Phase("step"),)
-    tile_axes: ClassVar[Mapping[str, int] | None] = None
     stream_names: tuple[str, ...] = ("x",)
     unlabelled_names: tuple[str, ...] = ("x",)
 
@@ -240,7 +259,7 @@ class Objective(ABC):
         """The local loss of one micro-batch; its graph must not reach beyond the cell and its head."""
 
     def latent(self, cell: nn.Module, streams: Streams) -> Streams:
-        """What the cell hands on for clean inputs."""
+        """The cell's latents for clean inputs."""
         return {name: cell(values) for name, values in streams.items()}
 
     def score(self, head: Any, latents: Streams) -> Tensor | None:
@@ -248,49 +267,13 @@ class Objective(ABC):
         return None
 
     def read(self, cell: nn.Module, head: Any, streams: Streams) -> tuple[Streams, Tensor | None]:
-        """What a finished cell hands on, and its vote [B, C]."""
+        """Latents of a finished cell, and its vote [B, C]."""
         latents = self.latent(cell, streams)
         return latents, self.score(head, latents)
 
-    # -- tiles: the loss sees a wide cell only through a statistic that is a sum over its units ----------
-
     def tileable(self, node: Node) -> bool:
-        """Whether the cell can be trained in tiles of its units."""
-        recipe = node.recipe
-        plain = recipe is not None and recipe.narrower is not None and not (recipe.draws or recipe.couples_batch)
-        return plain and self.tile_axes is not None
-
-    def tile_head(self, node: Node, tile: Node, units: slice) -> nn.Module | None:
-        """The head's part for a tile's units; its learned values come from elsewhere."""
-        return self.head(tile)
-
-    def common_head(self, node: Node) -> nn.Module | None:
-        """What of the head belongs to no unit."""
-        return None
-
-    def statistic(self, node: Node, cell: nn.Module, head: Any, streams: Streams) -> tuple[Tensor, Streams]:
-        """A tile's part of the statistic, [B, m], and the tile's latents.
-
-        Args:
-            node: the whole cell.
-            cell: the tile's module.
-            head: the tile's head.
-            streams: the parent's latents.
-        """
-        raise NotImplementedError
-
-    def tiled_loss(self, node: Node, statistic: Tensor, common: Any, batch: Batch) -> Step:
-        """The local loss from the whole statistic [B, m]; it emits nothing."""
-        raise NotImplementedError
-
-    def tiled_score(self, node: Node, statistic: Tensor) -> Tensor | None:
-        """The cell's vote [B, C] from the statistic of unlabelled streams."""
-        return None
-
-    @property
-    def learned_streams(self) -> tuple[str, ...]:
-        """The streams that the loss depends on."""
-        return self.stream_names
+        """Whether the cell can be trained in tiles of its units; see ``objectives.statistic``."""
+        return False
 
     def read_by_classifier(self, depth: int) -> tuple[int, ...]:
         """The cells, of ``depth``, whose latents the trained classifier reads; none if none is trained."""

@@ -8,7 +8,7 @@ Forward-Forward Algorithm for Optimizing Convergence, 2023, https://arxiv.org/ab
 The label, one-hot, is part of the input: the right one (positive), a random wrong one (negative), 1/C each
 (neutral). In images it replaces the first C pixels; in tables, which have no pixels to spare, it stands beside
 the columns. Each cell after the first divides its input by its root mean square
-(the net's ``prenorm=rms``), so that only the direction of the activities is handed on. With the
+(the net's ``prenorm=rms``), so that only the direction of the activities is read. With the
 goodness g = mean over the units of a^2:
 
     FF:     L = 1/2 [softplus(threshold - g+) + softplus(g- - threshold)]
@@ -34,12 +34,13 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, rms_norm, softplus
 
 from edgetrain.errors import InputError
-from edgetrain.objectives.base import Batch, Constants, Defaults, Draws, Node, Objective, Step, Streams
+from edgetrain.objectives.base import Batch, Constants, Defaults, Draws, Node, Step, Streams
+from edgetrain.objectives.statistic import StatisticObjective
 
 _EPSILON = 1e-8  # under the root of a mean square, as in the nets' prenorm=rms
 
 
-class ForwardForward(Objective):
+class ForwardForward(StatisticObjective):
     """Goodness of right labels above a threshold, of wrong ones below."""
 
     name = "ff"
@@ -53,7 +54,6 @@ class ForwardForward(Objective):
     classifier_stream = "neutral"
     takes_tokens = False
     draws_streams = True
-    tile_axes: ClassVar[Mapping[str, int]] = MappingProxyType({})
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -68,7 +68,6 @@ class ForwardForward(Objective):
 
     def remarks(self, cells: Sequence[Node]) -> tuple[str, ...]:
         """See ``Objective.remarks``."""
-        assert cells[0].parent is not None
         inputs = prod(cells[0].parent.shape)
         if self._beside:
             return (f"{self.name} reads the label beside the {inputs} inputs, in {self.classes} more.",)
@@ -76,7 +75,6 @@ class ForwardForward(Objective):
 
     def check(self, cells: Sequence[Node]) -> None:
         """See ``Objective.check``: a label that replaces inputs must leave at least half of them."""
-        assert cells[0].parent is not None
         inputs = prod(cells[0].parent.shape)
         if not self._beside and inputs < 2 * self.classes:
             raise InputError(
@@ -98,47 +96,38 @@ class ForwardForward(Objective):
         labelled = {f"label{label}": self._stamped(x, x.new_full((len(x),), label).long()) for label in tried}
         return labelled | self._neutral(x)
 
-    def loss(self, phase: str, cell: nn.Module, head: Any, batch: Batch) -> Step:
-        """Summed losses; the activities are handed on as they are, and normalised by who reads them."""
-        a = {name: cell(batch.streams[name]) for name in ("pos", "neg")}
-        total = self.separation(goodness(a["pos"]), goodness(a["neg"])).sum()
-        emitted = {name: values.detach() for name, values in a.items()}
-        if self.trains_classifier:
-            with torch.no_grad():
-                emitted["neutral"] = cell(batch.streams["neutral"])
-        return Step(total, emitted)
+    def statistic(
+        self, cell: nn.Module, head: Any, streams: Streams, units: int | None = None
+    ) -> tuple[Tensor, Streams]:
+        """The goodness of each stream but ``neutral``, or a tile's part of it; [B, streams]."""
+        latents: dict[str, Tensor] = {}
+        goodness = []
+        for name, values in streams.items():
+            if name == "neutral":  # only the classifier reads it
+                with torch.no_grad():
+                    latents[name] = cell(values)
+                continue
+            a = latents[name] = cell(values)
+            goodness.append(a.flatten(1).square().sum(1) / (units or a[0].numel()))
+        return torch.stack(goodness, 1), latents
+
+    def loss_from(self, statistic: Tensor, head: Any, batch: Batch) -> Step:
+        """Summed losses from the goodness with the right and with a wrong label, [B, 2]."""
+        return Step(self.separation(statistic[:, 0], statistic[:, 1]).sum())
+
+    def scores_from(self, statistic: Tensor) -> Tensor:
+        """Goodness of each label, [B, C]."""
+        return statistic
 
     def separation(self, good: Tensor, bad: Tensor) -> Tensor:
         """Loss of each sample [B] from its goodness with the right and with a wrong label."""
         threshold = self.constants["threshold"]
         return (softplus(threshold - good) + softplus(bad - threshold)) / 2
 
-    def score(self, head: Any, latents: Streams) -> Tensor:
-        """Goodness of each label, [B, C]."""
-        return torch.stack([goodness(latents[f"label{label}"]) for label in range(self.classes)], 1)
-
-    def tile_head(self, node: Node, tile: Node, units: slice) -> None:
-        """There is none."""
-
     @property
     def learned_streams(self) -> tuple[str, ...]:
-        """See ``Objective.learned_streams``."""
+        """See ``StatisticObjective.learned_streams``."""
         return ("pos", "neg")
-
-    def statistic(self, node: Node, cell: nn.Module, head: Any, streams: Streams) -> tuple[Tensor, Streams]:
-        """The tile's part of the goodness of each stream but ``neutral``."""
-        a = {name: cell(values) for name, values in streams.items()}
-        units = prod(node.shape)
-        parts = [values.flatten(1).square().sum(1) / units for name, values in a.items() if name != "neutral"]
-        return torch.stack(parts, 1), {name: values.detach() for name, values in a.items()}
-
-    def tiled_loss(self, node: Node, statistic: Tensor, common: Any, batch: Batch) -> Step:
-        """See ``loss``."""
-        return Step(self.separation(statistic[:, 0], statistic[:, 1]).sum())
-
-    def tiled_score(self, node: Node, statistic: Tensor) -> Tensor:
-        """See ``score``."""
-        return statistic
 
     def features(self, latents: Tensor) -> Tensor:
         """Normalised activities, [B, n]."""
@@ -175,8 +164,3 @@ class SymBa(ForwardForward):
     def separation(self, good: Tensor, bad: Tensor) -> Tensor:
         """See ``ForwardForward.separation``."""
         return softplus(-self.constants["alpha"] * (good - bad))
-
-
-def goodness(a: Tensor) -> Tensor:
-    """Mean square of each sample's activities [B, ...], [B]."""
-    return a.flatten(1).square().mean(1)

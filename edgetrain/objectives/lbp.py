@@ -24,7 +24,7 @@ discriminator D(x) = ReLU(x U + u) w + s. Two phases with an optimizer each:
 Open in the paper, our choices: the noise of "ratio 0.2" is Gaussian with standard deviation 0.2; the
 target is the clean, un-normalised input (a ReLU decoder cannot produce LayerNorm's negatives); noise
 and losses of the GAN; its discriminator is as wide as the cell. Under the sequence schedule DAE and GAN
-hand on the clean input's latents, from the weights before the update.
+emit the clean input's latents, from the weights before the update.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from edgetrain.errors import InputError
-from edgetrain.objectives.base import Batch, Constants, Defaults, Node, Objective, Phase, Step, Streams
+from edgetrain.objectives.base import Batch, Constants, Defaults, Node, Phase, Step, Streams
+from edgetrain.objectives.statistic import StatisticObjective
 
 
-class AutoencoderCells(Objective):
+class AutoencoderCells(StatisticObjective):
     """Each cell reconstructs its input through a dense decoder."""
 
     name = "lbp-ae"
@@ -52,7 +53,7 @@ class AutoencoderCells(Objective):
     defaults = Defaults(
         schedule="separate", optimizer="adamw", lr=1e-3, weight_decay=1e-4, classifier_weight_decay=1e-4
     )
-    vote = "trained"
+    vote = "classifier"
     classifier = "all"
     nonnegative_input = True
     takes_tokens = False
@@ -62,51 +63,41 @@ class AutoencoderCells(Objective):
         """The decoder: a linear map [n] -> [inputs] with bias, rectified."""
         return _dense_decoder(node)
 
-    def loss(self, phase: str, cell: nn.Module, head: Any, batch: Batch) -> Step:
+    def statistic(
+        self, cell: nn.Module, head: Any, streams: Streams, units: int | None = None
+    ) -> tuple[Tensor, Streams]:
+        """The reconstruction before its rectification, [B, inputs]."""
+        z = cell(streams["x"])
+        return head[0](z.flatten(1)), {"x": z}
+
+    def loss_from(self, statistic: Tensor, head: Any, batch: Batch) -> Step:
         """Sum over samples of the mean squared error of the reconstruction."""
-        x = batch.streams["x"]
-        z = cell(x)
-        return Step(self._error(head, z, x), {"x": z.detach()})
+        target = batch.streams["x"].flatten(1)
+        return Step((torch.relu_(statistic) - target).square().sum() / target.shape[1])
+
+    def read(self, cell: nn.Module, head: Any, streams: Streams) -> tuple[Streams, Tensor | None]:
+        """See ``Objective.read``; cells have no vote, and the decoder is not needed."""
+        return self.latent(cell, streams), None
 
     def tile_head(self, node: Node, tile: Node, units: slice) -> nn.Module:
-        """The columns of the decoder that are the units'."""
-        assert node.parent is not None
-        return nn.Sequential(nn.Linear(prod(tile.shape), prod(node.parent.shape), bias=False))
-
-    def common_head(self, node: Node) -> nn.Module:
-        """The decoder's bias."""
-        assert node.parent is not None
-        return nn.Sequential(_Bias(prod(node.parent.shape)))
-
-    def statistic(self, node: Node, cell: nn.Module, head: Any, streams: Streams) -> tuple[Tensor, Streams]:
-        """The tile's part of the reconstruction, before bias and rectification."""
-        z = cell(streams["x"])
-        return head(z.flatten(1)), {"x": z.detach()}
-
-    def tiled_loss(self, node: Node, statistic: Tensor, common: Any, batch: Batch) -> Step:
-        """See ``loss``."""
-        target = batch.streams["x"].flatten(1)
-        made = torch.relu(statistic + common[0].bias)
-        return Step((made - target).square().sum() / target.shape[1])
-
-    def _error(self, decoder: nn.Module, z: Tensor, x: Tensor) -> Tensor:
-        target = x.flatten(1)
-        made: Tensor = decoder(z.flatten(1))
-        return (made - target).square().sum() / target.shape[1]
+        """The columns of the decoder that are the units'; the first tile has the bias."""
+        inputs = prod(node.parent.shape)
+        return nn.Sequential(nn.Linear(prod(tile.shape), inputs, bias=units.start == 0))
 
 
 class DenoisingAutoencoderCells(AutoencoderCells):
     """Each cell reconstructs its clean input from a noisy one."""
 
     name = "lbp-dae"
-    tile_axes = None  # hands on the clean input's latents, which would need a third sweep
+    tile_axes = None  # emits the clean input's latents, which would need a third sweep
     constants: Constants = MappingProxyType({"noise": 0.2})
 
     def loss(self, phase: str, cell: nn.Module, head: Any, batch: Batch) -> Step:
-        """See ``AutoencoderCells.loss``; the cell sees noise, the target is clean."""
+        """See ``StatisticObjective.loss``; the cell sees noise, the target is clean."""
         x = batch.streams["x"]
         seen = x + self.constants["noise"] * batch.draws.normal("noise", x)
-        return Step(self._error(head, cell(seen), x))
+        statistic, _ = self.statistic(cell, head, {"x": seen})
+        return self.loss_from(statistic, head, batch)
 
 
 class ConvolutionalAutoencoderCells(AutoencoderCells):
@@ -121,7 +112,6 @@ class ConvolutionalAutoencoderCells(AutoencoderCells):
     def check(self, cells: Sequence[Node]) -> None:
         """See ``Objective.check``: every cell halves an image."""
         for node in cells:
-            assert node.parent is not None
             sides = node.parent.shape[1:]
             if len(node.shape) != 3 or node.shape[1:] != tuple(-(-side // 2) for side in sides):
                 raise InputError(
@@ -131,16 +121,18 @@ class ConvolutionalAutoencoderCells(AutoencoderCells):
 
     def head(self, node: Node) -> nn.Module:
         """The decoder: a transposed convolution with bias that gives the input's size back, rectified."""
-        assert node.parent is not None
         sides = node.parent.shape[1:]
         kernel = tuple(2 if side % 2 == 0 else (side + 1) // 2 for side in sides)
         stride = tuple(2 if side % 2 == 0 else 1 for side in sides)
         back = nn.ConvTranspose2d(node.shape[0], node.parent.shape[0], kernel, stride)  # type: ignore[arg-type]
         return nn.Sequential(back, nn.ReLU(inplace=True))
 
-    def _error(self, decoder: nn.Module, z: Tensor, x: Tensor) -> Tensor:
-        made: Tensor = decoder(z)
-        return (made - x).square().sum() / x[0].numel()
+    def statistic(
+        self, cell: nn.Module, head: Any, streams: Streams, units: int | None = None
+    ) -> tuple[Tensor, Streams]:
+        """The reconstruction before its rectification, flattened."""
+        z = cell(streams["x"])
+        return head[0](z).flatten(1), {"x": z}
 
 
 class GenerativeAdversarialCells(AutoencoderCells):
@@ -163,7 +155,6 @@ class GenerativeAdversarialCells(AutoencoderCells):
 
     def head(self, node: Node) -> nn.Module:
         """``decoder``, as the autoencoder's, and ``discriminator`` [inputs] -> [n] -> [1]."""
-        assert node.parent is not None
         inputs, units = prod(node.parent.shape), prod(node.shape)
         discriminator = nn.Sequential(nn.Linear(inputs, units), nn.ReLU(inplace=True), nn.Linear(units, 1))
         return nn.ModuleDict({"decoder": _dense_decoder(node), "discriminator": discriminator})
@@ -184,16 +175,7 @@ class GenerativeAdversarialCells(AutoencoderCells):
         return made
 
 
-class _Bias(nn.Module):
-    """A bias of its own, under the name that it has in the decoder."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(size))
-
-
 def _dense_decoder(node: Node) -> nn.Module:
-    assert node.parent is not None
     return nn.Sequential(nn.Linear(prod(node.shape), prod(node.parent.shape)), nn.ReLU(inplace=True))
 
 

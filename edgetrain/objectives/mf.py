@@ -9,7 +9,7 @@ For a cell with activations a = ReLU(x W) and a learned projection M [C, n]:
     L = -sum_c y_c log softmax(G)_c            (eq. 6)
 
 W and M follow the gradient of L (eqs. 7, 8); nothing flows to the previous cell. Under the sequence
-schedule the a handed on is the one computed before the update (Algorithm 1). For convolutional cells
+schedule the a that is emitted is the one computed before the update (Algorithm 1). For convolutional cells
 M acts on the flattened, pooled map; of a transformer's tokens it reads what the net says. Classes are
 read off from the sum of all cells' G ("FF prediction") or from the last cell's alone ("BP prediction").
 """
@@ -22,10 +22,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from edgetrain.objectives.base import Batch, Defaults, Node, Objective, Step, Streams
+from edgetrain.objectives.base import Batch, Defaults, Node, Step, Streams
+from edgetrain.objectives.statistic import StatisticObjective
 
 
-class MonoForward(Objective):
+class MonoForward(StatisticObjective):
     """Cross-entropy on a learned linear projection of the cell's activations."""
 
     name = "mf"
@@ -43,26 +44,17 @@ class MonoForward(Objective):
         """The projection M: a linear map [n] -> [C] without bias."""
         return nn.Linear(self.width(node.shape), self.classes, bias=False)
 
-    def loss(self, phase: str, cell: nn.Module, head: Any, batch: Batch) -> Step:
-        """Summed cross-entropy of softmax(a M^T)."""
-        a = cell(batch.streams["x"])
-        goodness = head(self.vector(a))  # [B, C]
-        total = cross_entropy(goodness, batch.y, reduction="sum")
-        return Step(total, {"x": a.detach()}, goodness.detach())
-
-    def score(self, head: Any, latents: Streams) -> Tensor:
+    def statistic(
+        self, cell: nn.Module, head: Any, streams: Streams, units: int | None = None
+    ) -> tuple[Tensor, Streams]:
         """The goodness G of each class, [B, C]."""
-        return head(self.vector(latents["x"]))  # type: ignore[no-any-return]
-
-    def statistic(self, node: Node, cell: nn.Module, head: Any, streams: Streams) -> tuple[Tensor, Streams]:
-        """The tile's part of the goodness G."""
         a = cell(streams["x"])
-        return head(self.vector(a)), {"x": a.detach()}
+        return head(self.vector(a)), {"x": a}
 
-    def tiled_loss(self, node: Node, statistic: Tensor, common: Any, batch: Batch) -> Step:
-        """See ``loss``."""
+    def loss_from(self, statistic: Tensor, head: Any, batch: Batch) -> Step:
+        """Summed cross-entropy of softmax(G)."""
         return Step(cross_entropy(statistic, batch.y, reduction="sum"), None, statistic.detach())
 
-    def tiled_score(self, node: Node, statistic: Tensor) -> Tensor:
-        """See ``score``."""
+    def scores_from(self, statistic: Tensor) -> Tensor:
+        """The goodness G of each class."""
         return statistic

@@ -52,7 +52,6 @@ class PredictionAndSimilarity(Objective):
 
     def head(self, node: Node) -> nn.Module:
         """``predict``, a linear classifier, and ``similarity``, the map m."""
-        assert node.recipe is not None
         shape = node.recipe.body_shape or node.shape
         inputs = self._read(torch.empty(1, *shape, device="meta")).shape[1]
         predict = nn.Linear(inputs, self.classes)

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from edgetrain.errors import InputError
-from edgetrain.objectives.base import Batch, Constants, Defaults, Node, Objective, Step, Streams
+from edgetrain.objectives.base import Batch, Constants, Defaults, Input, Node, Step, Streams
+from edgetrain.objectives.statistic import StatisticObjective
 
 
-class StochasticLayerwise(Objective):
+class StochasticLayerwise(StatisticObjective):
     """Cross-entropy and Bhattacharyya distance through fixed random projections."""
 
     name = "sll"
@@ -45,64 +46,54 @@ class StochasticLayerwise(Objective):
     defaults = Defaults(schedule="sequence", optimizer="adamax", lr=1e-3)
     vote = "last"
     classifier = "last"
-    tile_axes: ClassVar[Mapping[str, int]] = MappingProxyType({})
 
     def head(self, node: Node) -> nn.Module:
         """The cell's own projection and its parent's."""
         return _Fixed(own=self._projection(node), parent=self._projection(node.parent))
 
     def loss(self, phase: str, cell: nn.Module, head: Any, batch: Batch) -> Step:
-        """Summed cross-entropy and distance from the parent's distribution."""
-        x = batch.streams["x"]
-        a = cell(x)
-        v = self.vector(a) @ self._masked(head.own, batch)  # [B, C]
-        total = cross_entropy(v, batch.y, reduction="sum")
-        if self.constants["beta"] and x.is_floating_point():  # token ids have no distribution
-            total = total + self.constants["beta"] * self._distance(v, x, head.parent)
-        return Step(total, {"x": a.detach()}, v.detach())
+        """See ``StatisticObjective.loss``; a fresh mask may be on the projection."""
+        if self.constants["dropout"]:
+            head = _Fixed(own=self._masked(head.own, batch), parent=head.parent)
+        return super().loss(phase, cell, head, batch)
 
-    def score(self, head: Any, latents: Streams) -> Tensor:
-        """The projected logits a R, [B, C]."""
-        return self.vector(latents["x"]) @ head.own  # type: ignore[no-any-return]
+    def statistic(
+        self, cell: nn.Module, head: Any, streams: Streams, units: int | None = None
+    ) -> tuple[Tensor, Streams]:
+        """The projected logits v = a R, [B, C]."""
+        a = cell(streams["x"])
+        return self.vector(a) @ head.own, {"x": a}
+
+    def loss_from(self, statistic: Tensor, head: Any, batch: Batch) -> Step:
+        """Summed cross-entropy and distance from the parent's distribution."""
+        total = cross_entropy(statistic, batch.y, reduction="sum")
+        x = batch.streams["x"]
+        if self.constants["beta"] and x.is_floating_point():  # token ids have no distribution
+            total = total + self.constants["beta"] * self._distance(statistic, x, head.parent)
+        return Step(total, None, statistic.detach())
+
+    def scores_from(self, statistic: Tensor) -> Tensor:
+        """The projected logits."""
+        return statistic
 
     def tileable(self, node: Node) -> bool:
-        """See ``Objective.tileable``; a mask on the projection is drawn for the whole cell."""
+        """See ``StatisticObjective.tileable``; a mask on the projection is drawn for the whole cell."""
         return super().tileable(node) and not self.constants["dropout"]
 
     def tile_head(self, node: Node, tile: Node, units: slice) -> nn.Module:
         """The rows of the projection that are the units'."""
         return _Fixed(own=self._projection(node)[units])
 
-    def common_head(self, node: Node) -> nn.Module:
+    def fixed_head(self, node: Node) -> nn.Module:
         """The parent's projection."""
         return _Fixed(parent=self._projection(node.parent))
 
-    def statistic(self, node: Node, cell: nn.Module, head: Any, streams: Streams) -> tuple[Tensor, Streams]:
-        """The tile's part of the logits v."""
-        a = cell(streams["x"])
-        return self.vector(a) @ head.own, {"x": a.detach()}
-
-    def tiled_loss(self, node: Node, statistic: Tensor, common: Any, batch: Batch) -> Step:
-        """See ``loss``."""
-        total = cross_entropy(statistic, batch.y, reduction="sum")
-        x = batch.streams["x"]
-        if self.constants["beta"] and x.is_floating_point():
-            total = total + self.constants["beta"] * self._distance(statistic, x, common.parent)
-        return Step(total, None, statistic.detach())
-
-    def tiled_score(self, node: Node, statistic: Tensor) -> Tensor:
-        """See ``score``."""
-        return statistic
-
-    def _projection(self, node: Node | None) -> Tensor:
-        assert node is not None
+    def _projection(self, node: Node | Input) -> Tensor:
         inputs = self.width(node.shape)
         return node.normal("projection", (inputs, self.classes), inputs**-0.5)
 
     def _masked(self, projection: Tensor, batch: Batch) -> Tensor:
         dropped = self.constants["dropout"]
-        if not dropped:
-            return projection
         return projection * batch.draws.keep("mask", projection, 1 - dropped) / (1 - dropped)
 
     def _distance(self, v: Tensor, x: Tensor, projection: Tensor) -> Tensor:
@@ -116,17 +107,17 @@ class StochasticLayerwiseBlocks(StochasticLayerwise):
     """SLL between cells of transformer blocks."""
 
     name = "sll+"
-    needs = "labels; images; a vit: net, or cells of your own that hand on tokens [T, D]"
+    needs = "labels; images; a vit: net, or cells of your own that emit tokens [T, D]"
     default_net = "vit:depth=4,width=96,heads=4,patch=4"
     defaults = Defaults(schedule="sequence", optimizer="adamw", lr=1e-3)
     takes_tokens = False
 
     def check(self, cells: Sequence[Node]) -> None:
-        """See ``Objective.check``: every cell hands on tokens."""
+        """See ``Objective.check``: every cell emits tokens."""
         for node in cells:
             if len(node.shape) != 2:
                 raise InputError(
-                    f"sll+ needs cells that hand on tokens; cell {node.index + 1} hands on {node.shape}: use"
+                    f"sll+ needs cells that emit tokens; cell {node.index + 1} emits {node.shape}: use"
                     " --net vit:depth=4,width=96,heads=4,patch=4, or --method sll"
                 )
 

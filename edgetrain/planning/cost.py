@@ -17,10 +17,9 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from edgetrain.memory.rates import Rates
-from edgetrain.planning.dryrun import bench, emitting, place, stepping, stepping_readout
+from edgetrain.planning.dryrun import bench, emitting, place, stepping
 from edgetrain.planning.plan import CellPlan, Plan, VisitTime
 from edgetrain.planning.workload import Workload
-from edgetrain.stream.tiles import phases_of
 
 _LOOKED_AT_TILES = 3  # a dry run makes no more of a cell's equal tiles
 
@@ -98,19 +97,17 @@ def visit_times(work: Workload, plan: Plan, rates: Rates, page_cache: int) -> li
     found = []
     for index, cell in enumerate(plan.cells):
         node = work.nodes[index]
-        assert node.recipe is not None
-        assert node.parent is not None
-        kind = node.recipe.signature, node.parent.shape, index == 0, work.hands_on(index), cell.micro_batch, cell.tiles
+        kind = node.recipe.signature, node.parent.shape, index == 0, work.emits(index), cell.micro_batch, cell.tiles
         if kind not in known:
             known[kind] = _cell_work(work, index, cell, plan, rates)
         found.append(known[kind].time(rates, cached))
-    if plan.readout is not None:
-        found.append(_readout_work(work, plan.readout, plan, rates).time(rates, cached))
+    if plan.classifier is not None:
+        found.append(_classifier_work(work, plan.classifier, plan, rates).time(rates, cached))
     return found
 
 
 def _cell_work(work: Workload, index: int, cell: CellPlan, plan: Plan, rates: Rates) -> _Work:
-    emits, phases = work.hands_on(index), phases_of(work.objective, cell.tiles)
+    emits, phases = work.emits(index), _reads(work, cell)
     training = _per_step(work, cell.micro_batch, lambda of, steps: _seconds(of, index, cell, steps, rates, stepping))
     passes = _passes(work, index, plan)
     compute = work.epochs * training
@@ -127,9 +124,14 @@ def _cell_work(work: Workload, index: int, cell: CellPlan, plan: Plan, rates: Ra
     return _Work(compute, bus, work.rows * (work.epochs + passes) * row, work.rows * emissions * out)
 
 
+def _reads(work: Workload, cell: CellPlan) -> int:
+    """How often a step reads its batch."""
+    return len(work.objective.phases) if cell.tiles == 1 else 2 * cell.tiles + 1
+
+
 def _passes(work: Workload, index: int, plan: Plan) -> int:
     """How often the finished cell emits the latents of all samples."""
-    if work.emits_in_training or not work.hands_on(index):
+    if work.emits_in_training or not work.emits(index):
         return 0
     if plan.cut.cached is None:
         return work.views
@@ -138,20 +140,21 @@ def _passes(work: Workload, index: int, plan: Plan) -> int:
         if node in plan.cut.cached:
             return later * work.epochs + 1
         later += 1
-    return later * work.epochs + (work.readout_epochs if index <= max(work.classifier_reads, default=-1) else 0)
+    return later * work.epochs + (work.classifier_epochs if index <= max(work.classifier_reads, default=-1) else 0)
 
 
-def _readout_work(work: Workload, readout: CellPlan, plan: Plan, rates: Rates) -> _Work:
+def _classifier_work(work: Workload, classifier: CellPlan, plan: Plan, rates: Rates) -> _Work:
     def seconds(of: Workload, steps: int) -> float:
         clock = _clock(of, rates)
         with bench(of.device) as table, clock:
-            stepping_readout(of, readout.micro_batch, table, plan.readout_resident, steps)
+            cell = place(of, of.depth, table, resident=plan.classifier_resident)
+            stepping(of, of.depth, classifier.micro_batch, table, cell, steps)
         return clock.seconds
 
     steps = work.rows / work.batch_size
-    compute = work.readout_epochs * steps * _per_step(work, readout.micro_batch, seconds)
+    compute = work.classifier_epochs * steps * _per_step(work, classifier.micro_batch, seconds)
     row = sum(work.format_into(index + 1).row_bytes for index in work.classifier_reads)
-    moved = 0 if plan.placement == "resident" else work.readout_epochs * work.rows * row
+    moved = 0 if plan.placement == "resident" else work.classifier_epochs * work.rows * row
     return _Work(compute, moved, moved, 0)
 
 

@@ -51,7 +51,7 @@ def choose_cut(work: Workload, room: int) -> Cut | None:
     """
     if latents_held(work, WHOLE) <= room:
         return WHOLE
-    if work.keep_latents or (work.depth == 1 and work.readout is None):
+    if work.keep_latents or (work.depth == 1 and work.classifier is None):
         return None
     if work.emits_in_training:
         cuts = (Cut(ranges) for ranges in _halvings(work.steps))
@@ -85,7 +85,7 @@ def _halvings(steps: int) -> list[int]:
 
 def _row_bytes(work: Workload) -> list[int]:
     """Bytes of a sample by number of the latents; 0 of those that nobody reads, and of the inputs."""
-    return [0, *(work.row_bytes_into(index + 1) if work.hands_on(index) else 0 for index in range(work.depth))]
+    return [0, *(work.row_bytes_into(index + 1) if work.emits(index) else 0 for index in range(work.depth))]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _cheapest(work: Workload, ranges: int, room: int) -> _Path | None:
                 cost = path.cost + (work.epochs + 1) * (done[node] - done[base])
                 _keep(after, _Path(cost, (*path.cached, node + 1)))
         paths = after
-    if work.readout is not None and rows * _held_for_classifier(work, sizes) > room:
+    if work.classifier is not None and rows * _held_for_classifier(work, sizes) > room:
         return None
     return min(paths.values(), key=lambda path: path.cost, default=None)
 
@@ -144,7 +144,7 @@ def _held_again(work: Workload, cached: frozenset[int], rows: int) -> int:
         chain = sizes[base + 1 : node + 1]
         pairs = max((sum(pair) for pair in pairwise([0, *chain])), default=0)
         most = max(most, work.rows * (sizes[base] + caches * sizes[node + 1]) + rows * pairs)
-    return max(most, rows * _held_for_classifier(work, sizes)) if work.readout is not None else most
+    return max(most, rows * _held_for_classifier(work, sizes)) if work.classifier is not None else most
 
 
 def _held_for_classifier(work: Workload, sizes: list[int]) -> int:
@@ -160,7 +160,7 @@ def _written_again(work: Workload, cached: frozenset[int], sizes: list[int]) -> 
         chain = sum(sizes[base + 1 : node + 1])
         total += work.epochs * chain + (chain + sizes[node + 1]) * caches
     reads = work.classifier_reads
-    return total + work.readout_epochs * sum(sizes[: max(reads) + 2]) if reads else total
+    return total + work.classifier_epochs * sum(sizes[: max(reads) + 2]) if reads else total
 
 
 def _emission_flops(work: Workload) -> list[int]:
@@ -168,7 +168,6 @@ def _emission_flops(work: Workload) -> list[int]:
     known: dict[object, int] = {}
     found = []
     for node in work.nodes:
-        assert node.recipe is not None
         if node.recipe.signature not in known:
             layout = replace(work.inputs if node.index == 0 else RowFormat(()), shape=node.recipe.in_shape)
             known[node.recipe.signature] = forward_flops(node.recipe, layout)

@@ -6,26 +6,27 @@ model of PyTorch's caching allocator, because the budget is about what that rese
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from itertools import groupby
-from operator import itemgetter
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from edgetrain.memory.allocator import CachingAllocatorModel
 from edgetrain.memory.meter import Listener, LiveBytes, LiveMeter
 from edgetrain.memory.timeline import Timeline, making
 from edgetrain.planning.workload import Workload
+from edgetrain.store.latents import Rows
 from edgetrain.store.rows import RowFormat
-from edgetrain.stream.cell import LiveCell, shapes_of
-from edgetrain.stream.executor import Executor, Tally
-from edgetrain.stream.feed import LABELS, DeviceFeed, HostBatch, Part, Slice, Transfer, slots_on
-from edgetrain.stream.latents import DeviceLatents
-from edgetrain.stream.readout import DeviceCellsFeed, Portion, Reading, Readout, Slots, train_readout
-from edgetrain.stream.tiles import TiledCell, at_hand, phases_of
+from edgetrain.stream.cell import Cell, shapes_of
+from edgetrain.stream.executor import Executor
+from edgetrain.stream.inputs import evaluation_inputs, training_inputs
+from edgetrain.stream.latents import DeviceLatents, Sink
+from edgetrain.stream.outputs import Outputs, Tally
+from edgetrain.stream.reader import LABELS, Reader, Source, slots_on
+from edgetrain.stream.span import Span
 
 _CPU = torch.device("cpu")
 _STEPS = 2  # the first makes the optimizer's state, the second is steady
@@ -63,50 +64,63 @@ def bench(device: torch.device, needs_values: bool = False) -> Iterator[Bench]:
         yield Bench(tracker, LiveMeter(full=True, tracker=tracker), timeline, allocator)
 
 
-class _NoSink:
-    """Latents that leave the device take no room there."""
+@dataclass(frozen=True)
+class _NoRows:
+    """A source of rows without values; implements ``stream.reader.Source``."""
 
-    def put(self, first: int, streams: object) -> None:
-        """Nothing to keep."""
+    formats: Mapping[str, RowFormat]
+    step_order: bool = False
+    on_device: bool = False
+
+    def begin(self) -> None:
+        """There is nothing to do."""
+
+    def gather(self, rows: Rows, out: Mapping[str, Tensor]) -> None:
+        """Zeros, where the cell needs values at all."""
+        for values in out.values():
+            values.zero_()
+
+
+@dataclass(frozen=True)
+class _NoFile:
+    """A sink of latents that leave the device; they are encoded there."""
+
+    dtype: str
+
+    def put(self, first: int, streams: Mapping[str, Tensor]) -> None:
+        """Encode them and keep nothing."""
+        for values in streams.values():
+            with making("latents"):
+                RowFormat(tuple(values.shape[1:]), self.dtype).encode(values)
 
     def close(self) -> None:
-        """Nothing to wait for."""
+        """There is nothing to wait for."""
 
 
-class _FakeFeed:
-    """A file feed whose host batches hold no values."""
-
-    waited_s = 0.0
-
-    def __init__(self, inputs: dict[str, RowFormat], meter: LiveMeter, slots: int):
-        self._formats, self._meter, self._slots = {**inputs, "y": LABELS}, meter, slots
-
-    def parts(self, work: Slice) -> Iterator[Part]:
-        """See ``stream.feed.Feed``."""
-        with self._meter.host():
-            buffers = {
-                stream: torch.zeros(work.batch_size, layout.row_bytes, dtype=torch.uint8)
-                for stream, layout in self._formats.items()
-            }
-        batches = (HostBatch(step, start, stop - start, buffers) for step, start, stop in work.steps())
-        transfer = Transfer(self._formats, _CPU, work.micro_batch, self._slots)
-        yield from transfer.parts(work, batches, lambda batch: None)
+_LABELS = _NoRows({"y": LABELS})
 
 
-def cell_peak(work: Workload, index: int, micro_batch: int, tiles: int = 1) -> int:
-    """Peak bytes of a visit to cell ``index``, streamed: its steps, emitting after them, and evaluation."""
-    peak = visited(work, index, micro_batch, tiles).peak
-    if len(work.objective.unlabelled_names) > 1:  # otherwise evaluation takes a part of what training takes
+def cell_peak(work: Workload, index: int, micro_batch: int, tiles: int = 1, resident: bool = False) -> int:
+    """Peak bytes of a visit to node ``index``, streamed: its steps, emitting after them, and evaluation.
+
+    Args:
+        work: the run.
+        index: of the cell, or one behind the last for the classifier.
+        micro_batch: samples on the device at once.
+        tiles: of the cell.
+        resident: whether all of the classifier stays on the device during its visit.
+    """
+    peak = visited(work, index, micro_batch, tiles, resident).peak
+    if index < work.depth and len(work.objective.unlabelled_names) > 1:  # else evaluation takes less than training
         peak = max(peak, _evaluation_peak(work, index, micro_batch, tiles))
     return peak
 
 
-def visited(work: Workload, index: int, micro_batch: int, tiles: int = 1) -> Bench:
-    """The bench after a visit to cell ``index``, streamed: its first steps, and emitting after them."""
+def visited(work: Workload, index: int, micro_batch: int, tiles: int = 1, resident: bool = False) -> Bench:
+    """The bench after a visit to node ``index``, streamed; see ``cell_peak``."""
     with bench(work.device, work.needs_values(index)) as table:
-        cell = place(work, index, table, tiles)
-        feed = _FakeFeed(work.formats_into(index), table.meter, slots_on(work.device))
-        _run(work, index, micro_batch, table, cell, feed, _NoSink())
+        cell = place(work, index, table, tiles, resident)
+        _visit(work, index, micro_batch, table, cell, _reader(work, index, table), _NoFile(work.latent_dtype))
     return table
 
 
@@ -116,11 +130,11 @@ def _evaluation_peak(work: Workload, index: int, micro_batch: int, tiles: int) -
         cell = place(work, index, table, tiles)
         names = ("x",) if index == 0 else work.objective.unlabelled_names
         formats = dict.fromkeys(names, work.inputs if index == 0 else RowFormat(work.nodes[index - 1].shape))
-        feed = _FakeFeed(formats, table.meter, slots_on(work.device))
-        executor = Executor(work.objective, _CPU, table.meter, work.seed)
+        prepare = evaluation_inputs(work.objective) if index == 0 else None
+        reader = Reader([_NoRows(formats)], _LABELS, _CPU, table.meter.host, 0, prepare, slots_on(work.device))
         size = work.objective.evaluation_batch(micro_batch)
-        piece = Slice(_STEPS * size, size, size, 0, _STEPS, phases=cell.tiles)
-        executor.read(cell, feed, piece, _NoSink(), lambda part, scores, latents: None)
+        span = Span(_STEPS * size, size, size, 0, _STEPS)
+        Executor(table.meter, work.seed).run("evaluate", cell, reader, span, Outputs(sink=_NoFile("float32")))
         return table.peak
 
 
@@ -137,153 +151,94 @@ def refusal_of_one_row(work: Workload, index: int) -> str | None:
     return None
 
 
-def place(work: Workload, index: int, table: Bench, tiles: int = 1) -> LiveCell | TiledCell:
+def place(work: Workload, index: int, table: Bench, tiles: int = 1, resident: bool = False) -> Cell:
     """The cell on the bench: without values on fake tensors, with its first weights where it needs values."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    node, host, shapes = work.nodes[index], table.meter.host, None
-    if not work.needs_values(index):
+    shapes = None
+    if index < work.depth and not work.needs_values(index):
         with unset_fake_temporarily():  # modules with buffers cannot be made on two pretended devices at once
-            shapes = shapes_of(node, work.objective)
+            shapes = shapes_of(work.nodes[index], work.objective)
     with table.meter.watch():
-        return at_hand(node, work.objective, work.optimizer, _CPU, tiles, host=host, shapes=shapes)
+        return work.builder(_CPU, table.meter.host, resident).build(index, tiles, shapes=shapes)
 
 
-def _run(
-    work: Workload,
-    index: int,
-    micro_batch: int,
-    table: Bench,
-    cell: LiveCell | TiledCell,
-    feed: _FakeFeed | DeviceFeed,
-    sink: _NoSink | DeviceLatents,
-) -> None:
-    executor = Executor(work.objective, _CPU, table.meter, work.seed, work.augmentation)
-    piece = _slice(work, micro_batch, phases_of(work.objective, cell.tiles))
-    emitting = sink if work.hands_on(index) else None
+def _reader(work: Workload, index: int, table: Bench, sources: list[Source] | None = None) -> Reader:
+    """A reader of what node ``index`` reads, from files unless ``sources`` are given."""
+    streams = work.streams_of(index)
+    in_files = [
+        _NoRows({name: work.formats_into(number)[name] for name in streams}) for number in work.sources_of(index)
+    ]
+    prepare = training_inputs(work.objective, work.augmentation) if index == 0 else None
+    slots = slots_on(work.device) if sources is None else 1
+    labels = _LABELS if sources is None else sources.pop()
+    return Reader(sources or in_files, labels, _CPU, table.meter.host, 0, prepare, slots)
+
+
+def _visit(work: Workload, index: int, micro_batch: int, table: Bench, cell: Cell, reader: Reader, sink: Sink) -> None:
+    executor = Executor(table.meter, work.seed)
+    emits = index < work.depth and work.emits(index)
     with table.meter.watch():
         tally = Tally(_CPU)
-    executor.train(cell, feed, piece, 0, tally, emitting if work.emits_in_training else None)
+    while_training = sink if emits and work.emits_in_training else None
+    executor.run("train", cell, reader, _excerpt(work, micro_batch), Outputs(tally, while_training))
     del tally
-    if not work.emits_in_training:
-        executor.emit(cell, feed, _slice(work, micro_batch, cell.tiles, shuffled=False), emitting)
+    if emits and not work.emits_in_training:
+        executor.run("emit", cell, reader, _excerpt(work, micro_batch, shuffled=False), Outputs(sink=sink))
 
 
 @dataclass(frozen=True)
-class _Excerpt(Slice):
-    """Steps whose many equal micro-batches are not all run: the second already sums up gradients.
+class _Excerpt(Span):
+    """Steps of which only those micro-batches are run that can differ: the second already sums up gradients.
 
-    All are full batches of the same rows, as many as there are for certain.
+    Attributes:
+        sizes: samples of each step.
     """
 
-    def steps(self) -> Iterator[tuple[int, int, int]]:
-        """See ``Slice``."""
-        for step, _, _ in super().steps():
-            yield step, 0, self.batch_size
+    sizes: tuple[int, ...] = field(default=())
 
-    def parts(self, size: int) -> Iterator[tuple[int, int, int, bool]]:
-        """The first and the last part of each phase, and the second if the last is smaller."""
-        for _, parts in groupby(super().parts(size), key=itemgetter(0)):
-            listed = list(parts)
-            smaller = size % self.micro_batch > 0
-            yield from listed if len(listed) <= 2 else [*listed[: 1 + smaller], listed[-1]]
+    def bounds(self, step: int) -> tuple[int, int]:
+        """See ``Span``; all steps are of the same rows."""
+        return 0, self.sizes[step]
 
-
-def stepping(
-    work: Workload, index: int, micro_batch: int, table: Bench, cell: LiveCell | TiledCell, steps: int
-) -> None:
-    """Some training steps of cell ``index`` with all their micro-batches, latents going to no file."""
-    feed = _FakeFeed(work.formats_into(index), table.meter, slots_on(work.device))
-    executor = Executor(work.objective, _CPU, table.meter, work.seed, work.augmentation)
-    piece = _whole_steps(work, micro_batch, phases_of(work.objective, cell.tiles), steps)
-    sink = _NoSink() if work.hands_on(index) and work.emits_in_training else None
-    executor.train(cell, feed, piece, 0, Tally(_CPU), sink)
+    def micro_batches(self, size: int) -> list[tuple[int, int]]:
+        """The first and the last micro-batch, and the second if the last is smaller."""
+        whole = super().micro_batches(size)
+        smaller = size % self.micro_batch > 0
+        return whole if len(whole) <= 2 else [*whole[: 1 + smaller], whole[-1]]
 
 
-def emitting(
-    work: Workload, index: int, micro_batch: int, table: Bench, cell: LiveCell | TiledCell, steps: int
-) -> None:
+def _excerpt(work: Workload, micro_batch: int, shuffled: bool = True) -> _Excerpt:
+    """Two steps of full batches (or of all rows, if these are fewer).
+
+    A short last batch takes no more, but on CUDA it moves tensors between the allocator's pools of large and small
+    blocks, so that it is run there too, and a full batch after it.
+    """
+    size = min(work.batch_size, work.rows)
+    sizes: tuple[int, ...] = (size,) * _STEPS
+    if work.device.type == "cuda" and (short := work.rows % size):
+        sizes = (*sizes, short, size) if shuffled else (*sizes, short)
+    order = np.zeros(size, np.int64) if shuffled else None
+    return _Excerpt(work.rows, size, min(micro_batch, size), 0, len(sizes), order, sizes=sizes)
+
+
+def stepping(work: Workload, index: int, micro_batch: int, table: Bench, cell: Cell, steps: int) -> None:
+    """Some training steps of node ``index`` with all their micro-batches, latents going to no file."""
+    emits = index < work.depth and work.emits(index) and work.emits_in_training
+    out = Outputs(Tally(_CPU), _NoFile(work.latent_dtype) if emits else None)
+    span = _whole_steps(work, micro_batch, steps)
+    Executor(table.meter, work.seed).run("train", cell, _reader(work, index, table), span, out)
+
+
+def emitting(work: Workload, index: int, micro_batch: int, table: Bench, cell: Cell, steps: int) -> None:
     """Some batches of the finished cell ``index``, latents going to no file."""
-    feed = _FakeFeed(work.formats_into(index), table.meter, slots_on(work.device))
-    executor = Executor(work.objective, _CPU, table.meter, work.seed, work.augmentation)
-    executor.emit(cell, feed, _whole_steps(work, micro_batch, cell.tiles, steps), _NoSink())
+    out, span = Outputs(sink=_NoFile(work.latent_dtype)), _whole_steps(work, micro_batch, steps)
+    Executor(table.meter, work.seed).run("emit", cell, _reader(work, index, table), span, out)
 
 
-def stepping_readout(work: Workload, micro_batch: int, table: Bench, resident: bool, steps: int) -> None:
-    """Some training steps of the classifier."""
-    feed = _FakeCellsFeed([work.format_into(index + 1) for index in work.classifier_reads], _reading(work))
-    piece, cells = _whole_steps(work, micro_batch, 1, steps), len(work.classifier_reads)
-    train_readout(_readout(work, table, resident), feed, piece, cells, work.classes, table.meter, Tally(_CPU))
-
-
-def _whole_steps(work: Workload, micro_batch: int, phases: int, steps: int) -> Slice:
+def _whole_steps(work: Workload, micro_batch: int, steps: int) -> Span:
     size = min(work.batch_size, work.rows)
-    return Slice(steps * size, size, min(micro_batch, size), 0, steps, np.zeros(steps * size, np.int64), phases)
-
-
-def _slice(work: Workload, micro_batch: int, phases: int, shuffled: bool = True) -> Slice:
-    """Two steps of full batches (or of all rows, if these are fewer)."""
-    size = min(work.batch_size, work.rows)
-    order = np.zeros(_STEPS * size, np.int64) if shuffled else None
-    return _Excerpt(_STEPS * size, size, min(micro_batch, size), 0, _STEPS, order, phases)
-
-
-def readout_peak(work: Workload, micro_batch: int, resident: bool) -> int:
-    """Peak bytes of a visit to the classifier, its blocks resident or streamed; latents from files."""
-    return visited_readout(work, micro_batch, resident).peak
-
-
-def visited_readout(work: Workload, micro_batch: int, resident: bool) -> Bench:
-    """The bench after a visit to the classifier; see ``readout_peak``."""
-    with bench(work.device) as table:
-        readout = _readout(work, table, resident)
-        formats = [work.format_into(index + 1) for index in work.classifier_reads]
-        feed = _FakeCellsFeed(formats, _reading(work))
-        _run_readout(work, micro_batch, table, readout, feed)
-    return table
-
-
-def _readout(work: Workload, table: Bench, resident: bool) -> Readout:
-    assert work.readout is not None
-    with table.meter.watch():
-        return Readout(work.feature_widths, work.classes, work.readout, _CPU, work.seed, table.meter, resident)
-
-
-def _run_readout(
-    work: Workload,
-    micro_batch: int,
-    table: Bench,
-    readout: Readout,
-    feed: _FakeCellsFeed | DeviceCellsFeed,
-) -> None:
-    with table.meter.watch():
-        tally = Tally(_CPU)
-    piece = _slice(work, micro_batch, 1)
-    train_readout(readout, feed, piece, len(work.classifier_reads), work.classes, table.meter, tally)
-
-
-def _reading(work: Workload) -> Reading:
-    return Reading(work.objective.classifier_stream, work.objective.features)
-
-
-class _FakeCellsFeed:
-    waited_s = 0.0
-
-    def __init__(self, formats: list[RowFormat], reading: Reading):
-        self._formats, self._reading = formats, reading
-
-    def portions(self, work: Slice, sweeps: int) -> Iterator[Portion]:
-        """See ``stream.readout.CellsFeed``."""
-        slots = Slots([layout.row_bytes for layout in self._formats], work.micro_batch, _CPU)
-        for _, start, stop in work.steps():
-            for _ in range(sweeps):
-                for layout in self._formats:
-                    for _, first, last, _ in work.parts(stop - start):
-                        with making("latents"):
-                            z = layout.decode(slots.view(last - first, layout.row_bytes))
-                            y = LABELS.decode(slots.view_labels(last - first))
-                        yield self._reading.portion(first, last, z, y)
-                        del z
+    return Span(steps * size, size, min(micro_batch, size), 0, steps, np.zeros(steps * size, np.int64))
 
 
 def resident_peak(work: Workload, micro_batches: list[int]) -> tuple[int, list[int]]:
@@ -315,43 +270,46 @@ def visited_all(work: Workload, micro_batches: list[int]) -> tuple[Bench, list[R
 
     Cells that take turns every epoch meet all others on the device from the second epoch on.
     """
-    visits: list[ResidentVisit] = []
-
-    def note(node: int) -> None:
-        visits.append(ResidentVisit(node, table.peak, table.tracker.peak_operation, table.timeline.changes))
-
     with bench(work.device, any(map(work.needs_values, range(work.depth)))) as table:
-        with table.meter.watch(), making("latents"):
-            latents = {0: _resident(work.rows, work.inputs)}
-            labels = torch.zeros(work.rows, dtype=torch.int64)
-        kept: list[LiveCell | TiledCell] = []
-        readout: Readout | None = None
+        whole = _AllResident(work, micro_batches, table)
         for _ in range(min(work.epochs, 2) if work.emits_in_training else 1):
-            for index in range(work.depth):
-                table.tracker.reset_peak()
-                if index == len(kept):
-                    kept.append(place(work, index, table))
-                out = DeviceLatents(work.rows * work.views, work.latent_dtype, work.emits_in_training)
-                _run(work, index, micro_batches[index], table, kept[index], DeviceFeed(latents[index], labels), out)
-                latents[index + 1] = out
-                note(index)
-                if index and index - 1 not in work.classifier_reads:
-                    latents.pop(index).free()  # nobody reads the cell's inputs any more
-            if work.readout is not None:
-                table.tracker.reset_peak()
-                readout = readout or _readout(work, table, resident=True)
-                read = [index + 1 for index in work.classifier_reads]
-                feed = DeviceCellsFeed([latents[index] for index in read], labels, _reading(work))
-                _run_readout(work, micro_batches[-1], table, readout, feed)
-                note(work.depth)
-                for index in read:
-                    latents.pop(index).free()
-        latents[0].free()
-    return table, visits
+            for index in range(work.depth + (work.classifier is not None)):
+                whole.visit(index)
+    return table, whole.visits
 
 
-def _resident(rows: int, layout: RowFormat) -> DeviceLatents:
+class _AllResident:
+    """A run on the bench with everything on the device."""
+
+    def __init__(self, work: Workload, micro_batches: list[int], table: Bench):
+        self.visits: list[ResidentVisit] = []
+        self._work, self._micro_batches, self._table = work, micro_batches, table
+        self._cells: list[Cell] = []
+        with table.meter.watch(), making("latents"):
+            self._latents = {0: _zeros(work.rows, "x", work.inputs)}
+            self._labels = _zeros(work.rows, "y", LABELS)
+
+    def visit(self, index: int) -> None:
+        """A node's turn; what nobody reads any more leaves the device."""
+        work, table, latents = self._work, self._table, self._latents
+        table.tracker.reset_peak()
+        if index == len(self._cells):
+            self._cells.append(place(work, index, table, resident=True))
+        sources: list[Source] = [latents[each].source(work.streams_of(index)) for each in work.sources_of(index)]
+        reader = _reader(work, index, table, [*sources, self._labels.source()])
+        out = DeviceLatents(work.rows * work.views, work.latent_dtype, work.emits_in_training)
+        _visit(work, index, self._micro_batches[index], table, self._cells[index], reader, out)
+        tracker = table.tracker
+        self.visits.append(ResidentVisit(index, table.peak, tracker.peak_operation, table.timeline.changes))
+        if index < work.depth:
+            latents[index + 1] = out
+        for number in work.sources_of(index):
+            if number and (index == work.depth or number - 1 not in work.classifier_reads):
+                latents.pop(number).free()
+
+
+def _zeros(rows: int, stream: str, layout: RowFormat) -> DeviceLatents:
     latents = DeviceLatents(rows, layout.dtype, False)
-    latents.formats["x"] = layout
-    latents.tensors["x"] = torch.zeros(rows, layout.row_bytes, dtype=torch.uint8)
+    latents.formats[stream] = layout
+    latents.tensors[stream] = torch.zeros(rows, layout.row_bytes, dtype=torch.uint8)
     return latents

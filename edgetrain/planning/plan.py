@@ -53,9 +53,9 @@ class Plan:
 
     Attributes:
         cells: in order.
-        readout: the trained classifier's, if there is one.
+        classifier: the trained classifier's, if there is one.
         placement: ``stream`` or ``resident``.
-        readout_resident: whether all of the classifier stays on the device during its visits.
+        classifier_resident: whether all of the classifier stays on the device during its visits.
         budget: bytes that PyTorch's allocator may reserve on the device; ``None``: no limit.
         least: finds ``min_budget``, which takes longer than the plan itself.
         predicted_peak: of the device.
@@ -75,9 +75,9 @@ class Plan:
     """
 
     cells: tuple[CellPlan, ...]
-    readout: CellPlan | None
+    classifier: CellPlan | None
     placement: str
-    readout_resident: bool
+    classifier_resident: bool
     budget: int | None
     least: Callable[[], int] = field(repr=False, compare=False)
     predicted_peak: int
@@ -132,7 +132,7 @@ class Plan:
     @property
     def visits(self) -> tuple[CellPlan, ...]:
         """All cells and, last, the classifier."""
-        return self.cells if self.readout is None else (*self.cells, self.readout)
+        return self.cells if self.classifier is None else (*self.cells, self.classifier)
 
     @property
     def tiles(self) -> list[int]:

@@ -20,11 +20,11 @@ from edgetrain.errors import BudgetError, InputError
 from edgetrain.nets.base import CellRecipe, Options
 from edgetrain.objectives.base import nodes
 from edgetrain.planning import storage
-from edgetrain.planning.dryrun import cell_peak, readout_peak, refusal_of_one_row, resident_peak
+from edgetrain.planning.dryrun import cell_peak, refusal_of_one_row, resident_peak
 from edgetrain.planning.plan import CellPlan, Plan
 from edgetrain.planning.schedule import Cut
 from edgetrain.planning.workload import Workload
-from edgetrain.stream.tiles import cuts
+from edgetrain.stream.tiles import ranges_of
 from edgetrain.units import MIB, ceil_gb, ceil_mb, show_mb
 
 _REPEATS = (3, 4)  # copies of equal cells from which backpropagation's peak is extrapolated
@@ -93,8 +93,8 @@ def _attempt(
     """The plan of a run of this batch size; see ``make_plan``."""
     chooser = _Chooser(work, budget, _asked(work, micro_batch), _asked_tiles(work, tiles))
     cells = tuple(chooser.cell(index) for index in range(work.depth))
-    readout, readout_resident = chooser.readout(lean=placement == "stream")
-    visits = cells if readout is None else (*cells, readout)
+    classifier, classifier_resident = chooser.classifier(lean=placement == "stream")
+    visits = cells if classifier is None else (*cells, classifier)
     peak = max(cell.peak for cell in visits)
     chosen = "stream"
     tiled = any(cell.tiles > 1 for cell in cells)
@@ -105,16 +105,16 @@ def _attempt(
     ):
         whole, peaks = resident_peak(work, [cell.micro_batch for cell in visits])
         if placement == "resident" or budget is None or whole <= budget:
-            chosen, peak, readout_resident = "resident", whole, True
+            chosen, peak, classifier_resident = "resident", whole, True
             cells = tuple(replace(cell, peak=peaks[index]) for index, cell in enumerate(cells))
-            readout = None if readout is None else replace(readout, peak=peaks[-1])
+            classifier = None if classifier is None else replace(classifier, peak=peaks[-1])
     params = [cell.params for cell in visits]
     cut = cut or storage.cut_for(work, sum(params), chosen, disk_budget)
     return Plan(
         cells=cells,
-        readout=readout,
+        classifier=classifier,
         placement=chosen,
-        readout_resident=readout_resident,
+        classifier_resident=classifier_resident,
         budget=budget,
         least=chooser.least if chosen == "stream" else lambda: peak,
         predicted_peak=peak,
@@ -208,8 +208,7 @@ class _LastRow:
     def _of_one_row(self) -> str | None:
         kinds = set()
         for node in self._work.nodes:
-            assert node.recipe is not None
-            kind = node.recipe.signature, node.parent and node.parent.shape
+            kind = node.recipe.signature, node.parent.shape
             if kind not in kinds and (why := refusal_of_one_row(self._work, node.index)) is not None:
                 return f"cell {node.index + 1} ({node.recipe.name}) cannot learn: {why}"
             kinds.add(kind)
@@ -249,8 +248,8 @@ def backprop_work(work: Workload, recipes: Sequence[CellRecipe], options: Option
         nodes=tuple(whole),
         inputs=replace(work.inputs, shape=recipes[0].in_shape),  # a method may give the net more than the data have
         objective=Backpropagation(work.classes, options),
-        readout=None,
-        readout_epochs=0,
+        classifier=None,
+        classifier_epochs=0,
     )
 
 
@@ -261,7 +260,7 @@ def _backprop(work: Workload, recipes: list[CellRecipe], options: Options) -> in
 def _asked(work: Workload, micro_batch: int | list[int] | None) -> list[int] | None:
     if micro_batch is None:
         return None
-    visits = work.depth + (work.readout is not None)
+    visits = work.depth + (work.classifier is not None)
     asked = [micro_batch] * visits if isinstance(micro_batch, int) else micro_batch
     if len(asked) != visits:
         raise InputError(f"micro_batch lists {len(asked)} numbers; expected {visits}, one for each cell")
@@ -279,7 +278,7 @@ def _asked_tiles(work: Workload, tiles: int | list[int] | None) -> list[int] | N
     if tiles is None:
         return None
     asked = tiles if isinstance(tiles, list) else [tiles] * work.depth
-    if len(asked) not in (work.depth, work.depth + (work.readout is not None)):
+    if len(asked) not in (work.depth, work.depth + (work.classifier is not None)):
         raise InputError(f"tiles lists {len(asked)} numbers; expected {work.depth}, one for each cell")
     for node, each in zip(work.nodes, asked, strict=False):
         if each > 1 and not work.objective.tileable(node):
@@ -310,18 +309,16 @@ class _Chooser:
         self._work, self._budget, self._asked, self._tiles = work, budget, asked, tiles
         self._known: dict[Hashable, _Choice] = {}
         self._nodes: dict[Hashable, int] = {}  # one of each kind
-        self._peaks: dict[tuple[int, int, int], int] = {}  # by node, micro-batch and tiles
+        self._peaks: dict[tuple[int, int, int, bool], int] = {}  # by node, micro-batch, tiles and residency
 
     def cell(self, index: int) -> CellPlan:
         """The plan of a cell."""
         work, node = self._work, self._work.nodes[index]
-        assert node.recipe is not None
-        assert node.parent is not None
         kind = (
             node.recipe.signature,
             node.parent.shape,
             index == 0,
-            work.hands_on(index),
+            work.emits(index),
             self._asked and self._asked[index],
             self._tiles and self._tiles[index],
         )
@@ -338,23 +335,23 @@ class _Chooser:
             min(self._peak(index, size, tiles) for tiles in self._extremes(index) for size in _ends(self._sizes(index)))
             for index in self._nodes.values()
         ]
-        if self._work.readout is not None:
-            peaks.append(min(self._readout_peak(False, size) for size in _ends(self._sizes(self._work.depth))))
+        if self._work.classifier is not None:
+            peaks.append(min(self._peak(self._work.depth, size, 1) for size in _ends(self._sizes(self._work.depth))))
         return max(peaks)
 
-    def readout(self, lean: bool) -> tuple[CellPlan | None, bool]:
+    def classifier(self, lean: bool) -> tuple[CellPlan | None, bool]:
         """The plan of the trained classifier, and whether it stays on the device as a whole."""
         work = self._work
-        if work.readout is None:
+        if work.classifier is None:
             return None, False
         sizes = self._sizes(work.depth)
         params = work.classes * (sum(work.feature_widths) + 1)
         micro, peak, resident = 0, 0, not lean
         if resident:
-            micro, peak = self._largest(sizes, partial(self._readout_peak, True))
+            micro, peak = self._largest(sizes, partial(self._peak, work.depth, tiles=1, resident=True))
             resident = self.fits(peak)
         if not resident:
-            micro, peak = self._largest(sizes, partial(self._readout_peak, False))
+            micro, peak = self._largest(sizes, partial(self._peak, work.depth, tiles=1))
         return CellPlan("classifier", params, micro, peak, 0), resident
 
     def fits(self, peak: int) -> bool:
@@ -363,7 +360,6 @@ class _Chooser:
 
     def _choose(self, index: int) -> _Choice:
         work, node = self._work, self._work.nodes[index]
-        assert node.recipe is not None
         with torch.device("meta"):
             head = work.objective.head(node)
         params = node.recipe.parameters() + (0 if head is None else sum(value.numel() for value in head.parameters()))
@@ -379,7 +375,7 @@ class _Chooser:
                 leanest = found
             if tiles == most or (tiles == 1 and chosen):
                 break
-            tiles = len(cuts(prod(node.shape), min(2 * tiles, most)))
+            tiles = len(ranges_of(prod(node.shape), min(2 * tiles, most)))
         result = chosen or leanest
         assert result is not None
         return result
@@ -389,20 +385,14 @@ class _Chooser:
         node = self._work.nodes[index]
         units = prod(node.shape)
         if self._tiles is not None:
-            asked = len(cuts(units, self._tiles[index]))
+            asked = len(ranges_of(units, self._tiles[index]))
             return asked, asked
-        return 1, len(cuts(units, units)) if self._work.objective.tileable(node) else 1
+        return 1, len(ranges_of(units, units)) if self._work.objective.tileable(node) else 1
 
-    def _peak(self, index: int, size: int, tiles: int) -> int:
-        key = index, size, tiles
+    def _peak(self, index: int, size: int, tiles: int, resident: bool = False) -> int:
+        key = index, size, tiles, resident
         if key not in self._peaks:
-            self._peaks[key] = cell_peak(self._work, index, size, tiles)
-        return self._peaks[key]
-
-    def _readout_peak(self, resident: bool, size: int) -> int:
-        key = self._work.depth, size, int(resident)
-        if key not in self._peaks:
-            self._peaks[key] = readout_peak(self._work, size, resident)
+            self._peaks[key] = cell_peak(self._work, *key)
         return self._peaks[key]
 
     def _sizes(self, index: int) -> list[int]:

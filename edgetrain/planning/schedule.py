@@ -82,7 +82,7 @@ WHOLE = Cut()
 
 
 def separate(
-    depth: int, epochs: int, steps: int, readout_epochs: int = 0, reads: tuple[int, ...] = (), cut: Cut = WHOLE
+    depth: int, epochs: int, steps: int, classifier_epochs: int = 0, reads: tuple[int, ...] = (), cut: Cut = WHOLE
 ) -> Iterator[Visit]:
     """Each cell is finished before the next begins; its latents are cached once.
 
@@ -90,22 +90,22 @@ def separate(
         depth: number of cells.
         epochs: of each.
         steps: of an epoch.
-        readout_epochs: of the classifier; 0: there is none.
+        classifier_epochs: of the classifier; 0: there is none.
         reads: the cells whose latents the classifier reads.
         cut: what is cached, and in which ranges the rest is emitted again.
     """
     if cut.cached is not None:
-        yield from _again(depth, epochs, cut.steps(steps), readout_epochs, reads, cut.cached)
+        yield from _again(depth, epochs, cut.steps(steps), classifier_epochs, reads, cut.cached)
         return
     for node in range(depth):
-        hands_on = node in reads or node < depth - 1
+        emits = node in reads or node < depth - 1
         for epoch in range(epochs):
             final = epoch == epochs - 1
             frees: tuple[int, ...] = (node,) if final and node - 1 not in reads else ()
-            emit: Emission = "finished" if final and hands_on else "none"
+            emit: Emission = "finished" if final and emits else "none"
             yield Visit(node, epoch, 0, steps, emit, frees, final, frontier=True)
-    for epoch in range(readout_epochs):
-        final = epoch == readout_epochs - 1
+    for epoch in range(classifier_epochs):
+        final = epoch == classifier_epochs - 1
         frees = tuple(node + 1 for node in reads) if final else ()
         yield Visit(depth, epoch, 0, steps, "none", frees, final, frontier=True)
 
@@ -114,7 +114,7 @@ def _again(
     depth: int,
     epochs: int,
     ranges: list[tuple[int, int]],
-    readout_epochs: int,
+    classifier_epochs: int,
     reads: tuple[int, ...],
     cached: frozenset[int],
 ) -> Iterator[Visit]:
@@ -136,11 +136,11 @@ def _again(
             frees = (node, *(done if last == ranges[-1][1] else ()))
             yield Visit(node, epochs - 1, first, last, "cached", frees, final=False, frontier=True)
         base = node + 1 if caches else base
-    for epoch in range(readout_epochs):
+    for epoch in range(classifier_epochs):
         for first, last in ranges:
             read = tuple(node + 1 for node in reads)
             yield from _emitting(range(max(reads) + 1), epoch, first, last, "again", keeps=read)
-            final = epoch == readout_epochs - 1 and last == ranges[-1][1]
+            final = epoch == classifier_epochs - 1 and last == ranges[-1][1]
             yield Visit(depth, epoch, first, last, "none", read, final, frontier=True)
 
 
@@ -154,19 +154,19 @@ def _emitting(
 
 
 def sequence(
-    depth: int, epochs: int, steps: int, readout_epochs: int = 0, reads: tuple[int, ...] = (), cut: Cut = WHOLE
+    depth: int, epochs: int, steps: int, classifier_epochs: int = 0, reads: tuple[int, ...] = (), cut: Cut = WHOLE
 ) -> Iterator[Visit]:
     """Within each range of an epoch, each cell in turn while it emits; the classifier ends it. See ``separate``."""
     for epoch in range(epochs):
         for first, last in cut.steps(steps):
             final = epoch == epochs - 1 and last == steps
             for node in range(depth):
-                hands_on = node in reads or node < depth - 1
+                emits = node in reads or node < depth - 1
                 frees = (node,) if node and node - 1 not in reads else ()
-                emit: Emission = "training" if hands_on else "none"
-                last_of_range = node == depth - 1 and not readout_epochs
+                emit: Emission = "training" if emits else "none"
+                last_of_range = node == depth - 1 and not classifier_epochs
                 yield Visit(node, epoch, first, last, emit, frees, final, last_of_range)
-            if readout_epochs:
+            if classifier_epochs:
                 read = tuple(node + 1 for node in reads)
                 yield Visit(depth, epoch, first, last, "none", read, final, frontier=True)
 

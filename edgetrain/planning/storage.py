@@ -23,14 +23,14 @@ _TENSOR_BYTES = 256  # of a tensor's place in the header, and of a single number
 
 def latent_bytes(work: Workload, index: int) -> int:
     """Bytes on disk of the training latents that node ``index`` emits; 0 if nobody reads them."""
-    return work.views * work.rows * work.row_bytes_into(index + 1) if work.hands_on(index) else 0
+    return work.views * work.rows * work.row_bytes_into(index + 1) if work.emits(index) else 0
 
 
 def host_bytes(work: Workload, params: list[int]) -> int:
     """Host memory for batches on their way, for mapped pages, for two cells in transit, and for a user's modules."""
     order = work.rows * _LABEL_BYTES
     transit = 2 * STATE_BYTES_PER_PARAMETER * max(params)
-    kept = sum(node.recipe.kept_bytes for node in work.nodes if node.recipe is not None)
+    kept = sum(node.recipe.kept_bytes for node in work.nodes)
     return staging_bytes(work) + order + transit + kept + DEFAULT_WINDOW
 
 
@@ -72,8 +72,7 @@ def bookkeeping_bytes(work: Workload) -> int:
     known: dict[Hashable, tuple[int, int, int]] = {}
     cells = model = names = prints = 0
     for node in work.nodes:
-        assert node.recipe is not None
-        kind = node.recipe.signature, node.parent and node.parent.shape
+        kind = node.recipe.signature, node.parent.shape
         if kind not in known:
             known[kind] = (*_beside_parameters(work, node), len(json.dumps(node.recipe.fingerprints())) + 8)
         state, optimizer, fingerprint = known[kind]
@@ -82,7 +81,7 @@ def bookkeeping_bytes(work: Workload) -> int:
         names += len(node.recipe.name) + 8
     visits = work.depth + 1
     cells += 2 * _HEADER_BYTES * visits + 4 * _TENSOR_BYTES * (visits + 3) + 8 * prod(work.inputs.shape)
-    epochs = max(work.epochs, work.readout_epochs)
+    epochs = max(work.epochs, work.classifier_epochs)
     settings = 8192 + 48 * visits + 2 * names
     streams = visits * len(work.objective.stream_names)
     needed = settings + names + prints + visits * (1200 + 40 * epochs) + 400 * streams

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edgetrain.memory.timeline import thinned
 from edgetrain.nets.base import CellRecipe, Options
-from edgetrain.planning.dryrun import Bench, visited, visited_all, visited_readout
+from edgetrain.planning.dryrun import Bench, visited, visited_all
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import backprop_work
 from edgetrain.planning.workload import Workload
@@ -31,10 +31,7 @@ def of_run(work: Workload, plan: Plan) -> list[MemorySeries]:
     points = max(_LEAST, min(_MOST, _POINTS // len(groups)))
     for group in groups:
         node, cell = group[0], plan.visits[group[0]]
-        if node == work.depth:
-            table = visited_readout(work, cell.micro_batch, plan.readout_resident)
-        else:
-            table = visited(work, node, cell.micro_batch, cell.tiles)
+        table = visited(work, node, cell.micro_batch, cell.tiles, plan.classifier_resident)
         found.append(_series(cell.name, len(group), table, points, node + 1))
     return found
 
@@ -77,6 +74,4 @@ def _kind(work: Workload, plan: Plan, node: int) -> Hashable:
     if node == work.depth:
         return cell.name
     recipe, parent = work.nodes[node].recipe, work.nodes[node].parent
-    assert recipe is not None
-    assert parent is not None
-    return recipe.signature, parent.shape, node == 0, work.hands_on(node), cell.micro_batch, cell.tiles
+    return recipe.signature, parent.shape, node == 0, work.emits(node), cell.micro_batch, cell.tiles

@@ -10,7 +10,10 @@ from edgetrain.data.augment import Augmentation
 from edgetrain.objectives.base import Node, Objective
 from edgetrain.planning.schedule import SCHEDULES, Cut, Visit
 from edgetrain.store.rows import RowFormat
+from edgetrain.stream.builder import Builder
 from edgetrain.stream.cell import OptimizerRecipe
+from edgetrain.stream.classifier import ClassifierRecipe
+from edgetrain.stream.state import Host
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,14 @@ class Workload:
         nodes: the cells.
         objective: the local rule.
         optimizer: of each cell.
-        readout: optimizer of the trained classifier, or ``None`` if the method has none.
+        classifier: optimizer of the trained classifier, or ``None`` if the method has none.
         schedule: name of the order of visits.
         classes: number of classes.
         rows: training samples.
         test_rows: test samples.
         batch_size: samples of a step.
         epochs: of each cell.
-        readout_epochs: of the classifier; 0 if there is none.
+        classifier_epochs: of the classifier; 0 if there is none.
         inputs: how a prepared input lies on disk.
         latent_dtype: how latents lie on disk.
         device: where steps run.
@@ -42,14 +45,14 @@ class Workload:
     nodes: tuple[Node, ...]
     objective: Objective
     optimizer: OptimizerRecipe
-    readout: OptimizerRecipe | None
+    classifier: OptimizerRecipe | None
     schedule: str
     classes: int
     rows: int
     test_rows: int
     batch_size: int
     epochs: int
-    readout_epochs: int
+    classifier_epochs: int
     inputs: RowFormat
     latent_dtype: str
     device: torch.device
@@ -67,7 +70,7 @@ class Workload:
     def visits(self, cut: Cut) -> list[Visit]:
         """Of the whole run, in order."""
         schedule = SCHEDULES[self.schedule]
-        return list(schedule(self.depth, self.epochs, self.steps, self.readout_epochs, self.classifier_reads, cut))
+        return list(schedule(self.depth, self.epochs, self.steps, self.classifier_epochs, self.classifier_reads, cut))
 
     def range_rows(self, cut: Cut) -> int:
         """Samples of the largest range of an epoch."""
@@ -81,13 +84,13 @@ class Workload:
 
     @property
     def emits_in_training(self) -> bool:
-        """Whether cells hand latents on while they train."""
+        """Whether cells emit latents while they train."""
         return self.schedule == "sequence"
 
     @property
     def classifier_reads(self) -> tuple[int, ...]:
         """The cells whose latents the trained classifier reads."""
-        return self.objective.read_by_classifier(self.depth) if self.readout is not None else ()
+        return self.objective.read_by_classifier(self.depth) if self.classifier is not None else ()
 
     @property
     def feature_widths(self) -> list[int]:
@@ -95,12 +98,28 @@ class Workload:
         shapes = [self.nodes[index].shape for index in self.classifier_reads]
         return [self.objective.features(torch.empty(1, *shape, device="meta")).shape[1] for shape in shapes]
 
+    def builder(self, device: torch.device, host: Host, classifier_resident: bool = False) -> Builder:
+        """What builds the run's cells, on another device than the run's in a dry run."""
+        recipe = ClassifierRecipe(self.depth, self.feature_widths, self.seed, classifier_resident)
+        optimizers = self.optimizer, self.classifier
+        return Builder(self.nodes, self.objective, optimizers, device, host, recipe)
+
+    def sources_of(self, index: int) -> tuple[int, ...]:
+        """Numbers of the latents that a node reads: one, or those of all cells that the classifier reads."""
+        return (index,) if index < self.depth else tuple(read + 1 for read in self.classifier_reads)
+
+    def streams_of(self, index: int) -> tuple[str, ...]:
+        """Names of the streams that a node reads."""
+        if index == self.depth:
+            return (self.objective.classifier_stream,)
+        return ("x",) if index == 0 else self.objective.stream_names
+
     def format_into(self, index: int) -> RowFormat:
         """How one stream of the latents that node ``index`` reads lies on disk."""
         return self.inputs if index == 0 else RowFormat(self.nodes[index - 1].shape, self.latent_dtype)
 
     def formats_into(self, index: int) -> dict[str, RowFormat]:
-        """How all streams that node ``index`` reads lie on disk."""
+        """How all streams of latents ``index`` lie on disk."""
         names = ("x",) if index == 0 else self.objective.stream_names
         return dict.fromkeys(names, self.format_into(index))
 
@@ -108,16 +127,14 @@ class Workload:
         """Bytes on disk of one sample that node ``index`` reads, all streams together."""
         return sum(layout.row_bytes for layout in self.formats_into(index).values())
 
-    def hands_on(self, index: int) -> bool:
+    def emits(self, index: int) -> bool:
         """Whether anybody reads the latents of node ``index``."""
         return index in self.classifier_reads or index < self.depth - 1
 
     def couples_batch(self, index: int) -> bool:
         """Whether node ``index`` cannot be split into micro-batches."""
-        recipe = self.nodes[index].recipe
-        return self.objective.couples_batch or (recipe is not None and recipe.couples_batch)
+        return self.objective.couples_batch or self.nodes[index].recipe.couples_batch
 
     def needs_values(self, index: int) -> bool:
         """Whether node ``index`` cannot run on fake tensors."""
-        recipe = self.nodes[index].recipe
-        return recipe is not None and recipe.needs_values
+        return index < self.depth and self.nodes[index].recipe.needs_values

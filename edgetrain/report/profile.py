@@ -209,7 +209,7 @@ def _moved(work: Workload) -> int:
     nodes, reads = range(work.depth), work.classifier_reads
     read = sum(len(work.objective.phases) * work.row_bytes_into(index) for index in nodes)
     read += 2 * sum(work.format_into(index + 1).row_bytes for index in reads)  # the classifier's two sweeps
-    written = sum(work.row_bytes_into(index + 1) for index in nodes if work.hands_on(index))
+    written = sum(work.row_bytes_into(index + 1) for index in nodes if work.emits(index))
     return work.rows * (read + written)
 
 

@@ -1,29 +1,27 @@
-"""A cell on the device: module, head and optimizers, and their state as named tensors.
-
-Names of a cell's state: ``cell.linear.weight``, ``head.weight``, and for the optimizer
-``optim.PHASE.cell.linear.weight.exp_avg``.
-"""
+"""A cell on the device: its module, its head, and an optimizer for each phase."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from edgetrain.errors import InputError
 from edgetrain.keys import seeded
+from edgetrain.memory import device as devices
 from edgetrain.memory.timeline import making
 from edgetrain.nets.copying import kept_in_eval, named_tensors, set_training, unsaved_buffers, with_tensors
-from edgetrain.objectives.base import Node, Objective, Phase
+from edgetrain.objectives.base import Node, Objective, Phase, Streams
+from edgetrain.stream.outputs import Outputs
+from edgetrain.stream.reader import Batch, MicroBatch
+from edgetrain.stream.saved import saved_on_host
+from edgetrain.stream.state import CellState, Host, Tensors
 
-State = dict[str, Tensor]
 Modules = tuple[nn.Module, nn.Module | None]
-Host = Callable[[], AbstractContextManager[object]]
 
 # Fused implementations keep no temporary copies of all gradients; where there is none, one tensor
 # after the other peaks lower than foreach, which is CUDA's default.
@@ -35,6 +33,7 @@ _OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 OPTIMIZERS = tuple(_OPTIMIZERS)
 _NAMED = 4  # tensors in a message
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -57,50 +56,130 @@ class OptimizerRecipe:
         return kind(parameters, lr=self.lr, weight_decay=self.weight_decay, **implementation)  # type: ignore[call-arg]
 
 
-class LiveCell:
-    """One cell on the device.
+class Cell(Protocol):
+    """What the executor runs: a cell whole on the device, in tiles, or the classifier.
+
+    Attributes:
+        index: its number among the nodes of the schedule.
+    """
+
+    index: int
+
+    @property
+    def tiles(self) -> int:
+        """In how many tiles it comes to the device."""
+        ...
+
+    @property
+    def reads(self) -> Sequence[int]:
+        """Numbers of its sources in the order in which ``emit`` and ``evaluate`` read them: a hint."""
+        ...
+
+    @property
+    def train_reads(self) -> Sequence[int]:
+        """Likewise, of ``train_step``."""
+        ...
+
+    def set_training(self, training: bool) -> None:
+        """Put it in training mode, or in evaluation mode."""
+        ...
+
+    def train_step(self, batch: Batch, out: Outputs) -> None:
+        """One step of the optimizer; latents that it emits are from before the update."""
+        ...
+
+    def emit(self, batch: Batch, out: Outputs) -> None:
+        """Latents of a batch."""
+        ...
+
+    def evaluate(self, batch: Batch, out: Outputs) -> None:
+        """Scores and latents of a batch whose classes are looked for."""
+        ...
+
+    def learned(self) -> Iterator[Tensor]:
+        """The tensors that it learns, if they are on the device."""
+        ...
+
+    def state_dict(self) -> CellState:
+        """All that it needs at its next visit, as host tensors."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What cells are built with.
+
+    Attributes:
+        objective: the local rule.
+        optimizer: of each phase.
+        device: where cells are.
+        host: the meter's scope for host tensors.
+    """
+
+    objective: Objective
+    optimizer: OptimizerRecipe
+    device: torch.device
+    host: Host = nullcontext
+
+
+class ResidentCell:
+    """A cell that is whole on the device.
 
     Args:
         node: which cell.
-        objective: makes the head and names the phases.
-        optimizer: for each phase.
-        device: where everything goes.
-        state: named host tensors to start from; ``None``: first weights, drawn from the cell's key.
-        host: the meter's scope for host tensors.
-        shapes: cell and head on the meta device, to be given room but no values (a dry run).
+        setup: what it is built with.
+        state: host tensors to start from; ``None``: first weights, drawn from the cell's key.
+        shapes: cell and head without values where values come from ``state`` or, in a dry run, are not needed.
+
+    Raises:
+        InputError: the state's names, shapes or kinds are not those of cell and head.
     """
 
-    def __init__(
-        self,
-        node: Node,
-        objective: Objective,
-        optimizer: OptimizerRecipe,
-        device: torch.device,
-        state: Mapping[str, Tensor] | None = None,
-        host: Host = nullcontext,
-        shapes: Modules | None = None,
-    ):
-        self.node, self.device = node, device
-        with host():
-            self.module, self.head = shapes or _modules(node, objective, known=state is not None)
+    tiles = 1
+    reads: Sequence[int] = (0,)
+
+    def __init__(self, node: Node, setup: Setup, state: CellState | None = None, shapes: Modules | None = None):
+        self.node, self.index, self._setup = node, node.index, setup
+        with setup.host():
+            self.module, self.head = shapes or _modules(node, setup.objective, known=state is not None)
         if state is not None:
             self._check(state)
         with making("weights"):
-            self.module, self.head = self._placed("cell", self.module, state), self._placed("head", self.head, state)
+            self.module = placed(self.module, None if state is None else state.module, setup.device)
+            if self.head is not None:
+                self.head = placed(self.head, None if state is None else state.head, setup.device)
         self._frozen = kept_in_eval(self.module)
-        self.phases: list[tuple[Phase, list[nn.Parameter], torch.optim.Optimizer]] = []
-        for phase in objective.phases:
-            learned = [value for name, value in self.parameters() if phase.parameters(name)]
-            learned = [value for value in learned if value.requires_grad]
-            self.phases.append((phase, learned, optimizer.build(learned)) if learned else (phase, [], _NOTHING))
+        self.phases = [self._phase(phase) for phase in setup.objective.phases]
+        self.train_reads = (0,) * len(self.phases)
         if state is not None:
             with making("optimizer state"):
                 self._load_optimizers(state)
 
-    @property
-    def tiles(self) -> int:
-        """In how many pieces it comes to the device."""
-        return 1
+    def set_training(self, training: bool) -> None:
+        """See ``Cell``."""
+        set_training(self.module, training, self._frozen)
+        if self.head is not None:
+            self.head.train(training)
+
+    def train_step(self, batch: Batch, out: Outputs) -> None:
+        """See ``Cell``: forward, loss and backward of each micro-batch, then the update, for each phase."""
+        if self.node.recipe.draws:
+            batch.draws.seed_global(self._setup.device)
+        for number, (phase, learned, optimizer) in enumerate(self.phases):
+            for micro in batch.micro_batches():
+                self._backward(phase.name, learned, batch, micro, out if number == 0 else Outputs())
+            self.update(learned, optimizer)
+
+    def emit(self, batch: Batch, out: Outputs) -> None:
+        """See ``Cell``."""
+        for micro in batch.micro_batches():
+            with making("latents"):
+                out.latents(micro.start, self._setup.objective.latent(self.module, micro.read().streams))
+
+    def evaluate(self, batch: Batch, out: Outputs) -> None:
+        """See ``Cell``."""
+        for micro in batch.micro_batches():
+            self._evaluate(micro, out)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Learned tensors with their names, those of the head after the cell's."""
@@ -108,128 +187,162 @@ class LiveCell:
         if self.head is not None:
             yield from ((f"head.{name}", value) for name, value in self.head.named_parameters())
 
-    def train(self) -> None:
-        """Put cell and head in training mode."""
-        self._mode(True)
+    def learned(self) -> Iterator[Tensor]:
+        """See ``Cell``."""
+        return (value for _, learned, _ in self.phases for value in learned)
 
-    def eval(self) -> None:
-        """Put cell and head in evaluation mode."""
-        self._mode(False)
+    def state_dict(self) -> CellState:
+        """See ``Cell``."""
+        with self._setup.host():
+            return self.state().map(lambda value: copied(value, _HOST))
 
-    def state(self) -> State:
-        """Everything that the cell will need on its next visit, as device tensors; a tied tensor once."""
-        state = saved_tensors(self.module, self.head)
+    def state(self) -> CellState:
+        """The cell's own tensors, on the device."""
         names: dict[Tensor, str] = {value: name for name, value in self.parameters()}
-        for phase, _, optimizer in self.phases:
-            for parameter, values in optimizer.state.items():
-                prefix = f"optim.{phase.name}.{names[parameter]}"
-                state |= {f"{prefix}.{key}": value for key, value in values.items() if torch.is_tensor(value)}
-        return {name: value.detach() for name, value in state.items()}
+        optimizer = {
+            (phase.name, names[parameter], key): value
+            for phase, _, each in self.phases
+            for parameter, values in each.state.items()
+            for key, value in values.items()
+            if torch.is_tensor(value)
+        }
+        state = CellState(saved_tensors(self.module), saved_tensors(self.head), optimizer)
+        return state.map(lambda value: value.detach())
 
-    def _placed(self, prefix: str, module: nn.Module | None, state: Mapping[str, Tensor] | None) -> Any:
-        """The module on the device, with the state's values or, where there are none, its own."""
-        known = state or {}
-        place = partial(copied, device=self.device)
-        return module and with_tensors(module, lambda name, own: place(known.get(f"{prefix}.{name}", own)))
+    def update(self, learned: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """One step of an optimizer, whose gradients are then given back."""
+        with making("optimizer state"):
+            optimizer.step()
+        for parameter in learned:
+            parameter.grad = None
 
-    def _check(self, state: Mapping[str, Tensor]) -> None:
+    def _backward(self, phase: str, learned: list[nn.Parameter], batch: Batch, micro: MicroBatch, out: Outputs) -> None:
+        shown = micro.read()
+        with making("activations"), self._saving():
+            step = self._setup.objective.loss(phase, self.module, self.head, shown)
+        if out.takes_latents:
+            out.latents(micro.start, self._clean(shown.streams) if step.emitted is None else step.emitted)
+        out.loss(batch.step, step.loss, step.scores, shown.y)
+        if learned:
+            with making("gradients"):
+                (step.loss / batch.size).backward(inputs=learned)  # type: ignore[no-untyped-call]
+
+    def _evaluate(self, micro: MicroBatch, out: Outputs) -> None:
+        with making("latents"):
+            latents, scores = self._setup.objective.read(self.module, self.head, micro.read().streams)
+        out.latents(micro.start, latents)
+        out.scores(micro.start, scores, latents)
+
+    def _clean(self, streams: Streams) -> Streams:
+        """Latents of clean inputs, from the weights before the update."""
+        with torch.no_grad(), making("latents"):
+            return self._setup.objective.latent(self.module, streams)
+
+    def _saving(self) -> AbstractContextManager[object]:
+        if not self._setup.objective.saves_on_host:
+            return nullcontext()
+        return saved_on_host(self._setup.device, self._setup.host, (value for _, value in self.parameters()))
+
+    def _phase(self, phase: Phase) -> tuple[Phase, list[nn.Parameter], torch.optim.Optimizer]:
+        learned = [value for name, value in self.parameters() if phase.parameters(name) and value.requires_grad]
+        return phase, learned, self._setup.optimizer.build(learned) if learned else _NOTHING
+
+    def _check(self, state: CellState) -> None:
         """Compare a state's names, shapes and kinds with the module's and the head's.
 
         Raises:
             InputError: they differ.
         """
-        expected = {name: _kind(value) for name, value in saved_tensors(self.module, self.head).items()}
-        found = {name: _kind(value) for name, value in state.items() if not name.startswith("optim.")}
+        own = CellState(saved_tensors(self.module), saved_tensors(self.head))
+        expected = {name: _kind(value) for name, value in own.weights().items()}
+        found = {name: _kind(value) for name, value in state.weights().items()}
         if expected == found:
             return
         lacking, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         other = [name for name in sorted(expected.keys() & found.keys()) if expected[name] != found[name]]
-        parts = [
+        differences = [
             f"no {_listed(lacking)}" if lacking else "",
             f"{_listed(unknown)}, which the net does not have" if unknown else "",
             f"{other[0]} as {found[other[0]]}, where the net has {expected[other[0]]}" if other else "",
         ]
-        assert self.node.recipe is not None
         raise InputError(
-            f"cell {self.node.index + 1} ({self.node.recipe.name}): the saved weights do not fit this net: they have"
-            f" {'; '.join(filter(None, parts))}. Use the net that the run was trained with"
+            f"cell {self.index + 1} ({self.node.recipe.name}): the saved weights do not fit this net: they have"
+            f" {'; '.join(filter(None, differences))}. Use the net that the run was trained with"
         )
 
-    def _mode(self, training: bool) -> None:
-        set_training(self.module, training, self._frozen)
-        if self.head is not None:
-            self.head.train(training)
-
-    def _load_optimizers(self, state: Mapping[str, Tensor]) -> None:
+    def _load_optimizers(self, state: CellState) -> None:
         owners = {
-            f"optim.{phase.name}.{name}": (parameter, optimizer)
+            (phase.name, name): (parameter, optimizer)
             for phase, learned, optimizer in self.phases
             for name, parameter in self.parameters()
             if any(parameter is each for each in learned)
         }
-        for name, value in state.items():
-            owner, _, key = name.rpartition(".")
-            if not name.startswith("optim."):
-                continue
-            if owner not in owners:
-                raise InputError(f"cell {self.node.index + 1}: the saved optimizer has {name}, which this net does not")
-            parameter, optimizer = owners[owner]
+        for (phase_name, owner, key), value in state.optimizer.items():
+            if (phase_name, owner) not in owners:
+                raise InputError(
+                    f"cell {self.index + 1}: the saved optimizer of phase {phase_name} has {owner}, which this net"
+                    " does not"
+                )
+            parameter, optimizer = owners[phase_name, owner]
             # A step count of an implementation that is not fused is read by the host.
             on_host = value.ndim == 0 and not optimizer.defaults.get("fused")
-            optimizer.state[parameter][key] = value.clone() if on_host else copied(value, self.device)
+            optimizer.state[parameter][key] = value.clone() if on_host else copied(value, self._setup.device)
 
 
 _NOTHING: Any = type("NoOptimizer", (), {"state": {}, "step": lambda self: None, "defaults": {}})()
 
 
 def copied(source: Tensor, device: torch.device) -> Tensor:
-    """A copy on ``device``, also where source lies there already: on a CPU run the two sides differ.
+    """A copy on ``device``, also where the source is there already: on a CPU run the two sides differ.
 
     A source on the meta device has no values; the copy then has none either.
     """
     target = torch.empty(source.shape, dtype=source.dtype, device=device)
-    to_gpu = device.type == "cuda"  # the other way a copy that does not wait could be read too early
-    return target if source.is_meta else target.copy_(source.detach(), non_blocking=to_gpu)
+    # The other way, a copy that does not wait could be read too early.
+    return target if source.is_meta else target.copy_(source.detach(), non_blocking=devices.copies_async(device))
+
+
+def placed(module: nn.Module, tensors: Mapping[str, Tensor] | None, device: torch.device) -> nn.Module:
+    """A copy of a module on the device, with the values of ``tensors`` where it names them, else its own."""
+    known = tensors or {}
+    return with_tensors(module, lambda name, own: copied(known.get(name, own), device))
 
 
 def shapes_of(node: Node, objective: Objective) -> Modules:
     """Cell and head on the meta device."""
-    assert node.recipe is not None
     with torch.device("meta"):
         return node.recipe.build(), objective.head(node)
 
 
-def first_state(node: Node, objective: Objective, shapes: Modules | None = None) -> State:
-    """Named host tensors of a cell's first weights and head; of ``shapes``, room without values."""
-    found = saved_tensors(*(shapes or _modules(node, objective, known=False)))
+def first_state(node: Node, objective: Objective, shapes: Modules | None = None) -> CellState:
+    """Host tensors of a cell's first weights and head; of ``shapes``, room without values."""
+    module, head = shapes or _modules(node, objective, known=False)
+    found = CellState(saved_tensors(module), saved_tensors(head))
     if shapes is None:
-        return {name: value.detach() for name, value in found.items()}
-    return {name: torch.empty(value.shape, dtype=value.dtype) for name, value in found.items()}
+        return found.map(lambda value: value.detach())
+    return found.map(lambda value: torch.empty(value.shape, dtype=value.dtype))
 
 
-def saved_tensors(module: nn.Module, head: nn.Module | None) -> State:
-    """The tensors that are stored of a cell by name: all but buffers that are not persistent, a tied one once."""
-    found: State = {}
-    for prefix, top in (("cell", module), ("head", head)):
-        if top is not None:
-            unsaved = unsaved_buffers(top)
-            found |= {f"{prefix}.{name}": value for name, value in named_tensors(top) if name not in unsaved}
-    return found
-
-
-def _modules(node: Node, objective: Objective, known: bool) -> Modules:
-    """Cell and head: shapes alone where values come from elsewhere, first values otherwise."""
-    assert node.recipe is not None
-    if known and not unstored(shapes := shapes_of(node, objective)):
-        return shapes
-    module = node.recipe.materialise(node.seed, node.index)
-    with seeded(node.seed, "head", node.index):
-        return module, objective.head(node)
+def saved_tensors(module: nn.Module | None) -> Tensors:
+    """The tensors of a module that are stored: all but buffers that are not persistent, a tied one once."""
+    if module is None:
+        return {}
+    unsaved = unsaved_buffers(module)
+    return {name: value for name, value in named_tensors(module) if name not in unsaved}
 
 
 def unstored(modules: Modules) -> bool:
     """Whether a module has buffers that no state holds, so that they must be made anew."""
     return any(unsaved_buffers(top) for top in modules if top is not None)
+
+
+def _modules(node: Node, objective: Objective, known: bool) -> Modules:
+    """Cell and head: shapes alone where values come from elsewhere, first values otherwise."""
+    if known and not unstored(shapes := shapes_of(node, objective)):
+        return shapes
+    module = node.recipe.materialise(node.seed, node.index)
+    with seeded(node.seed, "head", node.index):
+        return module, objective.head(node)
 
 
 def _kind(value: Tensor) -> str:

@@ -13,13 +13,12 @@ from typing import Protocol
 
 import torch
 
+from edgetrain.memory import device as devices
 from edgetrain.memory.host import give_back_free_memory
 from edgetrain.memory.meter import Meter
 from edgetrain.store.tensors import Spilled
-from edgetrain.stream.cell import LiveCell, State, copied
-from edgetrain.stream.tiles import TiledCell
-
-_HOST = torch.device("cpu")
+from edgetrain.stream.cell import Cell
+from edgetrain.stream.state import CellState
 
 
 class Shelf(Protocol):
@@ -29,7 +28,7 @@ class Shelf(Protocol):
         """Put a cell on disk for a while."""
         ...
 
-    def unspill(self, spilled: Spilled) -> State:
+    def unspill(self, spilled: Spilled) -> dict[str, torch.Tensor]:
         """Read it."""
         ...
 
@@ -42,9 +41,9 @@ class Shelf(Protocol):
 class _Held:
     """Where a cell is while it is away: in the host tier, spilled, or committed."""
 
-    host: State | None = None
+    host: CellState | None = None
     spilled: Spilled | None = None
-    committed: Callable[[], State] | None = None
+    committed: Callable[[], CellState] | None = None
     dirty: bool = True  # changed since it was committed
 
 
@@ -62,7 +61,7 @@ class CellStream:
 
     def __init__(
         self,
-        place: Callable[[int, Mapping[str, torch.Tensor] | None], LiveCell | TiledCell],
+        place: Callable[[int, CellState | None], Cell],
         device: torch.device,
         meter: Meter,
         shelf: Shelf,
@@ -72,14 +71,14 @@ class CellStream:
         self._place, self._device, self._meter = place, device, meter
         self._shelf, self._host_bytes, self._keep = shelf, host_bytes, keep
         self._held: dict[int, _Held] = {}
-        self._live: dict[int, LiveCell | TiledCell] = {}
+        self._live: dict[int, Cell] = {}
         self._current: int | None = None
         self._changes = False  # whether the current visit trains
         self._host_used = 0
         self._reader = ThreadPoolExecutor(1, "edgetrain-cells")
-        self._coming: tuple[int, Future[State]] | None = None
+        self._coming: tuple[int, Future[CellState]] | None = None
 
-    def visit(self, index: int, changes: bool = True) -> LiveCell | TiledCell:
+    def visit(self, index: int, changes: bool = True) -> Cell:
         """The cell, on the device; the one before it leaves unless cells are kept there.
 
         Args:
@@ -109,7 +108,7 @@ class CellStream:
             return
         cell = self._live.pop(index)
         if changed:
-            self._shelve(index, self._to_host(cell))
+            self._shelve(index, cell.state_dict())
         del cell
         give_back_free_memory()
 
@@ -124,10 +123,10 @@ class CellStream:
         """Cells that changed since they were committed."""
         return sorted(index for index, held in self._held.items() if held.dirty)
 
-    def content(self, index: int) -> State | Spilled:
+    def content(self, index: int) -> CellState | Spilled:
         """What to commit of a cell: host tensors, or its files if it was spilled; it stays where it is."""
         if index in self._live:
-            return self._to_host(self._live[index])
+            return self._live[index].state_dict()
         held = self._held[index]
         if self._coming is not None and self._coming[0] == index:
             wait([self._coming[1]])  # its files are about to be moved
@@ -135,7 +134,7 @@ class CellStream:
         assert found is not None, "a dirty cell is on the device, in the host tier, or spilled"
         return found
 
-    def committed(self, index: int, read: Callable[[], State], needed: bool) -> None:
+    def committed(self, index: int, read: Callable[[], CellState], needed: bool) -> None:
         """A cell is safe on disk, where ``read`` finds it; one no longer needed leaves the host tier."""
         held = self._held.setdefault(index, _Held())
         if held.spilled is not None:
@@ -160,10 +159,10 @@ class CellStream:
 
     def _drop_host(self, held: _Held) -> None:
         if held.host is not None:
-            self._host_used -= _size(held.host)
+            self._host_used -= held.host.size
             held.host = None
 
-    def _fetch(self, index: int, held: _Held) -> State:
+    def _fetch(self, index: int, held: _Held) -> CellState:
         if held.host is not None:
             return held.host
         if self._coming is not None and self._coming[0] == index:
@@ -171,18 +170,19 @@ class CellStream:
             return future.result()
         return self._read(held)
 
-    def _read(self, held: _Held) -> State:
+    def _read(self, held: _Held) -> CellState:
         if held.spilled is not None:
-            state = self._shelf.unspill(held.spilled)
+            state = CellState.of_tensors(self._shelf.unspill(held.spilled))
         else:
             assert held.committed is not None
             state = held.committed()
-        if self._device.type == "cuda":
-            return {name: value.pin_memory() for name, value in state.items()}
-        return state
+        return state.map(self._staged) if devices.copies_async(self._device) else state
 
-    def _shelve(self, index: int, state: State) -> None:
-        held, size = self._held[index], _size(state)
+    def _staged(self, value: torch.Tensor) -> torch.Tensor:
+        return devices.staging(tuple(value.shape), value.dtype, self._device).copy_(value)
+
+    def _shelve(self, index: int, state: CellState) -> None:
+        held, size = self._held[index], state.size
         if self._host_used + size <= self._host_bytes:
             held.host = state
             self._host_used += size
@@ -191,14 +191,4 @@ class CellStream:
                 held.spilled = None
             return
         if held.dirty:  # otherwise the commit has it
-            held.spilled = self._shelf.spill(f"{index:03}", state)
-
-    def _to_host(self, cell: LiveCell | TiledCell) -> State:
-        if isinstance(cell, TiledCell):
-            return cell.state()  # which is on the host
-        with self._meter.host():
-            return {name: copied(value, _HOST) for name, value in cell.state().items()}
-
-
-def _size(state: Mapping[str, torch.Tensor]) -> int:
-    return sum(value.numel() * value.element_size() for value in state.values())
+            held.spilled = self._shelf.spill(f"{index:03}", state.to_tensors())

@@ -1,4 +1,4 @@
-"""The random numbers of one step of one cell: keyed, drawn whole, sliced for micro-batches."""
+"""The random numbers of one step of one cell: keyed, drawn for the whole batch, sliced for micro-batches."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgetrain.keys import derive, generator, per_sample
+from edgetrain.memory import device as devices
 
 
 class StepDraws:
-    """Implements ``objectives.base.Draws`` for one (seed, cell, epoch, step).
+    """The random numbers of one (seed, cell, epoch, step).
 
-    Drawing the whole batch and slicing keeps the numbers the same however the batch is cut.
+    Drawing for the whole batch and slicing gives the same numbers however the batch is split.
 
     Args:
         seed: the run's.
@@ -29,15 +30,18 @@ class StepDraws:
         self._seed, self._epoch, self._samples = seed, epoch, samples
         self._address = (seed, "step", cell, epoch, step)
         self._drawn: dict[str, Tensor] = {}
-        self.first = 0
 
-    def normal(self, name: str, like: Tensor) -> Tensor:
+    def of(self, first: int) -> MicroBatchDraws:
+        """The numbers of the micro-batch that begins at row ``first`` of the batch."""
+        return MicroBatchDraws(self, first)
+
+    def normal(self, name: str, like: Tensor, first: int) -> Tensor:
         """See ``objectives.base.Draws``."""
         if name not in self._drawn:
             source = generator(like.device, *self._address, name)
             shape = (len(self._samples), *like.shape[1:])
             self._drawn[name] = torch.randn(shape, generator=source, device=like.device, dtype=like.dtype)
-        return self._drawn[name][self.first : self.first + like.shape[0]]
+        return self._drawn[name][first : first + like.shape[0]]
 
     def keep(self, name: str, like: Tensor, chance: float) -> Tensor:
         """See ``objectives.base.Draws``."""
@@ -46,18 +50,36 @@ class StepDraws:
             self._drawn[name] = torch.empty_like(like).bernoulli_(chance, generator=source)
         return self._drawn[name]
 
-    def uniform(self, name: str, columns: int, like: Tensor) -> Tensor:
+    def uniform(self, name: str, columns: int, like: Tensor, first: int) -> Tensor:
         """See ``objectives.base.Draws``."""
-        samples = self._samples[self.first : self.first + like.shape[0]]
+        samples = self._samples[first : first + like.shape[0]]
         drawn = per_sample(samples, columns, self._seed, "sample", name, self._epoch)
         out = torch.empty(drawn.shape, device=like.device)
         return out.copy_(torch.from_numpy(drawn.astype(np.float32)))
 
     def seed_global(self, device: torch.device) -> None:
-        """Point the global generators at this step, for modules that draw from them (dropout, NumPy noise)."""
+        """Seed the global generators with this step's key, for modules that draw from them (dropout, NumPy noise)."""
         key = derive(*self._address, "global")
         random.seed(key)
         np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002 (a user's module may draw from it)
         torch.default_generator.manual_seed(key)
-        if device.type == "cuda":
-            torch.cuda.default_generators[device.index or 0].manual_seed(key)
+        devices.seed_default_generator(device, key)
+
+
+class MicroBatchDraws:
+    """Implements ``objectives.base.Draws`` for one micro-batch of a step."""
+
+    def __init__(self, step: StepDraws, first: int):
+        self._step, self._first = step, first
+
+    def normal(self, name: str, like: Tensor) -> Tensor:
+        """See ``objectives.base.Draws``."""
+        return self._step.normal(name, like, self._first)
+
+    def keep(self, name: str, like: Tensor, chance: float) -> Tensor:
+        """See ``objectives.base.Draws``."""
+        return self._step.keep(name, like, chance)
+
+    def uniform(self, name: str, columns: int, like: Tensor) -> Tensor:
+        """See ``objectives.base.Draws``."""
+        return self._step.uniform(name, columns, like, self._first)

@@ -12,16 +12,20 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from edgetrain.memory import device as devices
 from edgetrain.memory.timeline import making
-from edgetrain.store.latents import LatentFile
+from edgetrain.store.latents import LatentFile, Rows
 from edgetrain.store.rows import RowFormat
 from edgetrain.store.tensors import FileEntry
-from edgetrain.stream.cell import Host, copied
+from edgetrain.stream.state import Host
+
+if TYPE_CHECKING:
+    from edgetrain.stream.reader import Source
 
 _COPIED_ROWS = 4096  # at once, between files and the device
 _HOST = torch.device("cpu")
@@ -44,7 +48,11 @@ class Latents(Protocol):
         ...
 
     def sink(self) -> Sink:
-        """What to give freshly emitted rows to; closing it makes them readable."""
+        """Takes rows as they are emitted; closing it makes them readable."""
+        ...
+
+    def source(self, streams: Iterable[str] | None = None) -> Source:
+        """What a reader reads; only of some streams, or of all (``None``)."""
         ...
 
     def free(self) -> None:
@@ -102,6 +110,7 @@ class FileLatents:
         background: whether a thread writes while the device computes.
         window: bytes of mapped pages to hold.
         first: number of the first row, where only a range of an epoch is held.
+        device: where rows come from.
     """
 
     def __init__(
@@ -117,11 +126,12 @@ class FileLatents:
         background: bool = True,
         window: int = 16 << 20,
         first: int = 0,
+        device: torch.device = _HOST,
     ):
         self.rows, self.step_order, self.first, self._alive = rows, step_order, first, False
         self.files: dict[str, LatentFile] = {}
         self.host, self.on_write, self.background = host, on_write, background
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self._folder, self._name, self._window = folder, name, window
         self._on_space = on_space
 
@@ -141,6 +151,11 @@ class FileLatents:
     def sink(self) -> FileSink:
         """See ``Latents``."""
         return FileSink(self)
+
+    def source(self, streams: Iterable[str] | None = None) -> FileSource:
+        """See ``Latents``."""
+        names = self.files if streams is None else streams
+        return FileSource({name: self.files[name] for name in names}, self.step_order)
 
     def file(self, stream: str, shape: tuple[int, ...]) -> LatentFile:
         """The stream's file, allocated when its first rows come."""
@@ -219,8 +234,28 @@ def _ignore(size: int) -> None:
     """Nobody counts."""
 
 
+class FileSource:
+    """Implements ``stream.reader.Source`` for latents in files."""
+
+    on_device = False
+
+    def __init__(self, files: Mapping[str, LatentFile], step_order: bool):
+        self._files, self.step_order = files, step_order
+        self.formats = {name: file.format for name, file in files.items()}
+
+    def begin(self) -> None:
+        """See ``Source``."""
+        for file in self._files.values():
+            file.distrust()
+
+    def gather(self, rows: Rows, out: Mapping[str, Tensor]) -> None:
+        """See ``Source``."""
+        for name, file in self._files.items():
+            file.read(rows, out[name])
+
+
 class FileSink:
-    """Copies rows to host buffers, then encodes and writes them, in a thread if asked."""
+    """Encodes rows where they are, copies them to host buffers and writes them, in a thread if asked."""
 
     _PENDING = 2  # writes that may wait, each with its buffer
 
@@ -233,16 +268,20 @@ class FileSink:
     def put(self, first: int, streams: Mapping[str, Tensor]) -> None:
         """See ``Sink``."""
         for stream, values in streams.items():
+            shape = tuple(values.shape[1:])
+            with making("latents"):
+                encoded = RowFormat(shape, self._latents.dtype).encode(values)
             with self._latents.host():
-                buffer = self._buffer(stream, values)
-                rows = buffer[: values.shape[0]]
-                rows.copy_(values)
+                buffer = self._buffer(stream, encoded)
+                rows = buffer[: len(encoded)]
+                rows.copy_(encoded)
+            del encoded
             if self._writer is None:
                 with self._latents.host():
-                    self._write(stream, first, rows)
+                    self._write(stream, shape, first, rows)
                 self._spare.setdefault(stream, []).append(buffer)
                 continue
-            self._pending.append((stream, self._writer.submit(self._write, stream, first, rows), buffer))
+            self._pending.append((stream, self._writer.submit(self._write, stream, shape, first, rows), buffer))
             while len(self._pending) > self._PENDING:
                 self._settle()
 
@@ -255,21 +294,21 @@ class FileSink:
             if self._writer is not None:
                 self._writer.shutdown(cancel_futures=True)
 
-    def _buffer(self, stream: str, values: Tensor) -> Tensor:
+    def _buffer(self, stream: str, encoded: Tensor) -> Tensor:
         spare = self._spare.setdefault(stream, [])
-        if spare and spare[-1].shape[0] >= values.shape[0]:
+        if spare and len(spare[-1]) >= len(encoded):
             return spare.pop()
-        return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.device.type == "cuda")
+        return devices.staging(tuple(encoded.shape), torch.uint8, self._latents.device)
 
     def _settle(self) -> None:
         stream, done, buffer = self._pending.popleft()
         done.result()
         self._spare.setdefault(stream, []).append(buffer)
 
-    def _write(self, stream: str, first: int, rows: Tensor) -> None:
-        file = self._latents.file(stream, tuple(rows.shape[1:]))
-        self._latents.see(rows)
-        self._latents.on_write(file.write(first, file.format.encode(rows)))
+    def _write(self, stream: str, shape: tuple[int, ...], first: int, rows: Tensor) -> None:
+        file = self._latents.file(stream, shape)
+        self._latents.see(file.format.decode(rows))
+        self._latents.on_write(file.write(first, rows))
 
 
 class DeviceLatents:
@@ -294,6 +333,11 @@ class DeviceLatents:
     def sink(self) -> DeviceLatents:
         """See ``Latents``: rows are on the device already."""
         return self
+
+    def source(self, streams: Iterable[str] | None = None) -> DeviceSource:
+        """See ``Latents``."""
+        names = self.tensors if streams is None else streams
+        return DeviceSource({name: self.tensors[name] for name in names}, self.formats, self.step_order)
 
     def put(self, first: int, streams: Mapping[str, Tensor]) -> None:
         """See ``Sink``."""
@@ -325,9 +369,39 @@ class DeviceLatents:
             file = target.file(stream, self.formats[stream].shape)
             for first in range(0, self.written, _COPIED_ROWS):
                 with target.host():
-                    part = copied(values[first : min(first + _COPIED_ROWS, self.written)], _HOST)
-                target.on_write(file.write(target.first + first, part))
+                    rows = values[first : min(first + _COPIED_ROWS, self.written)].to("cpu", copy=True)
+                target.on_write(file.write(target.first + first, rows))
         return target
+
+
+class DeviceSource:
+    """Implements ``stream.reader.Source`` for latents on the device.
+
+    Args:
+        tensors: of each stream, [rows, row_bytes], uint8.
+        formats: of the streams.
+        step_order: see ``Latents``.
+    """
+
+    on_device = True
+
+    def __init__(self, tensors: Mapping[str, Tensor], formats: Mapping[str, RowFormat], step_order: bool):
+        self._tensors, self.step_order = tensors, step_order
+        self.formats = {name: formats[name] for name in tensors}
+
+    def begin(self) -> None:
+        """See ``Source``: there is nothing to do."""
+
+    def gather(self, rows: Rows, out: Mapping[str, Tensor]) -> None:
+        """See ``Source``."""
+        index: Tensor | None = None
+        for name, matrix in self._tensors.items():
+            if isinstance(rows, slice):
+                out[name].copy_(matrix[rows])
+                continue
+            if index is None:
+                index = torch.empty(len(rows), dtype=torch.int64, device=matrix.device).copy_(torch.from_numpy(rows))
+            torch.index_select(matrix, 0, index, out=out[name])
 
 
 def _load(file: LatentFile, device: torch.device, host: Host) -> Tensor:

@@ -1,357 +1,175 @@
-"""A cell too wide for the device stays on the host and comes to the device in tiles of its units.
-
-A local objective sees a wide cell only through a statistic that is a sum over its units, so a step can be
-done exactly in two sweeps over the tiles, with D between them (Mono-Forward: S are the logits):
-
-    1. S = sum over tiles T of s_T(x; W_T, P_T)          nothing is kept but S and, if wanted, latents
-    2. D = dL/dS                                          and the step of what belongs to no unit
-    3. for each T: the gradient of <s_T, D>, and the tile's own optimizer step
-
-All gradients of a tile come from its old weights, and S from everybody's: it is the untiled step. Only the
-order of summation differs. Optimizers work element by element, so tiles may have one each.
-"""
+"""A cell too wide for the device: its values are on the host, and its units come to the device in tiles."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from edgetrain.memory.timeline import making
-from edgetrain.objectives.base import Batch, Node, Objective, Streams
-from edgetrain.stream.cell import Host, LiveCell, Modules, OptimizerRecipe, State, copied, first_state, unstored
-from edgetrain.stream.draws import StepDraws
-from edgetrain.stream.feed import Part, Slice
-from edgetrain.stream.latents import Sink
+from edgetrain.objectives.base import Node, Streams
+from edgetrain.objectives.statistic import StatisticObjective
+from edgetrain.stream.cell import Cell, Modules, ResidentCell, Setup, first_state, placed, unstored
+from edgetrain.stream.reader import MicroBatch
+from edgetrain.stream.state import CellState, Slot
+from edgetrain.stream.sweeps import Tiled
 
 TILE_MULTIPLE = 16  # units; fused optimizers give other last bits to tiles of other sizes
 _HOST = torch.device("cpu")
 
 
-def cuts(units: int, tiles: int) -> list[slice]:
-    """At most ``tiles`` runs of units, each but the last a multiple of ``TILE_MULTIPLE`` long."""
+def ranges_of(units: int, tiles: int) -> list[slice]:
+    """At most ``tiles`` ranges of units, each but the last a multiple of ``TILE_MULTIPLE`` long."""
     size = -(-units // tiles)
     size = -(-size // TILE_MULTIPLE) * TILE_MULTIPLE
     return [slice(first, min(first + size, units)) for first in range(0, units, size)]
 
 
-def phases_of(objective: Objective, tiles: int) -> int:
-    """Passes over a training batch: the objective's phases, or two sweeps over the tiles and D between them."""
-    return len(objective.phases) if tiles == 1 else 2 * tiles + 1
-
-
-class TiledCell:
+class TiledCell(Tiled):
     """One cell whose values are on the host.
 
     Args:
         node: which cell.
-        objective: the rule, which must be able to be tiled.
-        optimizer: of each tile.
-        device: where tiles go.
+        setup: what its tiles are built with; the objective must be a ``StatisticObjective``.
         tiles: how many are asked for.
-        state: named host tensors to start from; ``None``: first weights, drawn from the cell's key.
-        host: the meter's scope for host tensors.
+        state: host tensors to start from; ``None``: first weights, drawn from the cell's key.
         shapes: cell and head on the meta device, to be given room but no values (a dry run).
     """
 
+    loss_source = 0
+
     def __init__(
-        self,
-        node: Node,
-        objective: Objective,
-        optimizer: OptimizerRecipe,
-        device: torch.device,
-        tiles: int,
-        state: Mapping[str, Tensor] | None = None,
-        host: Host = nullcontext,
-        shapes: Modules | None = None,
+        self, node: Node, setup: Setup, tiles: int, state: CellState | None = None, shapes: Modules | None = None
     ):
-        assert node.recipe is not None
-        self.node, self.device, self.units = node, device, cuts(prod(node.shape), tiles)
-        self._objective, self._optimizer, self._host = objective, optimizer, host
-        self._bare = shapes is not None
-        if self._bare and len(self.units) > 3:  # full tiles are all alike: two of them and the last tell the peak
-            self.units = [*self.units[:2], self.units[-1]]
-        with host():
-            self._state = dict(state) if state is not None else first_state(node, objective, shapes)
-        self._axes = {f"head.{name}": axis for name, axis in (objective.tile_axes or {}).items()}
-        self._steps: dict[str, Tensor] = {}  # the optimizer's counts, which all tiles of a step share
-        self._stepped = any(name.startswith("optim.") for name in self._state)
-        self.common = self._common()
+        self.node, self.index, self._setup = node, node.index, setup
+        self.objective = cast(StatisticObjective, setup.objective)
+        self.host, self.units = setup.host, prod(node.shape)
+        self.ranges = ranges_of(self.units, tiles)
+        self._without_values = shapes is not None
+        if self._without_values and len(self.ranges) > 3:  # full tiles are alike: two and the last tell the peak
+            self.ranges = [*self.ranges[:2], self.ranges[-1]]
+        self.sources: Sequence[int] = (0,) * len(self.ranges)
+        with setup.host():
+            self._state = state or first_state(node, setup.objective, shapes)
+        self._counts: dict[Slot, Tensor] = {}  # of steps, which all tiles of a step read before one is set
+        self._has_stepped = bool(self._state.optimizer)
+        self._fixed = self._fixed_head()
 
-    @property
-    def tiles(self) -> int:
-        """Number of tiles."""
-        return len(self.units)
+    def tile(self, number: int) -> ResidentCell:
+        """See ``Tiled``."""
+        units, node = self.ranges[number], self._node(self.ranges[number])
+        first = number == 0
 
-    def tile(self, number: int) -> LiveCell:
-        """A tile on the device, with its optimizer."""
-        units = self.units[number]
-        node = self._node(units)
-        assert node.recipe is not None
-        modules = node.recipe.build, partial(self._objective.tile_head, self.node, node, units)
-        own = {
-            name: self._cut(name, value, units)
-            for name, value in self._state.items()
-            if self._is_cut(name) and (self._stepped or not name.startswith("optim."))
-        }
-        return LiveCell(node, self._objective, self._optimizer, self.device, own, self._host, self._made(*modules))
+        def head() -> nn.Module | None:
+            return self.objective.tile_head(self.node, node, units)
 
-    def keep(self, number: int, tile: LiveCell) -> None:
-        """Take back a tile that made its step."""
-        units, last = self.units[number], number == len(self.units) - 1
-        for name, value in tile.state().items():
-            if value.ndim == 0 and name.startswith("optim."):  # counts: the tiles to come need the old ones
-                with self._host():
-                    self._steps[name] = value.to(_HOST, copy=True)
-                continue
-            with self._host():
-                whole = self._state.get(name)
-                if whole is None:
-                    whole = self._state[name] = self._room(name, value)
-                self._cut(name, whole, units).copy_(value)
-        if last:
-            self._state.update(self._steps)
-            self._stepped = True
+        return ResidentCell(node, self._setup, self._part(units, first), self._made(node.recipe.build, head))
 
-    def settle(self) -> None:
-        """Take back what belongs to no unit, after its step."""
-        if self.common is not None:
-            for name, value in self.common.state().items():
-                self._state[name] = copied_to_host(value, self._host)
+    def keep(self, number: int, tile: ResidentCell) -> None:
+        """See ``Tiled``."""
+        units, state = self.ranges[number], tile.state()
+        with self._setup.host():
+            for name, value in state.module.items():
+                _cut(self._state.module[name], 0, units).copy_(value)
+            for name, value in state.head.items():
+                _cut(self._state.head[name], self._axis(f"head.{name}"), units).copy_(value)
+            for slot, value in state.optimizer.items():
+                self._keep_optimizer(slot, value, units)
+        if number == len(self.ranges) - 1:
+            self._state.optimizer.update(self._counts)
+            self._has_stepped = True
 
-    def state(self) -> State:
-        """Everything that the cell will need on its next visit, as host tensors."""
-        return dict(self._state)
+    def fixed(self) -> nn.Module | None:
+        """See ``Tiled``."""
+        return self._fixed
 
-    def rows(self, count: int, names: Iterator[str] | list[str]) -> dict[str, Tensor]:
-        """Host room for latents of the whole cell, float32 [count, n] for each stream."""
-        with self._host():
-            return {name: torch.empty(count, prod(self.node.shape)) for name in names}
+    def state_dict(self) -> CellState:
+        """See ``Cell``."""
+        return self._state.map(lambda value: value)
 
-    def put(self, rows: Mapping[str, Tensor], part: Part, units: slice, latents: Streams) -> None:
-        """A tile's latents into their columns."""
-        with self._host():
+    def latent_rows(self, count: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """See ``Tiled``."""
+        with self._setup.host():
+            return {name: torch.empty(count, self.units) for name in names}
+
+    def put(self, rows: Mapping[str, Tensor], micro: MicroBatch, number: int, latents: Streams) -> None:
+        """See ``Tiled``."""
+        with self._setup.host():
             for name, values in latents.items():
-                rows[name][part.first : part.last, units].copy_(values)
+                rows[name][micro.first : micro.last, self.ranges[number]].copy_(values)
+
+    def _keep_optimizer(self, slot: Slot, value: Tensor, units: slice) -> None:
+        if value.ndim == 0:
+            self._counts[slot] = value.to(_HOST, copy=True)
+            return
+        axis = self._axis(slot[1])
+        whole = self._state.optimizer.get(slot)
+        if whole is None:  # made when the first tile brings its part
+            shape = list(value.shape)
+            if axis is not None:
+                shape[axis] = self.units
+            whole = self._state.optimizer[slot] = torch.zeros(shape, dtype=value.dtype)
+        _cut(whole, axis, units).copy_(value)
+
+    def _part(self, units: slice, first: bool) -> CellState:
+        """What a tile starts from; the first one has what belongs to no unit."""
+        state = self._state
+        head = {name: self._axis(f"head.{name}") for name in state.head}
+        optimizer = {slot: self._axis(slot[1]) for slot in state.optimizer} if self._has_stepped else {}
+        return CellState(
+            {name: _cut(value, 0, units) for name, value in state.module.items()},
+            {name: _cut(state.head[name], axis, units) for name, axis in head.items() if first or axis is not None},
+            {
+                slot: _cut(state.optimizer[slot], axis, units)
+                for slot, axis in optimizer.items()
+                if first or axis is not None
+            },
+        )
+
+    def _axis(self, owner: str) -> int | None:
+        """The axis of the units of a learned tensor (``cell.*`` or ``head.*``); ``None``: it belongs to no unit."""
+        kind, _, name = owner.partition(".")
+        return 0 if kind == "cell" else (self.objective.tile_axes or {}).get(name)
 
     def _node(self, units: slice) -> Node:
-        assert self.node.recipe is not None
-        assert self.node.recipe.narrower is not None
         width = units.stop - units.start
+        assert self.node.recipe.narrower is not None
         return replace(self.node, recipe=self.node.recipe.narrower(width), shape=(width,))
 
-    def _common(self) -> LiveCell | None:
-        """What of the head belongs to no unit, on the device."""
-        modules = self._made(nn.Module, partial(self._objective.common_head, self.node))
-        if modules[1] is None:
+    def _fixed_head(self) -> nn.Module | None:
+        """See ``StatisticObjective.fixed_head``, on the device."""
+        _, head = self._made(nn.Module, lambda: self.objective.fixed_head(self.node))
+        if head is None:
             return None
-        own = {name: value for name, value in self._state.items() if not self._is_cut(name)}
-        return LiveCell(self.node, self._objective, self._optimizer, self.device, own, self._host, modules)
+        with making("weights"):
+            return placed(head, None, self._setup.device)
 
     def _made(self, module: Callable[[], nn.Module], head: Callable[[], nn.Module | None]) -> Modules:
-        """Modules without values, which come from the state; fixed matrices of the head are made for real."""
+        """Modules without values, which come from the state; fixed matrices of the head are made with theirs."""
         with unset_fake_temporarily(), torch.device("meta"):
-            bare = module(), head()
-        if self._bare or not unstored(bare):
-            return bare
-        with self._host():
-            return bare[0], head()
-
-    def _plain(self, name: str) -> str:
-        """The name of the learned tensor that a tensor of the state belongs to."""
-        return name.split(".", 2)[2].rpartition(".")[0] if name.startswith("optim.") else name
-
-    def _is_cut(self, name: str) -> bool:
-        plain = self._plain(name)
-        return plain.startswith("cell.") or plain in self._axes
-
-    def _cut(self, name: str, value: Tensor, units: slice) -> Tensor:
-        """The units' part of a tensor of the whole cell."""
-        if value.ndim == 0:
-            return value
-        axis = self._axes.get(self._plain(name), 0)
-        return value.narrow(axis, units.start, units.stop - units.start)
-
-    def _room(self, name: str, part: Tensor) -> Tensor:
-        """A whole tensor of the optimizer, made when the first tile brings its part."""
-        shape = list(part.shape)
-        shape[self._axes.get(self._plain(name), 0)] = prod(self.node.shape)
-        return torch.zeros(shape, dtype=part.dtype)
+            made = module(), head()
+        if self._without_values or not unstored(made):
+            return made
+        with self._setup.host():
+            return made[0], head()
 
 
-def copied_to_host(value: Tensor, host: Host) -> Tensor:
-    """A copy among host tensors."""
-    with host():
-        return copied(value, _HOST)
-
-
-class Sweeps:
-    """Carries out steps of a tiled cell.
-
-    Args:
-        objective: the rule.
-        inputs: makes what the cell reads of a part.
-    """
-
-    def __init__(self, objective: Objective, inputs: Callable[[Part], Streams]):
-        self._objective, self._inputs = objective, inputs
-
-    def train(
-        self,
-        cell: TiledCell,
-        parts: Iterator[Part],
-        work: Slice,
-        size: int,
-        draws: StepDraws,
-        add: Callable[[Part, Tensor, Tensor | None], None],
-        sink: Sink | None,
-    ) -> None:
-        """One step of ``size`` samples; ``add`` is told of each part's loss and scores."""
-        pieces = pieces_of(work, size)
-        statistic = self._gather(cell, parts, pieces, size, sink)
-        slope = self._slope(cell, parts, pieces, draws, statistic, add)
-        for number in range(len(cell.units)):
-            tile = cell.tile(number)
-            _, learned, optimizer = tile.phases[0]
-            for _ in range(pieces):
-                part = next(parts)
-                with making("activations"):
-                    found, _ = self._objective.statistic(cell.node, tile.module, tile.head, self._learned(part))
-                weight = slope[part.first : part.last]
-                with making("gradients"):
-                    (found * weight).sum().backward(inputs=learned)  # type: ignore[no-untyped-call]
-                part.streams = {}
-                del found
-            with making("optimizer state"):
-                optimizer.step()
-            cell.keep(number, tile)
-            del tile, learned, optimizer
-
-    def _gather(self, cell: TiledCell, parts: Iterator[Part], pieces: int, size: int, sink: Sink | None) -> Tensor:
-        """The first sweep: the statistic [size, m] and, into ``sink``, latents from before the update."""
-        total: Tensor | None = None
-        rows: dict[str, Tensor] = {}
-        start = 0
-        with torch.no_grad():
-            for number, units in enumerate(cell.units):
-                tile = cell.tile(number)
-                for _ in range(pieces):
-                    part = next(parts)
-                    with making("activations"):
-                        found, latents = self._objective.statistic(
-                            cell.node, tile.module, tile.head, self._inputs(part)
-                        )
-                        if total is None:
-                            total = found.new_zeros(size, found.shape[1])
-                    total[part.first : part.last] += found
-                    if sink is not None:
-                        rows = rows or cell.rows(size, list(latents))
-                        cell.put(rows, part, units, latents)
-                    part.streams, start = {}, part.start
-                    del found, latents
-                del tile
-        if sink is not None:
-            sink.put(start, rows)
-        assert total is not None
-        return total
-
-    def _slope(
-        self,
-        cell: TiledCell,
-        parts: Iterator[Part],
-        pieces: int,
-        draws: StepDraws,
-        statistic: Tensor,
-        add: Callable[[Part, Tensor, Tensor | None], None],
-    ) -> Tensor:
-        """D = dL/dS [size, m] of the mean loss, and the step of what belongs to no unit."""
-        with making("gradients"):
-            slope = torch.empty_like(statistic)
-        common = cell.common
-        learned = [] if common is None else common.phases[0][1]
-        for _ in range(pieces):
-            part = next(parts)
-            draws.first = part.first
-            leaf = statistic[part.first : part.last].detach().requires_grad_()
-            with making("latents"):
-                batch = Batch(self._inputs(part), part.y, draws)
-            with making("activations"):
-                step = self._objective.tiled_loss(cell.node, leaf, None if common is None else common.head, batch)
-            add(part, step.loss, step.scores)
-            with making("gradients"):
-                (step.loss / part.size).backward(inputs=[leaf, *learned])  # type: ignore[no-untyped-call]
-            assert leaf.grad is not None
-            slope[part.first : part.last] = leaf.grad
-            part.streams = {}
-            del batch, leaf, step
-        if common is not None and learned:
-            with making("optimizer state"):
-                common.phases[0][2].step()
-            for value in learned:
-                value.grad = None
-            cell.settle()
-        return slope
-
-    def emit(self, cell: TiledCell, parts: Iterator[Part], work: Slice, size: int) -> tuple[int, dict[str, Tensor]]:
-        """Latents of one batch of the finished cell, on the host, and the batch's first row."""
-        rows: dict[str, Tensor] = {}
-        start = 0
-        for number, units in enumerate(cell.units):
-            tile = cell.tile(number)
-            for _ in range(pieces_of(work, size)):
-                part = next(parts)
-                with making("latents"):
-                    latents = self._objective.latent(tile.module, self._inputs(part))
-                rows = rows or cell.rows(size, list(latents))
-                cell.put(rows, part, units, latents)
-                part.streams, start = {}, part.start
-                del latents
-            del tile
-        return start, rows
-
-    def read(self, cell: TiledCell, parts: Iterator[Part], size: int) -> tuple[Part, Tensor | None, dict[str, Tensor]]:
-        """One whole batch, its scores [size, C] on the device, and its latents on the host."""
-        total: Tensor | None = None
-        rows: dict[str, Tensor] = {}
-        for number, units in enumerate(cell.units):
-            tile, part = cell.tile(number), next(parts)
-            with making("latents"):
-                found, latents = self._objective.statistic(cell.node, tile.module, tile.head, self._inputs(part))
-            total = found if total is None else total.add_(found)
-            rows = rows or cell.rows(size, list(latents))
-            cell.put(rows, part, units, latents)
-            part.streams = {}
-            del tile, found, latents
-        assert total is not None
-        return part, self._objective.tiled_score(cell.node, total), rows
-
-    def _learned(self, part: Part) -> Streams:
-        """The streams that the loss depends on."""
-        return {name: values for name, values in self._inputs(part).items() if name in self._objective.learned_streams}
-
-
-def at_hand(
-    node: Node,
-    objective: Objective,
-    optimizer: OptimizerRecipe,
-    device: torch.device,
-    tiles: int,
-    state: Mapping[str, Tensor] | None = None,
-    host: Host = nullcontext,
-    shapes: Modules | None = None,
-) -> LiveCell | TiledCell:
-    """A cell ready for its visit: on the device, or tiled if more than one tile is asked for."""
+def build_cell(
+    node: Node, setup: Setup, tiles: int = 1, state: CellState | None = None, shapes: Modules | None = None
+) -> Cell:
+    """A cell ready for its visit: on the device, or in tiles if more than one is asked for."""
     if tiles == 1:
-        return LiveCell(node, objective, optimizer, device, state, host, shapes)
-    return TiledCell(node, objective, optimizer, device, tiles, state, host, shapes)
+        return ResidentCell(node, setup, state, shapes)
+    return TiledCell(node, setup, tiles, state, shapes)
 
 
-def pieces_of(work: Slice, size: int) -> int:
-    """Micro-batches of a batch."""
-    return sum(1 for _ in work.parts(size)) // work.phases
+def _cut(whole: Tensor, axis: int | None, units: slice) -> Tensor:
+    """The part of a cell's tensor that belongs to some of its units; all of it where it belongs to none."""
+    if axis is None or whole.ndim == 0:
+        return whole
+    return whole.narrow(axis, units.start, units.stop - units.start)

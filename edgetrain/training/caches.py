@@ -18,8 +18,8 @@ from edgetrain.planning.workload import Workload
 from edgetrain.store.atomic import storage_errors, sync_folder
 from edgetrain.store.run import RunFolder
 from edgetrain.store.tensors import FileEntry, plain_name
-from edgetrain.stream.cell import Host
 from edgetrain.stream.latents import CommittedStream, DeviceLatents, FileLatents, Latents
+from edgetrain.stream.state import Host
 
 
 class Caches:
@@ -197,6 +197,7 @@ class Caches:
             folder.wrote,
             self._background,
             first=first,
+            device=self._work.device,
         )
 
     def _free_name(self, number: int, spare: FileLatents | None = None) -> str:

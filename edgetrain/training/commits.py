@@ -22,14 +22,14 @@ from edgetrain.planning.schedule import Visit
 from edgetrain.record import CellRecord
 from edgetrain.store.journal import Entry
 from edgetrain.store.run import RunFolder
-from edgetrain.store.tensors import Spilled
-from edgetrain.stream.cell import State
+from edgetrain.store.tensors import FileEntry, Spilled
 from edgetrain.stream.cells import CellStream
-from edgetrain.stream.executor import Sums
+from edgetrain.stream.outputs import Sums
+from edgetrain.stream.state import CellState, Tensors
 from edgetrain.training.caches import Caches, streams_of
 from edgetrain.training.conditions import Conditions
 
-READOUT = "readout"
+CLASSIFIER = "classifier"
 INPUTS = "inputs"
 ROWS = {"data": ("training rows", "begun"), "test": ("test rows", "trained")}  # whose digests commits keep
 _EVERY_S = 60.0
@@ -98,7 +98,6 @@ class Commits:
         cells: between their visits.
         caches: the latents.
         records: what cells measured, kept with every commit.
-        readout: the classifier's state, or ``None`` while there is none.
         inputs: how inputs were scaled, committed once.
         digests: of the prepared rows, by the names in ``ROWS``, to know them again; ``None``: there are none.
         conditions: looked at now and then.
@@ -114,8 +113,7 @@ class Commits:
         cells: CellStream,
         caches: Caches,
         records: list[CellRecord],
-        readout: Callable[[], State | None],
-        inputs: State,
+        inputs: Tensors,
         digests: Mapping[str, str | None],
         conditions: Conditions,
         every: float | None,
@@ -123,7 +121,7 @@ class Commits:
         energy: Callable[[], float | None],
     ):
         self._folder, self._nodes, self._cells, self._caches = folder, nodes, cells, caches
-        self._records, self._readout, self._inputs, self._digests = records, readout, inputs, digests
+        self._records, self._inputs, self._digests = records, inputs, digests
         self._conditions, self._every, self._began = conditions, every, began
         self._energy, self._energy_before = energy, 0.0
         self._number = 0
@@ -154,11 +152,6 @@ class Commits:
         except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
             raise CorruptError(f"{self._folder.journal.path}: its newest commit is no run's ({error})") from error
         return position
-
-    def readout_state(self) -> State | None:
-        """The classifier as it was committed."""
-        files = self._folder.files()
-        return self._folder.read_unit(files[READOUT]) if READOUT in files else None
 
     def restore_latents(self, device: torch.device) -> bool:
         """Take up the latents of the newest commit; whether it has any."""
@@ -224,30 +217,42 @@ class Commits:
         """Let cells be found in the newest commit's files."""
         finished = {visit.node for visit in visits[:done] if visit.final}
         for unit, kinds in self._folder.files().items():
-            if unit not in (READOUT, INPUTS):
-                read = partial(self._folder.read_unit, kinds)
-                if not unit.isdigit() or int(unit) >= len(self._nodes):
-                    raise ValueError(f"cell {unit!r} of {len(self._nodes)}")
-                self._cells.committed(int(unit), read, needed=int(unit) not in finished)
+            if unit != INPUTS:
+                index = self._index_of(unit)
+                self._cells.committed(index, partial(self._read, kinds), needed=index not in finished)
 
-    def _changed_units(self) -> Iterator[tuple[str, State | Spilled]]:
+    def _read(self, kinds: Mapping[str, FileEntry]) -> CellState:
+        return CellState.of_tensors(self._folder.read_unit(kinds))
+
+    def _index_of(self, unit: str) -> int:
+        """The node whose files a unit holds.
+
+        Raises:
+            ValueError: there is no such node.
+        """
+        if unit == CLASSIFIER:
+            return len(self._nodes)
+        if not unit.isdigit() or int(unit) >= len(self._nodes):
+            raise ValueError(f"cell {unit!r} of {len(self._nodes)}")
+        return int(unit)
+
+    def _changed_units(self) -> Iterator[tuple[str, Tensors | Spilled]]:
         """What to commit, fetched one by one, so that a commit holds one cell at a time in memory."""
         if self._number == 0 and self._inputs:
             yield INPUTS, self._inputs
         for index in self._cells.dirty():
-            content, recipe = self._cells.content(index), self._nodes[index].recipe
-            assert recipe is not None
-            buffers = {f"cell.{name}" for name, _ in recipe.skeleton().named_buffers()}
-            state = self._folder.unspill(content) if isinstance(content, Spilled) else content
-            _check_finite(f"cell {index + 1} ({self._records[index].name})", state, buffers)
-            yield f"{index:03}", content
-        readout = self._readout()
-        if readout is not None:
-            _check_finite("the classifier", readout, set())
-            yield READOUT, readout
+            content = self._cells.content(index)
+            state = self._folder.unspill(content) if isinstance(content, Spilled) else content.to_tensors()
+            if index == len(self._nodes):
+                owner, unit, buffers = "the classifier", CLASSIFIER, set()
+            else:
+                owner, unit = f"cell {index + 1} ({self._records[index].name})", f"{index:03}"
+                buffers = {f"cell.{name}" for name, _ in self._nodes[index].recipe.skeleton().named_buffers()}
+            _check_finite(owner, state, buffers)
+            yield unit, content if isinstance(content, Spilled) else state
 
 
-def _check_finite(owner: str, state: State, buffers: set[str]) -> None:
+def _check_finite(owner: str, state: Tensors, buffers: set[str]) -> None:
     """Refuse what is not finite: a commit of it would be of no use. Buffers may hold infinities on purpose.
 
     Raises:

@@ -262,7 +262,7 @@ class _Edit:
     def _entry(self, job: Job, plan: Plan, folder: RunFolder) -> Entry:
         """What the journal remembers: that the kept cells' visits are done."""
         kept = [vars(record) for record in self.before.record.cells[: self.kept]]
-        to_come = job.work.depth - self.kept + (job.work.readout is not None)
+        to_come = job.work.depth - self.kept + (job.work.classifier is not None)
         return {
             "visits": self._kept_visits(job.work.visits(plan.cut)),
             "cells": [*kept, *(vars(CellRecord("", 0)) for _ in range(to_come))],
@@ -282,7 +282,7 @@ class _Edit:
 
 def _listed(job: Job) -> Job:
     """The job without sizes that were listed for another number of cells; these are planned."""
-    cells, visits = job.work.depth, job.work.depth + (job.work.readout is not None)
+    cells, visits = job.work.depth, job.work.depth + (job.work.classifier is not None)
     fitting = {"micro_batch": {visits}, "tiles": {cells, visits}}
     asked = {name: getattr(job.settings, name) for name in fitting}
     others = [name for name, sizes in asked.items() if isinstance(sizes, list) and len(sizes) not in fitting[name]]

@@ -32,9 +32,10 @@ from edgetrain.store.atomic import check_target
 from edgetrain.store.edit import open_folder
 from edgetrain.store.npy import writing_npy
 from edgetrain.store.run import Files, RunFolder
-from edgetrain.stream.cell import LiveCell, OptimizerRecipe, State
+from edgetrain.stream.cell import OptimizerRecipe, ResidentCell, Setup
 from edgetrain.stream.latents import FileLatents
-from edgetrain.training.commits import INPUTS, READOUT, check_rows
+from edgetrain.stream.state import CellState
+from edgetrain.training.commits import CLASSIFIER, INPUTS, check_rows
 from edgetrain.training.identity import check_net
 from edgetrain.training.inputs import Shape, digest, unpack
 from edgetrain.training.job import Job, cells_of, method_of, net_of, objective_of, stated_reading, with_defaults
@@ -160,23 +161,21 @@ class Run:
         """
         folder = RunFolder(self.path)
         files = folder.files()
-        classifier = folder.read_unit(files[READOUT], optimizer=False) if READOUT in files else None
+        classifier = _classifier(folder, files)
         scaling = unpack(folder.read_unit(files[INPUTS])) if INPUTS in files else None
         cells = [(cell.module, cell.head) for cell in self._trained_cells()]
-        return Model(self.objective, self.shape, scaling, cells, classifier).eval()
+        return Model(self.objective, self.shape, scaling, cells, classifier.head if classifier else None).eval()
 
     def cells(self) -> nn.Sequential:
         """The trained cells alone on the CPU, in evaluation mode, without input scaling, heads and vote."""
         return nn.Sequential(*(cell.module for cell in self._trained_cells())).eval()
 
-    def _trained_cells(self) -> list[LiveCell]:
+    def _trained_cells(self) -> list[ResidentCell]:
         folder = RunFolder(self.path)
         files, cpu, unused = folder.files(), torch.device("cpu"), OptimizerRecipe("sgd", 1.0)
         with process_state(self.settings):
-            return [
-                LiveCell(node, self.objective, unused, cpu, _read_cell(folder, files, node.index))
-                for node in self.nodes
-            ]
+            setup = Setup(self.objective, unused, cpu)
+            return [ResidentCell(node, setup, _read_cell(folder, files, node.index)) for node in self.nodes]
 
     def _open(self, data: Any) -> DataSet:
         opened = _rows(data, self.shape.reading)
@@ -279,16 +278,23 @@ def predictor_of(
         micro_batches=pieces[0],
         tiles=pieces[1],
         read_cell=partial(_read_cell, folder, files),
-        readout=folder.read_unit(files[READOUT], optimizer=False) if READOUT in files else None,
+        classifier=_classifier(folder, files),
         folder=scratch or folder.latents,
     )
 
 
-def _read_cell(folder: RunFolder, files: Files, index: int) -> State:
+def _classifier(folder: RunFolder, files: Files) -> CellState | None:
+    """The trained classifier, if there is one."""
+    if CLASSIFIER not in files:
+        return None
+    return CellState.of_tensors(folder.read_unit(files[CLASSIFIER], optimizer=False))
+
+
+def _read_cell(folder: RunFolder, files: Files, index: int) -> CellState:
     unit = f"{index:03}"
     if unit not in files:
         raise CorruptError(f"{folder.path}: its journal knows no cell {index + 1}")
-    return folder.read_unit(files[unit], optimizer=False)
+    return CellState.of_tensors(folder.read_unit(files[unit], optimizer=False))
 
 
 def _rows(data: Any, reading: Reading) -> DataSet:

@@ -406,7 +406,7 @@ def _evaluate(
             cell.test_accuracy = accuracy
             cell.peak_gpu_mb = max(cell.peak_gpu_mb or 0.0, to_mb(peak) or 0.0)
     record.cells = cells
-    record.readout = trainer.records[-1] if job.work.readout else None
+    record.readout = trainer.records[-1] if job.work.classifier else None
     if record.readout is not None:
         record.readout.test_accuracy = record.test_accuracy
 

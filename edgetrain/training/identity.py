@@ -19,7 +19,7 @@ Fingerprint = list[Any]  # name, digest of the signature, numbers of its behavio
 
 def fingerprints(nodes: Sequence[Node]) -> list[Fingerprint]:
     """Of the layers of all cells, in order."""
-    return [each for node in nodes if node.recipe is not None for each in node.recipe.fingerprints()]
+    return [each for node in nodes for each in node.recipe.fingerprints()]
 
 
 def check_net(folder: RunFolder, nodes: Sequence[Node], training: bool, kept: int | None = None) -> None:

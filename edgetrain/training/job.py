@@ -102,14 +102,14 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None) -
         nodes=cells_of(settings, objective, shape, recipes),
         objective=objective,
         optimizer=OptimizerRecipe(settings.optimizer or "", settings.lr or 0.0, settings.weight_decay or 0.0),
-        readout=_readout(settings),
+        classifier=_classifier_optimizer(settings),
         schedule=settings.schedule or "separate",
         classes=shape.classes,
         rows=opened.train.rows,
         test_rows=opened.test.rows if opened.test else 0,
         batch_size=settings.batch_size,
         epochs=settings.epochs,
-        readout_epochs=settings.classifier_epochs or 0,
+        classifier_epochs=settings.classifier_epochs or 0,
         inputs=shape.format,
         latent_dtype=settings.latent_dtype,
         device=device,
@@ -241,7 +241,7 @@ def _check_threads(settings: Settings) -> None:
 
 def _classifier(settings: Settings, method: type[Objective], schedule: str | None) -> dict[str, Any]:
     """Settings of the trained classifier, if there is one."""
-    trained = method.vote == "trained" or settings.classifier_epochs is not None
+    trained = method.vote == "classifier" or settings.classifier_epochs is not None
     if method.classifier is None or not trained:
         for name in ("classifier_lr", "classifier_weight_decay", "classifier_epochs"):
             if getattr(settings, name) is not None:
@@ -367,7 +367,7 @@ def _classifier_epochs(settings: Settings, schedule: str | None) -> int:
     return epochs
 
 
-def _readout(settings: Settings) -> OptimizerRecipe | None:
+def _classifier_optimizer(settings: Settings) -> OptimizerRecipe | None:
     if not settings.classifier_epochs:
         return None
     return OptimizerRecipe(

@@ -62,7 +62,8 @@ class Model(nn.Module):
                 block = self.reads.index(index)
                 features = self.objective.features(streams[self.objective.classifier_stream])
                 logits = features @ self.classifier[f"{block}_weight"].T
-                votes["trained"] = votes["trained"] + logits if block else logits + self.classifier["bias"]
+                before = votes.get("classifier")
+                votes["classifier"] = logits + self.classifier["0_bias"] if before is None else before + logits
         return votes[self.objective.vote]
 
     def prepared(self, x: Tensor) -> Tensor:

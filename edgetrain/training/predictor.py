@@ -1,6 +1,6 @@
 """Reads classes off a finished net, one cell on the device at a time, over all rows at once.
 
-The votes: ``sum`` of all cells' scores, the ``last`` cell's alone, the ``trained`` classifier on all
+The votes: ``sum`` of all cells' scores, the ``last`` cell's alone, the trained ``classifier`` on all
 cells' latents (a sum over cells as well, so nothing is concatenated), and each cell on its own.
 """
 
@@ -20,11 +20,15 @@ from edgetrain.errors import CorruptError, StorageError
 from edgetrain.memory.meter import Meter
 from edgetrain.objectives.base import Node, Objective, Streams
 from edgetrain.store.latents import LatentFile
-from edgetrain.stream.cell import OptimizerRecipe, State, copied
+from edgetrain.stream.cell import OptimizerRecipe, Setup, copied
 from edgetrain.stream.executor import Executor
-from edgetrain.stream.feed import FileFeed, Part, Slice
+from edgetrain.stream.inputs import evaluation_inputs
 from edgetrain.stream.latents import FileLatents
-from edgetrain.stream.tiles import at_hand
+from edgetrain.stream.outputs import Outputs
+from edgetrain.stream.reader import LabelFile, Reader
+from edgetrain.stream.span import Span
+from edgetrain.stream.state import CellState
+from edgetrain.stream.tiles import build_cell
 
 _UNUSED = OptimizerRecipe("sgd", 1.0)
 
@@ -65,7 +69,7 @@ class Predictor:
         micro_batches: of each cell.
         tiles: of each cell.
         read_cell: gives a cell's tensors.
-        readout: the trained classifier's tensors, if there is one.
+        classifier: the trained classifier, if there is one.
         folder: for latents on their way; they are removed.
         prefetch: batches gathered ahead.
     """
@@ -77,8 +81,8 @@ class Predictor:
     seed: int
     micro_batches: list[int]
     tiles: list[int]
-    read_cell: Callable[[int], State]
-    readout: State | None
+    read_cell: Callable[[int], CellState]
+    classifier: CellState | None
     folder: Path
     prefetch: int = 2
 
@@ -133,23 +137,25 @@ class Predictor:
     def _visit(
         self,
         node: Node,
-        state: State,
+        state: CellState,
         source: FileLatents,
         labels: LatentFile | None,
-        out: FileLatents | None,
+        target: FileLatents | None,
         scorer: _Scorer,
     ) -> None:
         micro = self.objective.evaluation_batch(self.micro_batches[node.index])
         tiles = self.tiles[node.index]
         self.meter.start_cell(("evaluate", node.index))
         with self.meter.watch():
-            cell = at_hand(node, self.objective, _UNUSED, self.device, tiles, state, self.meter.host)
-        work = Slice(source.rows, micro, micro, 0, -(-source.rows // micro), phases=cell.tiles)
-        scorer.load()
-        feed = FileFeed(source, labels, self.device, self.meter.host, self.prefetch)
-        sink = None if out is None else out.sink()
+            cell = build_cell(node, Setup(self.objective, _UNUSED, self.device, self.meter.host), tiles, state)
+        span = Span(source.rows, micro, micro, 0, -(-source.rows // micro))
+        scorer.load(latents_on_host=cell.tiles > 1)
+        prepare = evaluation_inputs(self.objective) if node.index == 0 else None
+        reader = Reader([source.source()], LabelFile(labels), self.device, self.meter.host, self.prefetch, prepare)
+        sink = None if target is None else target.sink()
         try:
-            Executor(self.objective, self.device, self.meter, self.seed).read(cell, feed, work, sink, scorer.take)
+            out = Outputs(sink=sink, on_scores=scorer.take)
+            Executor(self.meter, self.seed).run("evaluate", cell, reader, span, out)
         finally:
             if sink is not None:
                 sink.close()
@@ -168,6 +174,7 @@ class Predictor:
             ignore,
             ignore,
             background=self.prefetch > 0,
+            device=self.device,
         )
 
 
@@ -188,32 +195,35 @@ class _Scorer:
         self._bias: Tensor | None = None
         self._own: list[NDArray[np.float32]] = []
         self._trained: list[NDArray[np.float32]] = []
+        self._on_host = False
         self.peak = 0
 
-    def load(self) -> None:
-        """Bring the classifier's block for this cell to the device."""
-        predictor = self._predictor
-        readout, device = predictor.readout, predictor.device
+    def load(self, latents_on_host: bool) -> None:
+        """Bring the classifier's block for this cell to the device, and say where the cell's latents will be."""
+        self._on_host, predictor = latents_on_host, self._predictor
+        classifier, device = predictor.classifier, predictor.device
         reads = predictor.objective.read_by_classifier(len(predictor.nodes))
-        if readout is None or self._node.index not in reads:
+        if classifier is None or self._node.index not in reads:
             return
         with predictor.meter.watch():
             block = reads.index(self._node.index)
-            self._block = copied(readout[f"{block}.weight"], device)
+            self._block = copied(classifier.head[f"{block}.weight"], device)
             if block == 0:
-                self._bias = copied(readout["bias"], device)
+                self._bias = copied(classifier.head["0.bias"], device)
 
-    def take(self, part: Part, scores: Tensor | None, latents: Streams) -> None:
-        """Scores of one micro-batch."""
+    def take(self, start: int, scores: Tensor | None, latents: Streams) -> None:
+        """See ``stream.outputs.OnScores``."""
         if scores is not None:
             self._own.append(_to_numpy(scores))
         if self._block is not None:
             objective = self._predictor.objective
-            logits = objective.features(latents[objective.classifier_stream]) @ self._block.T
+            read = latents[objective.classifier_stream]
+            read = copied(read, self._predictor.device) if self._on_host else read
+            logits = objective.features(read) @ self._block.T
             self._trained.append(_to_numpy(logits if self._bias is None else logits + self._bias))
         if self._on_latents is not None:
             stream = self._predictor.objective.classifier_stream
-            self._on_latents(part.start + part.first, _to_numpy(latents[stream]))
+            self._on_latents(start, _to_numpy(latents[stream]))
 
     def conclude(self) -> None:
         """Add this cell's scores to the votes."""
@@ -229,7 +239,8 @@ class _Scorer:
             found.scores["last"] = own
         if self._trained:
             trained = np.concatenate(self._trained)
-            found.scores["trained"] = found.scores["trained"] + trained if "trained" in found.scores else trained
+            before = found.scores.get("classifier")
+            found.scores["classifier"] = trained if before is None else before + trained
 
 
 def _to_numpy(values: Tensor) -> NDArray[Any]:

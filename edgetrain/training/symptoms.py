@@ -9,9 +9,8 @@ import torch
 from edgetrain.planning.schedule import Visit
 from edgetrain.planning.workload import Workload
 from edgetrain.record import CellRecord
-from edgetrain.stream.cell import LiveCell
+from edgetrain.stream.cell import Cell
 from edgetrain.stream.latents import Latents
-from edgetrain.stream.tiles import TiledCell
 
 _LEAST_EPOCHS = 3  # of a loss, to say that it does not fall
 
@@ -30,11 +29,11 @@ class Symptoms:
         self._before: list[tuple[float, float]] | None = None
         self._said: set[tuple[int, str]] = set()
 
-    def begins(self, visit: Visit, cell: LiveCell | TiledCell, whole: bool) -> None:
+    def begins(self, visit: Visit, cell: Cell, whole: bool) -> None:
         """A visit is about to train a cell, ``whole`` if from its first step on."""
         self._before = _fingerprint(cell) if whole and visit.epoch == 0 and visit.first == 0 else None
 
-    def trained(self, visit: Visit, cell: LiveCell | TiledCell) -> None:
+    def trained(self, visit: Visit, cell: Cell) -> None:
         """The visit's steps are done."""
         if self._before and self._before == _fingerprint(cell):
             self._once(
@@ -50,7 +49,7 @@ class Symptoms:
             self._once(
                 visit.node,
                 "dead",
-                "hands on nothing but zeros, so the cells behind it cannot learn: its units are dead; try a smaller"
+                "emits nothing but zeros, so the cells behind it cannot learn: its units are dead; try a smaller"
                 " --lr, another --seed, or a net with biases or normalisation",
             )
 
@@ -72,13 +71,7 @@ class Symptoms:
             self._say(f"cell {node + 1} ({self._records[node].name}) {text}")
 
 
-def _fingerprint(cell: LiveCell | TiledCell) -> list[tuple[float, float]] | None:
-    """Sum and norm of each learned tensor; ``None`` for a cell in tiles, which is not on the device as a whole."""
-    if isinstance(cell, TiledCell):
-        return None
+def _fingerprint(cell: Cell) -> list[tuple[float, float]]:
+    """Sum and norm of each learned tensor that is on the device."""
     with torch.no_grad():  # in float32: a wider type would copy the tensor on the device
-        return [
-            (float(value.sum()), float(torch.linalg.vector_norm(value)))
-            for _, learned, _ in cell.phases
-            for value in learned
-        ]
+        return [(float(value.sum()), float(torch.linalg.vector_norm(value))) for value in cell.learned()]

@@ -1,4 +1,4 @@
-"""Carries visits out: fetches the cell, feeds it, trains it, keeps what it emits, commits.
+"""Carries visits out: fetches the cell, reads its batches, trains it, keeps what it emits, commits.
 
 Read `_visit` first: it is the whole of training.
 """
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NoReturn
 
-import torch
-
 from edgetrain.errors import BudgetError, CorruptError, Stopped
 from edgetrain.keys import epoch_order
 from edgetrain.memory.meter import Meter
@@ -22,13 +20,15 @@ from edgetrain.planning.workload import Workload
 from edgetrain.record import CellRecord
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.run import RunFolder
-from edgetrain.stream.cell import LiveCell, State
+from edgetrain.stream.cell import Cell
 from edgetrain.stream.cells import CellStream
-from edgetrain.stream.executor import Executor, Sums, Tally
-from edgetrain.stream.feed import DeviceFeed, Feed, FileFeed, Slice
+from edgetrain.stream.executor import Executor
+from edgetrain.stream.inputs import training_inputs
 from edgetrain.stream.latents import DeviceLatents, FileLatents, Latents
-from edgetrain.stream.readout import DeviceCellsFeed, FileCellsFeed, Reading, Readout, train_readout
-from edgetrain.stream.tiles import TiledCell, at_hand, phases_of
+from edgetrain.stream.outputs import Outputs, Sums, Tally
+from edgetrain.stream.reader import LabelFile, Reader, Source
+from edgetrain.stream.span import Span
+from edgetrain.stream.state import CellState, Tensors
 from edgetrain.training.caches import Caches
 from edgetrain.training.commits import Commits, Position
 from edgetrain.training.conditions import Conditions
@@ -81,7 +81,7 @@ class Trainer:
         folder: RunFolder,
         inputs: FileLatents,
         labels: LatentFile,
-        input_state: State,
+        input_state: Tensors,
         digests: Mapping[str, str | None],
         meter: Meter,
         watcher: Watcher,
@@ -93,15 +93,14 @@ class Trainer:
         self._labels, self._watcher, self._choices, self._stop = labels, watcher, choices, stop
         conditions = Conditions(work.device, plan.budget, watcher.note)
         self._resident = plan.placement == "resident"
-        self._executor = Executor(work.objective, work.device, meter, work.seed, work.augmentation)
+        self._executor = Executor(meter, work.seed)
+        self._builder = work.builder(work.device, meter.host, plan.classifier_resident)
         self._cells = CellStream(self._place, work.device, meter, folder, choices.host_tier, self._resident)
-        self._readout: Readout | None = None
-        self._readout_state: State | None = None
         self._files: FileLatents = inputs
         self._caches = Caches(
             work, plan.cut, folder, self._resident, meter.host, choices.prefetch > 0, choices.keep_latents
         )
-        self._device_labels: torch.Tensor | None = None
+        self._label_source: Source = LabelFile(labels)
         self.records = [
             CellRecord(
                 cell.name,
@@ -114,8 +113,8 @@ class Trainer:
         ]
         self._conditions, self._symptoms = conditions, Symptoms(work, self.records, watcher.note)
         self.commits = Commits(
-            folder, work.nodes, self._cells, self._caches, self.records, self._current_readout, input_state,
-            digests, conditions, choices.checkpoint_every, stop.began, energy,
+            folder, work.nodes, self._cells, self._caches, self.records, input_state, digests,
+            conditions, choices.checkpoint_every, stop.began, energy,
         )  # fmt: skip
         self._visits = work.visits(plan.cut)
         self._resumed = Position.before(0, self._visits)
@@ -160,7 +159,6 @@ class Trainer:
     def _take_up(self, position: Position) -> None:
         """Bring everything to where the newest commit stood."""
         if position != Position.before(0, self._visits):
-            self._readout_state = self.commits.readout_state()
             self._watcher.note(f"going on {self._where(position)}; finished cells emit their latents again")
         self._begin()
         for visit in self._visits[: position.done]:
@@ -184,10 +182,7 @@ class Trainer:
             self._caches.free(visit.frees)
             self._clock(visit)
             return
-        if visit.node == self._work.depth:
-            sums, waited = self._visit_readout(begun, visit)
-        else:
-            sums, waited = self._visit_cell(begun, visit, following)
+        sums, waited = self._train(begun, visit, following)
         self._caches.free(visit.frees)
         loss, accuracy = sums.means
         record, size = self.records[visit.node], self._work.batch_size
@@ -199,12 +194,11 @@ class Trainer:
         self._symptoms.visited(visit)
         self._watcher.visited(self._progress(begun.visit, visit, visit.last, sums))
 
-    def _visit_cell(self, begun: Position, visit: Visit, following: int | None) -> tuple[Sums, float]:
+    def _train(self, begun: Position, visit: Visit, following: int | None) -> tuple[Sums, float]:
         cell = self._cells.visit(visit.node)
         if following is not None and following != visit.node:
             self._cells.expect(following)
-        feed = self._feed(visit.node)
-        phases = phases_of(self._work.objective, cell.tiles)
+        reader = self._reader(visit.node)
         emits = visit.emit == "training"
         out = self._caches.make(visit, goes_on=begun.step > visit.first) if emits else None
         self._symptoms.begins(visit, cell, begun.step == visit.first)
@@ -212,24 +206,24 @@ class Trainer:
         def train(first: int, tally: Tally, pause: Callable[[int], bool]) -> int:
             sink = None if out is None else out.sink()
             try:
-                piece = self._slice(visit, phases, first)
-                return self._executor.train(cell, feed, piece, visit.epoch, tally, sink, pause)
+                span = self._span(visit, first)
+                return self._executor.run("train", cell, reader, span, Outputs(tally, sink), pause)
             finally:
                 if sink is not None:
                     sink.close()
 
-        sums = self._in_pieces(begun, visit, train)
+        sums = self._between_checkpoints(begun, visit, train)
         self._symptoms.trained(visit, cell)
         if visit.emit == "finished":
             out = self._caches.make(visit)
-            if not self._emit(cell, feed, out):
+            if not self._emit(cell, reader, out):
                 self._halt(Position(self._frontier(begun.visit), begun.visit, visit.last, sums))
         if out is not None:
             self._symptoms.emitted(visit, out)
         self._note_peak(visit.node)
-        return sums, feed.waited_s
+        return sums, reader.waited_s
 
-    def _in_pieces(
+    def _between_checkpoints(
         self, begun: Position, visit: Visit, train: Callable[[int, Tally, Callable[[int], bool]], int]
     ) -> Sums:
         """Train all steps of a visit, with commits between them when they are due.
@@ -268,94 +262,49 @@ class Trainer:
             self._cells.expect(following)
         order = epoch_order(work.seed, visit.epoch, work.rows) if visit.emit == "again" else None
         micro = self._plan.micro_batches[node]
-        piece = Slice(work.rows, work.batch_size, micro, visit.first, visit.last, order, phases=cell.tiles)
-        whole = self._emit_piece(cell, self._feed(node), self._caches.make(visit), piece)
+        span = Span(work.rows, work.batch_size, micro, visit.first, visit.last, order)
+        whole = self._emit_span(cell, self._reader(node), self._caches.make(visit), span)
         self._note_peak(node)
         return whole
 
-    def _emit(self, cell: LiveCell | TiledCell, feed: Feed, out: Latents) -> bool:
+    def _emit(self, cell: Cell, reader: Reader, out: Latents) -> bool:
         """Latents of the finished cell, in sample order, view by view; whether all were emitted."""
-        views = range(self._work.views)
-        return all(self._emit_piece(cell, feed, out, self._in_sample_order(cell, view), view) for view in views)
+        work, index = self._work, cell.index
+        micro = self._plan.micro_batches[index]
+        spans = (
+            Span(work.rows, work.batch_size, micro, 0, work.steps, view=view if index else 0, epoch=view)
+            for view in range(work.views)
+        )
+        return all(self._emit_span(cell, reader, out, span) for span in spans)
 
-    def _emit_piece(self, cell: LiveCell | TiledCell, feed: Feed, out: Latents, piece: Slice, view: int = 0) -> bool:
+    def _emit_span(self, cell: Cell, reader: Reader, out: Latents, span: Span) -> bool:
         """Emit until the end, or until the run is to stop; whether it came to the end."""
         sink = out.sink()
+        outputs = Outputs(sink=sink, base=span.epoch * span.rows)
         try:
-            return self._executor.emit(cell, feed, piece, sink, view, lambda step: self._stop.asked()) == piece.last
+            return self._executor.run("emit", cell, reader, span, outputs, lambda step: self._stop.asked()) == span.last
         finally:
             sink.close()
 
-    def _visit_readout(self, begun: Position, visit: Visit) -> tuple[Sums, float]:
-        self._cells.leave()
-        self._meter.start_cell(self._work.depth)
-        readout, feed = self._open_readout(), self._cells_feed()
-        cells, classes = len(self._work.classifier_reads), self._work.classes
-
-        def train(first: int, tally: Tally, pause: Callable[[int], bool]) -> int:
-            piece = self._slice(visit, 1, first)
-            return train_readout(readout, feed, piece, cells, classes, self._meter, tally, pause)
-
-        sums = self._in_pieces(begun, visit, train)
-        self._note_peak(visit.node)
-        if self._work.emits_in_training and not self._resident:  # cells come next, and need the room
-            self._readout_state, self._readout = readout.state(), None
-        return sums, feed.waited_s
-
-    def _open_readout(self) -> Readout:
-        if self._readout is None:
-            assert self._work.readout is not None
-            with self._meter.watch():
-                self._readout = Readout(
-                    self._work.feature_widths,
-                    self._work.classes,
-                    self._work.readout,
-                    self._work.device,
-                    self._work.seed,
-                    self._meter,
-                    self._plan.readout_resident,
-                    self._readout_state,
-                )
-        return self._readout
-
     # -- what a visit needs ------------------------------------------------------------------------
 
-    def _place(self, index: int, state: Mapping[str, torch.Tensor] | None) -> LiveCell | TiledCell:
-        work = self._work
-        tiles = self._plan.tiles[index]
-        return at_hand(work.nodes[index], work.objective, work.optimizer, work.device, tiles, state, self._meter.host)
+    def _place(self, index: int, state: CellState | None) -> Cell:
+        return self._builder.build(index, self._plan.tiles[index], state)
 
-    def _slice(self, visit: Visit, phases: int, first: int) -> Slice:
+    def _span(self, visit: Visit, first: int) -> Span:
+        """The visit's steps from ``first`` on."""
         work = self._work
         order = epoch_order(work.seed, visit.epoch, work.rows)
         micro = self._plan.micro_batches[visit.node]
-        view = visit.epoch % work.views if visit.node else 0  # the inputs lie there once
-        return Slice(work.rows, work.batch_size, micro, first, visit.last, order, phases, view)
+        view = visit.epoch % work.views if visit.node else 0  # there is one view of the inputs
+        return Span(work.rows, work.batch_size, micro, first, visit.last, order, view, visit.epoch)
 
-    def _in_sample_order(self, cell: LiveCell | TiledCell, view: int) -> Slice:
-        work, index = self._work, cell.node.index
-        micro = self._plan.micro_batches[index]
-        return Slice(work.rows, work.batch_size, micro, 0, work.steps, phases=cell.tiles, view=view if index else 0)
-
-    def _feed(self, index: int) -> Feed:
-        source = self._caches[index]
-        if isinstance(source, DeviceLatents):
-            assert self._device_labels is not None
-            return DeviceFeed(source, self._device_labels)
-        assert isinstance(source, FileLatents)
-        return FileFeed(source, self._labels, self._work.device, self._meter.host, self._choices.prefetch)
-
-    def _cells_feed(self) -> FileCellsFeed | DeviceCellsFeed:
-        sources = [self._caches[index + 1] for index in self._work.classifier_reads]
-        reading = Reading(self._work.objective.classifier_stream, self._work.objective.features)
-        on_device = [source for source in sources if isinstance(source, DeviceLatents)]
-        if on_device:
-            assert self._device_labels is not None
-            return DeviceCellsFeed(on_device, self._device_labels, reading)
-        in_files = [source for source in sources if isinstance(source, FileLatents)]
-        return FileCellsFeed(
-            in_files, self._labels, self._work.device, self._meter.host, self._choices.prefetch, reading
-        )
+    def _reader(self, index: int) -> Reader:
+        work, streams = self._work, self._work.streams_of(index)
+        sources = [self._caches[number].source(streams) for number in work.sources_of(index)]
+        prepare = training_inputs(work.objective, work.augmentation) if index == 0 else None
+        ahead = self._choices.prefetch
+        return Reader(sources, self._label_source, work.device, self._meter.host, ahead, prepare)
 
     def _tally(self, visit: Visit, before: Sums) -> Tally:
         name = self.records[visit.node].name
@@ -375,14 +324,14 @@ class Trainer:
                 self._work.device,
                 self._meter.host,
             )
-            self._device_labels = labels.tensors["y"].view(torch.int64).view(-1)
+            self._label_source = labels.source()
 
     def _replay(self, visit: Visit) -> bool:
         """Make again what a committed visit left behind, the latents of a finished cell; whether it came to the end."""
         whole = True
         if visit.emit == "finished":
             cell = self._cells.visit(visit.node, changes=False)
-            whole = self._emit(cell, self._feed(visit.node), self._caches.make(visit))
+            whole = self._emit(cell, self._reader(visit.node), self._caches.make(visit))
         elif visit.lasting:
             whole = self._emit_range(visit, None)
         self._caches.free(tuple(index for index in visit.frees if index in self._caches))
@@ -437,13 +386,9 @@ class Trainer:
         name = self.records[visit.node].name
         return f"at step {position.step} of epoch {visit.epoch + 1} of cell {visit.node + 1} ({name})"
 
-    def _current_readout(self) -> State | None:
-        return self._readout_state if self._readout is None else self._readout.state()
-
     def _end(self) -> None:
-        self._readout = None
         self._caches.close()
-        self._device_labels = None
+        self._label_source = LabelFile(None)
         self._cells.close()
 
     # -- watching ----------------------------------------------------------------------------------
@@ -473,7 +418,7 @@ class Trainer:
         elapsed = time.monotonic() - self._started
         share = self._share(number, (step - visit.first) / (visit.last - visit.first))
         record = self.records[visit.node]
-        is_readout = visit.node == self._work.depth
+        is_classifier = visit.node == self._work.depth
         loss, accuracy = sums.means
         return Progress(
             visit=number,
@@ -482,7 +427,7 @@ class Trainer:
             node=visit.node,
             nodes=len(self.records),
             epoch=visit.epoch,
-            epochs=self._work.readout_epochs if is_readout else self._work.epochs,
+            epochs=self._work.classifier_epochs if is_classifier else self._work.epochs,
             step=step,
             steps=visit.last,
             loss=loss,
