@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from edgetrain.memory.allocator import CachingAllocatorModel
 from edgetrain.memory.meter import Listener, LiveBytes, LiveMeter
 from edgetrain.memory.timeline import Timeline, making
+from edgetrain.planning.seeding import Requests
 from edgetrain.planning.workload import Workload
 from edgetrain.store.latents import Rows
 from edgetrain.store.rows import RowFormat
@@ -36,12 +38,17 @@ CUDA_WORKSPACE_BYTES = 2 << 20
 
 @dataclass
 class Bench:
-    """Fake tensors, with a meter and a timeline of the device side and, for CUDA, the allocator's model."""
+    """Fake tensors, with a meter and a timeline of the device side and, for CUDA, the allocator's model.
+
+    Attributes:
+        requests: what CUDA's allocator was asked for, in order; elsewhere ``None``.
+    """
 
     tracker: LiveBytes
     meter: LiveMeter
     timeline: Timeline
     allocator: CachingAllocatorModel | None
+    requests: Requests | None
 
     @property
     def peak(self) -> int:
@@ -49,6 +56,29 @@ class Bench:
         if self.allocator is None:
             return self.tracker.peak
         return self.allocator.peak_reserved_bytes + CUDA_WORKSPACE_BYTES
+
+    @cached_property
+    def seeded(self) -> Peak:
+        """Likewise, if the best block is taken and given back before the first tensor."""
+        if self.requests is None:
+            return Peak(self.tracker.peak)
+        seed, reserved = self.requests.best_seed()
+        return Peak(reserved + CUDA_WORKSPACE_BYTES, seed)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Device bytes of a visit.
+
+    Attributes:
+        bytes: at most, in training and where classes are looked for.
+        seed: bytes of a block that is taken and given back before training; see ``planning.seeding``.
+        evaluation_seed: likewise, before classes are looked for.
+    """
+
+    bytes: int
+    seed: int = 0
+    evaluation_seed: int = 0
 
 
 @contextmanager
@@ -58,10 +88,11 @@ def bench(device: torch.device, needs_values: bool = False) -> Iterator[Bench]:
 
     allocator = CachingAllocatorModel() if device.type == "cuda" else None
     timeline = Timeline()
-    listeners: list[Listener] = [timeline] if allocator is None else [allocator, timeline]
+    requests = None if allocator is None else Requests()
+    listeners: list[Listener] = [each for each in (allocator, requests, timeline) if each is not None]
     tracker = LiveBytes(*listeners)
     with nullcontext() if needs_values else FakeTensorMode(allow_non_fake_inputs=True):
-        yield Bench(tracker, LiveMeter(full=True, tracker=tracker), timeline, allocator)
+        yield Bench(tracker, LiveMeter(full=True, tracker=tracker), timeline, allocator, requests)
 
 
 @dataclass(frozen=True)
@@ -100,8 +131,8 @@ class _NoFile:
 _LABELS = _NoRows({"y": LABELS})
 
 
-def cell_peak(work: Workload, index: int, micro_batch: int, tiles: int = 1, resident: bool = False) -> int:
-    """Peak bytes of a visit to node ``index``, streamed: its steps, emitting after them, and evaluation.
+def cell_peak(work: Workload, index: int, micro_batch: int, tiles: int = 1, resident: bool = False) -> Peak:
+    """Peak of a visit to node ``index``, streamed: its steps, emitting after them, and evaluation.
 
     Args:
         work: the run.
@@ -110,10 +141,12 @@ def cell_peak(work: Workload, index: int, micro_batch: int, tiles: int = 1, resi
         tiles: of the cell.
         resident: whether all of the classifier stays on the device during its visit.
     """
-    peak = visited(work, index, micro_batch, tiles, resident).peak
-    if index < work.depth and len(work.objective.unlabelled_names) > 1:  # else evaluation takes less than training
-        peak = max(peak, _evaluation_peak(work, index, micro_batch, tiles))
-    return peak
+    training = visited(work, index, micro_batch, tiles, resident).seeded
+    several = len(work.objective.unlabelled_names) > 1
+    if index == work.depth or not (several or work.device.type == "cuda"):  # no more lives than in training
+        return training
+    evaluation = _evaluated(work, index, micro_batch, tiles).seeded
+    return Peak(max(training.bytes, evaluation.bytes), training.seed, evaluation.seed)
 
 
 def visited(work: Workload, index: int, micro_batch: int, tiles: int = 1, resident: bool = False) -> Bench:
@@ -124,8 +157,8 @@ def visited(work: Workload, index: int, micro_batch: int, tiles: int = 1, reside
     return table
 
 
-def _evaluation_peak(work: Workload, index: int, micro_batch: int, tiles: int) -> int:
-    """Peak bytes of looking for the classes with cell ``index``, as the predictor does."""
+def _evaluated(work: Workload, index: int, micro_batch: int, tiles: int) -> Bench:
+    """The bench after looking for the classes with cell ``index``, as the predictor does."""
     with bench(work.device, work.needs_values(index)) as table:
         cell = place(work, index, table, tiles)
         names = ("x",) if index == 0 else work.objective.unlabelled_names
@@ -135,7 +168,7 @@ def _evaluation_peak(work: Workload, index: int, micro_batch: int, tiles: int) -
         size = work.objective.evaluation_batch(micro_batch)
         span = Span(_STEPS * size, size, size, 0, _STEPS)
         Executor(table.meter, work.seed).run("evaluate", cell, reader, span, Outputs(sink=_NoFile("float32")))
-        return table.peak
+    return table
 
 
 def refusal_of_one_row(work: Workload, index: int) -> str | None:

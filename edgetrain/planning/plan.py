@@ -33,9 +33,11 @@ class CellPlan:
         params: learned numbers, head included.
         micro_batch: samples on the device at once.
         peak: device bytes of a visit.
-        latents: bytes of the latents that it hands on, on disk.
+        latents: bytes on disk of the latents that it emits.
         tiles: pieces in which its units are trained.
         tileable: whether they can be.
+        seed: bytes of a block that is taken and given back before it is trained; see ``planning.seeding``.
+        evaluation_seed: likewise, before classes are looked for.
     """
 
     name: str
@@ -45,6 +47,8 @@ class CellPlan:
     latents: int
     tiles: int = 1
     tileable: bool = False
+    seed: int = 0
+    evaluation_seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from edgetrain.errors import BudgetError, InputError
 from edgetrain.nets.base import CellRecipe, Options
 from edgetrain.objectives.base import nodes
 from edgetrain.planning import storage
-from edgetrain.planning.dryrun import cell_peak, refusal_of_one_row, resident_peak
+from edgetrain.planning.dryrun import Peak, cell_peak, refusal_of_one_row, resident_peak
 from edgetrain.planning.plan import CellPlan, Plan
 from edgetrain.planning.schedule import Cut
 from edgetrain.planning.workload import Workload
@@ -106,8 +106,8 @@ def _attempt(
         whole, peaks = resident_peak(work, [cell.micro_batch for cell in visits])
         if placement == "resident" or budget is None or whole <= budget:
             chosen, peak, classifier_resident = "resident", whole, True
-            cells = tuple(replace(cell, peak=peaks[index]) for index, cell in enumerate(cells))
-            classifier = None if classifier is None else replace(classifier, peak=peaks[-1])
+            cells = tuple(replace(cell, peak=peaks[index], seed=0) for index, cell in enumerate(cells))
+            classifier = None if classifier is None else replace(classifier, peak=peaks[-1], seed=0)
     params = [cell.params for cell in visits]
     cut = cut or storage.cut_for(work, sum(params), chosen, disk_budget)
     return Plan(
@@ -254,7 +254,7 @@ def backprop_work(work: Workload, recipes: Sequence[CellRecipe], options: Option
 
 
 def _backprop(work: Workload, recipes: list[CellRecipe], options: Options) -> int:
-    return cell_peak(backprop_work(work, recipes, options), 0, work.batch_size)
+    return cell_peak(backprop_work(work, recipes, options), 0, work.batch_size).bytes
 
 
 def _asked(work: Workload, micro_batch: int | list[int] | None) -> list[int] | None:
@@ -296,7 +296,7 @@ class _Choice:
     params: int
     micro: int
     tiles: int
-    peak: int
+    peak: Peak
 
 
 class _Chooser:
@@ -309,7 +309,7 @@ class _Chooser:
         self._work, self._budget, self._asked, self._tiles = work, budget, asked, tiles
         self._known: dict[Hashable, _Choice] = {}
         self._nodes: dict[Hashable, int] = {}  # one of each kind
-        self._peaks: dict[tuple[int, int, int, bool], int] = {}  # by node, micro-batch, tiles and residency
+        self._peaks: dict[tuple[int, int, int, bool], Peak] = {}  # by node, micro-batch, tiles and residency
 
     def cell(self, index: int) -> CellPlan:
         """The plan of a cell."""
@@ -327,16 +327,19 @@ class _Chooser:
             self._known[kind] = self._choose(index)
         found = self._known[kind]
         latents, tileable = storage.latent_bytes(work, index), work.objective.tileable(node)
-        return CellPlan(node.recipe.name, found.params, found.micro, found.peak, latents, found.tiles, tileable)
+        return CellPlan(
+            node.recipe.name, found.params, found.micro, found.peak.bytes, latents, found.tiles, tileable,
+            found.peak.seed, found.peak.evaluation_seed,
+        )  # fmt: skip
 
     def least(self) -> int:
         """The smallest budget that would do, all cells streamed."""
         peaks = [
-            min(self._peak(index, size, tiles) for tiles in self._extremes(index) for size in _ends(self._sizes(index)))
+            min(self._bytes(index, size, tiles) for tiles in self._extremes(index) for size in _ends(self._sizes(index)))
             for index in self._nodes.values()
         ]
         if self._work.classifier is not None:
-            peaks.append(min(self._peak(self._work.depth, size, 1) for size in _ends(self._sizes(self._work.depth))))
+            peaks.append(min(self._bytes(self._work.depth, size, 1) for size in _ends(self._sizes(self._work.depth))))
         return max(peaks)
 
     def classifier(self, lean: bool) -> tuple[CellPlan | None, bool]:
@@ -348,11 +351,12 @@ class _Chooser:
         params = work.classes * (sum(work.feature_widths) + 1)
         micro, peak, resident = 0, 0, not lean
         if resident:
-            micro, peak = self._largest(sizes, partial(self._peak, work.depth, tiles=1, resident=True))
+            micro, peak = self._largest(sizes, partial(self._bytes, work.depth, tiles=1, resident=True))
             resident = self.fits(peak)
         if not resident:
-            micro, peak = self._largest(sizes, partial(self._peak, work.depth, tiles=1))
-        return CellPlan("classifier", params, micro, peak, 0), resident
+            micro, peak = self._largest(sizes, partial(self._bytes, work.depth, tiles=1))
+        seed = self._peak(work.depth, micro, 1, resident).seed
+        return CellPlan("classifier", params, micro, peak, 0, seed=seed), resident
 
     def fits(self, peak: int) -> bool:
         """Whether the budget holds it."""
@@ -367,11 +371,11 @@ class _Chooser:
         better, tiles, leanest = self._sizes(index), fewest, None
         chosen: _Choice | None = None
         while better:
-            micro, peak = self._largest(better, partial(self._peak, index, tiles=tiles))
-            found = _Choice(params, micro, tiles, peak)
+            micro, peak = self._largest(better, partial(self._bytes, index, tiles=tiles))
+            found = _Choice(params, micro, tiles, self._peak(index, micro, tiles))
             if self.fits(peak):
                 chosen, better = found, [size for size in better if size > micro]
-            elif leanest is None or peak < leanest.peak:
+            elif leanest is None or peak < leanest.peak.bytes:
                 leanest = found
             if tiles == most or (tiles == 1 and chosen):
                 break
@@ -389,7 +393,10 @@ class _Chooser:
             return asked, asked
         return 1, len(ranges_of(units, units)) if self._work.objective.tileable(node) else 1
 
-    def _peak(self, index: int, size: int, tiles: int, resident: bool = False) -> int:
+    def _bytes(self, index: int, size: int, tiles: int, resident: bool = False) -> int:
+        return self._peak(index, size, tiles, resident).bytes
+
+    def _peak(self, index: int, size: int, tiles: int, resident: bool = False) -> Peak:
         key = index, size, tiles, resident
         if key not in self._peaks:
             self._peaks[key] = cell_peak(self._work, *key)
