@@ -19,10 +19,15 @@ from edgetrain.errors import Stopped
 from edgetrain.keys import seeded
 from edgetrain.memory.meter import meter_of
 from edgetrain.objectives.base import Batch
+from edgetrain.objectives.mf import MonoForward
 from edgetrain.store.run import RunFolder
-from edgetrain.stream.cell import OptimizerRecipe
+from edgetrain.stream.cell import OptimizerRecipe, Setup
+from edgetrain.stream.classifier import Classifier, ClassifierRecipe
 from edgetrain.stream.draws import StepDraws
-from edgetrain.stream.readout import Readout
+from edgetrain.stream.executor import Executor
+from edgetrain.stream.latents import DeviceLatents
+from edgetrain.stream.outputs import Outputs, Tally
+from edgetrain.stream.reader import Reader
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job
 from edgetrain.training.stopping import Stop
@@ -212,38 +217,69 @@ def step_of(objective, cell, head, batch):
     return loss.detach(), gradients(dict(parts.named_parameters()))
 
 
+# -- passes of one cell --------------------------------------------------------------------------------
+
+
+def labels_on_device(y):
+    """A reader's source of labels [rows]."""
+    made = DeviceLatents(len(y), "int64", False)
+    made.put(0, {"y": y})
+    return made.source()
+
+
+def reader_of(latents, y, **how):
+    """A reader of latents, or of a list of them, and labels [rows]."""
+    several = latents if isinstance(latents, list) else [latents]
+    return Reader([each.source() for each in several], labels_on_device(y), CPU, **how)
+
+
+def train_steps(cell, reader, span, sink=None, tally=None, seed=SEED, meter=None):
+    """Train a cell over a span; what the steps have come to."""
+    tally = tally or Tally(CPU)
+    Executor(meter or meter_of(CPU, False), seed).run("train", cell, reader, span, Outputs(tally, sink))
+    return tally.read()
+
+
+def in_double(state):
+    """A cell's state in float64; counts stay as they are."""
+    return state.map(lambda value: value.double() if value.is_floating_point() and value.ndim else value)
+
+
 # -- the trained classifier ----------------------------------------------------------------------------
 
 
-def readout_blocks(widths, dtype=torch.float32):
-    """The first blocks of the classifier."""
-    recipe = OptimizerRecipe("adamw", LR)
-    readout = Readout(widths, CLASSES, recipe, CPU, SEED, meter_of(CPU, False), resident=True)
-    return {name: value.to(dtype) for name, value in readout.state().items()}
+def classifier_of(widths, optimizer, state=None, resident=True, rule=None, seed=SEED, host=None):
+    """The classifier on latents of these widths, of a rule that reads them flattened."""
+    rule = rule or MonoForward(CLASSES, {"bias": "0"})
+    setup = Setup(rule, optimizer, CPU) if host is None else Setup(rule, optimizer, CPU, host)
+    return Classifier(ClassifierRecipe(len(widths), widths, seed, resident), setup, state)
 
 
-def joined_of(blocks, pattern="{}.weight"):
+def classifier_blocks(widths, dtype=torch.float32):
+    """The first blocks of the classifier, by their names in files."""
+    state = classifier_of(widths, OptimizerRecipe("adamw", LR)).state_dict()
+    return {name: value.to(dtype) for name, value in state.to_tensors().items()}
+
+
+def joined_of(blocks, pattern="head.{}.weight"):
     """The matrix [C, sum of n_l] that the classifier's blocks are cut from."""
     count = sum(name.endswith(".weight") and not name.startswith("optim.") for name in blocks)
     return torch.cat([blocks[pattern.format(index)] for index in range(count)], 1)
 
 
-def split_off_readout(found):
+def split_off_classifier(found):
     """The cells' tensors, and the classifier's by its own names."""
-    cells = {name: value for name, value in found.items() if not name.startswith("readout/")}
-    return cells, {name.removeprefix("readout/"): value for name, value in found.items() if name not in cells}
+    cells = {name: value for name, value in found.items() if not name.startswith("classifier/")}
+    return cells, {name.removeprefix("classifier/"): value for name, value in found.items() if name not in cells}
 
 
 def assert_classifier_close(blocks, classifier, rtol=2e-5, atol=2e-6):
-    """The streamed classifier sums over cells where the plain one sums along the concatenation.
-
-    Its error is softmax minus truth where autograd passes through the cross-entropy: no equal bits.
-    """
+    """The streamed classifier sums over cells where the plain one sums along the concatenation: no equal bits."""
     layer, state = classifier.layer, classifier.optimizer.state
     torch.testing.assert_close(joined_of(blocks), layer.weight.detach(), rtol=rtol, atol=atol)
-    torch.testing.assert_close(blocks["bias"], layer.bias.detach(), rtol=rtol, atol=atol)
+    torch.testing.assert_close(blocks["head.0.bias"], layer.bias.detach(), rtol=rtol, atol=atol)
     for key, value in state[layer.weight].items():
         if key != "step":
-            found = joined_of(blocks, f"optim.{{}}.weight.{key}")
+            found = joined_of(blocks, f"optim.step.head.{{}}.weight.{key}")
             torch.testing.assert_close(found, value, rtol=rtol, atol=atol / 10)
-    assert blocks["optim.bias.step"] == state[layer.bias]["step"]
+    assert blocks["optim.step.head.0.bias.step"] == state[layer.bias]["step"]

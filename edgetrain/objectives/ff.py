@@ -99,16 +99,13 @@ class ForwardForward(StatisticObjective):
     def statistic(
         self, cell: nn.Module, head: Any, streams: Streams, units: int | None = None
     ) -> tuple[Tensor, Streams]:
-        """The goodness of each stream but ``neutral``, or a tile's part of it; [B, streams]."""
-        latents: dict[str, Tensor] = {}
-        goodness = []
-        for name, values in streams.items():
-            if name == "neutral":  # only the classifier reads it
-                with torch.no_grad():
-                    latents[name] = cell(values)
-                continue
-            a = latents[name] = cell(values)
-            goodness.append(a.flatten(1).square().sum(1) / (units or a[0].numel()))
+        """The goodness for the right and a wrong label, [B, 2], or for each label in turn, [B, C]."""
+        names = self.learned_streams if "pos" in streams else self.unlabelled_names[:-1]
+        latents = {name: cell(streams[name]) for name in names}
+        goodness = [a.flatten(1).square().sum(1) / (units or a[0].numel()) for a in latents.values()]
+        if "neutral" in streams:  # only the classifier reads it
+            with torch.no_grad():
+                latents["neutral"] = cell(streams["neutral"])
         return torch.stack(goodness, 1), latents
 
     def loss_from(self, statistic: Tensor, head: Any, batch: Batch) -> Step:

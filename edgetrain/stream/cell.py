@@ -194,7 +194,8 @@ class ResidentCell:
     def state_dict(self) -> CellState:
         """See ``Cell``."""
         with self._setup.host():
-            return self.state().map(lambda value: copied(value, _HOST))
+            # Counts keep their value in a dry run only this way, and optimizers that are not fused read them.
+            return self.state().map(lambda value: value.clone().to(_HOST) if value.ndim == 0 else copied(value, _HOST))
 
     def state(self) -> CellState:
         """The cell's own tensors, on the device."""

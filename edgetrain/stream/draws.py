@@ -14,7 +14,7 @@ from edgetrain.memory import device as devices
 
 
 class StepDraws:
-    """The random numbers of one (seed, cell, epoch, step).
+    """The random numbers of one (seed, cell, epoch, step); implements ``objectives.base.Draws`` for the whole batch.
 
     Drawing for the whole batch and slicing gives the same numbers however the batch is split.
 
@@ -35,7 +35,7 @@ class StepDraws:
         """The numbers of the micro-batch that begins at row ``first`` of the batch."""
         return MicroBatchDraws(self, first)
 
-    def normal(self, name: str, like: Tensor, first: int) -> Tensor:
+    def normal(self, name: str, like: Tensor, first: int = 0) -> Tensor:
         """See ``objectives.base.Draws``."""
         if name not in self._drawn:
             source = generator(like.device, *self._address, name)
@@ -50,7 +50,7 @@ class StepDraws:
             self._drawn[name] = torch.empty_like(like).bernoulli_(chance, generator=source)
         return self._drawn[name]
 
-    def uniform(self, name: str, columns: int, like: Tensor, first: int) -> Tensor:
+    def uniform(self, name: str, columns: int, like: Tensor, first: int = 0) -> Tensor:
         """See ``objectives.base.Draws``."""
         samples = self._samples[first : first + like.shape[0]]
         drawn = per_sample(samples, columns, self._seed, "sample", name, self._epoch)

@@ -203,7 +203,7 @@ class MicroBatch:
         with making("latents"):
             streams: Streams = self._slot.decoded(self._reader.formats(self._key.source), self.last - self.first)
             y = streams.pop("y")  # type: ignore[attr-defined]
-            if self._reader.prepare is not None:
+            if self._reader.prepare is not None and self._key.source != LABELS_ONLY:
                 streams = self._reader.prepare(streams, y, draws)
         return Shown(streams, y, draws)
 

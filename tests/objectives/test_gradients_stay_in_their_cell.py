@@ -7,16 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from machine import reader_of, train_steps
 
-from edgetrain.memory.meter import meter_of
 from edgetrain.nets.spec import open_net
 from edgetrain.objectives import OBJECTIVES
 from edgetrain.objectives.base import Batch, nodes
-from edgetrain.stream.cell import LiveCell, OptimizerRecipe
+from edgetrain.stream.cell import OptimizerRecipe, ResidentCell, Setup
 from edgetrain.stream.draws import StepDraws
-from edgetrain.stream.executor import Executor, Tally
-from edgetrain.stream.feed import DeviceFeed, Slice
+from edgetrain.stream.inputs import training_inputs
 from edgetrain.stream.latents import DeviceLatents
+from edgetrain.stream.span import Span
 
 CLASSES, ROWS, SEED = 3, 11, 4
 CPU = torch.device("cpu")
@@ -47,19 +47,18 @@ def weights_stay(monkeypatch):
 def reached(objective, net):
     """What the machine lets a first cell hand on, and the parameters of it that the second one's losses reach."""
     first, second = (
-        LiveCell(node, objective, OptimizerRecipe("sgd", 0.1), CPU)
+        ResidentCell(node, Setup(objective, OptimizerRecipe("sgd", 0.1), CPU))
         for node in nodes(list(open_net(net, SHAPE, objective.net_defaults).cells), SHAPE, SEED)
     )
     latents, kept = DeviceLatents(ROWS, "float32", False), Keeps()
     latents.put(0, {"x": torch.rand(ROWS, *SHAPE, generator=torch.Generator().manual_seed(1))})
     y = torch.arange(ROWS) % CLASSES
-    work = Slice(ROWS, ROWS, ROWS, 0, 1, np.arange(ROWS), len(objective.phases))
-    executor = Executor(objective, CPU, meter_of(CPU, False), SEED)
-    executor.train(first, DeviceFeed(latents, y), work, 0, Tally(CPU), kept)
+    reader = reader_of(latents, y, prepare=training_inputs(objective))
+    train_steps(first, reader, Span(ROWS, ROWS, ROWS, 0, 1, np.arange(ROWS)), kept)
     assert sorted(kept.streams) == sorted(objective.stream_names)
     assert all(value.grad is None for _, value in first.parameters())
 
-    second.train()
+    second.set_training(True)
     batch = Batch(kept.streams, y, StepDraws(SEED, 1, 0, 0, np.arange(ROWS)))
     for phase, _, _ in second.phases:
         objective.loss(phase.name, second.module, second.head, batch).loss.backward()

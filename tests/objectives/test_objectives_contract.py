@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from machine import reader_of, train_steps
 from reference.batches import as_they_lie, shuffled
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -26,17 +27,18 @@ from edgetrain.data.arrays import from_arrays
 from edgetrain.data.layout import Reading
 from edgetrain.errors import InputError
 from edgetrain.keys import seeded
-from edgetrain.memory.meter import meter_of
 from edgetrain.nets.spec import open_net
 from edgetrain.objectives import OBJECTIVES
 from edgetrain.objectives.base import Batch, Defaults, Node, Objective, Phase, Step, nodes
 from edgetrain.planning import planner
+from edgetrain.planning.dryrun import Peak
 from edgetrain.store.run import RunFolder
-from edgetrain.stream.cell import LiveCell, OptimizerRecipe
+from edgetrain.stream.cell import OptimizerRecipe, ResidentCell, Setup
 from edgetrain.stream.draws import StepDraws
-from edgetrain.stream.executor import Executor, Tally
-from edgetrain.stream.feed import DeviceFeed, Slice
+from edgetrain.stream.inputs import training_inputs
 from edgetrain.stream.latents import DeviceLatents
+from edgetrain.stream.span import Span
+from edgetrain.stream.state import CellState
 from edgetrain.training import job
 from edgetrain.training.fit import fit
 from edgetrain.training.watcher import Silent
@@ -50,8 +52,8 @@ SUITED = {
     "sll+": ("vit:depth=2,width=8,heads=2,patch=2", (1, 4, 6)),
 }
 #: Every rule, and once more with the classifier of those that can do without one.
-CASES = [(name, kind.vote == "trained") for name, kind in ALL.items()]
-CASES += [(name, True) for name, kind in ALL.items() if kind.classifier and kind.vote != "trained"]
+CASES = [(name, kind.vote == "classifier") for name, kind in ALL.items()]
+CASES += [(name, True) for name, kind in ALL.items() if kind.classifier and kind.vote != "classifier"]
 EVERY_CASE = pytest.mark.parametrize(
     ("name", "trained"), CASES, ids=[name + (", classifier" if trained else "") for name, trained in CASES]
 )
@@ -68,8 +70,7 @@ def one_thread():
 
 
 def peaks_unknown(monkeypatch):
-    monkeypatch.setattr(planner, "cell_peak", lambda work, *how: 0)
-    monkeypatch.setattr(planner, "readout_peak", lambda work, *how: 0)
+    monkeypatch.setattr(planner, "cell_peak", lambda work, *how: Peak(0))
     monkeypatch.setattr(planner, "resident_peak", lambda work, sizes: (0, [0] * len(sizes)))
 
 
@@ -104,8 +105,7 @@ class Learner:
 
     def shown(self, first=0, last=ROWS, read=None, epoch=0):
         """Rows of a step's batch, as the machine shows them."""
-        draws = StepDraws(SEED, 0, epoch, 0, np.arange(ROWS))
-        draws.first = first
+        draws = StepDraws(SEED, 0, epoch, 0, np.arange(ROWS)).of(first)
         rows = {name: values[first:last] for name, values in (read or self.read).items()}
         if self.node.index == 0:
             rows = self.objective.streams(rows["x"], self.y[first:last], draws)
@@ -678,7 +678,7 @@ def test_the_machine_shows_a_rule_inputs_that_have_no_history(tmp_path, monkeypa
 
     monkeypatch.setattr(ALL[name], "loss", looks)
     values = {} if name in BASELINES else {"schedule": "sequence"}
-    if trained and ALL[name].vote != "trained":
+    if trained and ALL[name].vote != "classifier":
         values["classifier_epochs"] = 2
     fit(given(name, placement=placement, **values), tmp_path / "run", data=data_for(name))
     assert seen
@@ -723,7 +723,7 @@ def test_the_loss_of_every_cell_falls_on_a_toy(tmp_path, monkeypatch, name, trai
     assert len(watcher.found) == len(run.nodes) + trained
     assert all(found[-1] < 0.9 * found[0] for found in watcher.found.values())
     assert run.record.test_accuracy > 0.6  # 1 / 3 by chance
-    assert run.record.votes.get("trained", 0.0) > 0.6 or not trained
+    assert run.record.votes.get("classifier", 0.0) > 0.6 or not trained
 
 
 @EVERY_CASE
@@ -733,20 +733,20 @@ def test_a_cell_that_left_the_device_goes_on_as_if_it_had_stayed(name, trained):
     latents, source = DeviceLatents(ROWS, "float32", False), torch.Generator().manual_seed(1)
     names = objective.stream_names if node.index else ("x",)
     latents.put(0, {stream: torch.rand(ROWS, *node.parent.shape, generator=source) for stream in names})
-    order, executor = np.random.default_rng(2).permutation(ROWS), Executor(objective, CPU, meter_of(CPU, False), SEED)
+    order, setup = np.random.default_rng(2).permutation(ROWS), Setup(objective, recipe, CPU)
 
     def steps(cell, first, last):
-        work = Slice(ROWS, BATCH, BATCH, first, last, order, len(objective.phases))
-        executor.train(cell, DeviceFeed(latents, labels()), work, 0, Tally(CPU))
-        return {key: value.clone() for key, value in cell.state().items()}
+        reader = reader_of(latents, labels(), prepare=None if node.index else training_inputs(objective))
+        train_steps(cell, reader, Span(ROWS, BATCH, BATCH, first, last, order))
+        return cell.state_dict().to_tensors()
 
-    stayed = steps(LiveCell(node, objective, recipe, CPU), 0, 3)
-    left = steps(LiveCell(node, objective, recipe, CPU), 0, 2)
-    returned = steps(LiveCell(node, objective, recipe, CPU, left), 2, 3)
+    stayed = steps(ResidentCell(node, setup), 0, 3)
+    left = steps(ResidentCell(node, setup), 0, 2)
+    returned = steps(ResidentCell(node, setup, CellState.of_tensors(left)), 2, 3)
     assert sorted(returned) == sorted(stayed)
     assert all(torch.equal(returned[key], stayed[key]) for key in stayed)
     bare = {key: value for key, value in left.items() if not key.startswith("optim.")}
-    forgetful = steps(LiveCell(node, objective, recipe, CPU, bare), 2, 3)
+    forgetful = steps(ResidentCell(node, setup, CellState.of_tensors(bare)), 2, 3)
     assert any(not torch.equal(forgetful[key], stayed[key]) for key in bare)
 
 

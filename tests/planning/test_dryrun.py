@@ -21,15 +21,18 @@ from edgetrain.nets.spec import open_net
 from edgetrain.objectives.base import Objective, nodes
 from edgetrain.objectives.lbp import AutoencoderCells, DenoisingAutoencoderCells
 from edgetrain.objectives.mf import MonoForward
-from edgetrain.planning.dryrun import bench, cell_peak, readout_peak, resident_peak
+from edgetrain.planning import dryrun
+from edgetrain.planning.dryrun import bench, resident_peak
 from edgetrain.planning.workload import Workload
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.rows import RowFormat
-from edgetrain.stream.cell import LiveCell, OptimizerRecipe
-from edgetrain.stream.executor import Executor, Tally
-from edgetrain.stream.feed import LABELS, FileFeed, Slice
+from edgetrain.stream.cell import OptimizerRecipe
+from edgetrain.stream.executor import Executor
+from edgetrain.stream.inputs import training_inputs
 from edgetrain.stream.latents import FileLatents
-from edgetrain.stream.readout import FileCellsFeed, Readout, train_readout
+from edgetrain.stream.outputs import Outputs, Tally
+from edgetrain.stream.reader import LABELS, LabelFile, Reader
+from edgetrain.stream.span import Span
 from edgetrain.training.fit import fit
 
 CPU = torch.device("cpu")
@@ -56,20 +59,20 @@ def workload(
 ) -> Workload:
     kind = METHODS[method]
     opened = open_net(net, shape, (MonoForward if method == "bp" else kind).net_defaults)
-    reads_all = kind.vote == "trained"
+    reads_all = kind.vote == "classifier"
     objective = kind(CLASSES, opened.options, trains_classifier=reads_all)
     return Workload(
         nodes=tuple(nodes(objective.join(list(opened.cells)), shape, 0)),
         objective=objective,
         optimizer=OptimizerRecipe(optimizer, 1e-3),
-        readout=OptimizerRecipe(optimizer, 1e-3) if reads_all else None,
+        classifier=OptimizerRecipe(optimizer, 1e-3) if reads_all else None,
         schedule=schedule,
         classes=CLASSES,
         rows=rows,
         test_rows=0,
         batch_size=batch,
         epochs=1,
-        readout_epochs=1 if reads_all else 0,
+        classifier_epochs=1 if reads_all else 0,
         inputs=RowFormat(shape, "pixels" if pixels else "float32"),
         latent_dtype=latent_dtype,
         device=CPU,
@@ -93,14 +96,19 @@ def labels(folder: Path, work: Workload) -> LatentFile:
     return file
 
 
+def cell_peak(*arguments: Any) -> int:
+    return dryrun.cell_peak(*arguments).bytes
+
+
 def measured(work: Workload, index: int, micro: int, folder: Path, full: bool = False) -> int:
     """The meter's peak of a real visit, with real files, as the trainer makes it."""
     meter = LiveMeter(full)
-    executor = Executor(work.objective, CPU, meter, work.seed)
+    executor = Executor(meter, work.seed)
     with meter.watch():
-        cell = LiveCell(work.nodes[index], work.objective, work.optimizer, CPU, host=meter.host)
-    source = stored(folder, "in", work.rows, work.format_into(index), meter.host)
-    feed = FileFeed(source, labels(folder, work), CPU, meter.host, work.prefetch)
+        cell = work.builder(CPU, meter.host).build(index)
+    source = stored(folder, "in", work.rows, work.format_into(index), meter.host).source()
+    prepare = None if index else training_inputs(work.objective)
+    reader = Reader([source], LabelFile(labels(folder, work)), CPU, meter.host, work.prefetch, prepare)
     out = FileLatents(
         folder,
         "out",
@@ -113,19 +121,18 @@ def measured(work: Workload, index: int, micro: int, folder: Path, full: bool = 
         background=work.prefetch > 0,
     )
     order = np.random.default_rng(0).permutation(work.rows)
-    phases = len(work.objective.phases)
-    sink = out.sink() if work.hands_on(index) else None
+    sink = out.sink() if work.emits(index) else None
     with meter.watch():
         tally = Tally(CPU)
-    steps = Slice(work.rows, work.batch_size, micro, 0, work.steps, order, phases)
     for epoch in range(2):  # where an epoch is one step, only the second finds the optimizer's state there
-        executor.train(cell, feed, steps, epoch, tally, sink if work.emits_in_training else None)
+        span = Span(work.rows, work.batch_size, micro, 0, work.steps, order, epoch=epoch)
+        executor.run("train", cell, reader, span, Outputs(tally, sink if work.emits_in_training else None))
         if sink is not None and work.emits_in_training:
             sink.close()
             sink = out.reused("out", step_order=True).sink()
-    if not work.emits_in_training:
-        plain = Slice(work.rows, work.batch_size, micro, 0, work.steps)
-        executor.emit(cell, feed, plain, sink)
+    if sink is not None and not work.emits_in_training:
+        span = Span(work.rows, work.batch_size, micro, 0, work.steps)
+        executor.run("emit", cell, reader, span, Outputs(sink=sink))
     if sink is not None:
         sink.close()
     with meter.watch():
@@ -250,15 +257,16 @@ def test_the_classifiers_peak_is_the_measured_one(resident: bool, micro: int, op
     cells = [
         stored(tmp_path, str(index), work.rows, work.format_into(index + 1), meter.host) for index in range(work.depth)
     ]
-    assert work.readout is not None
+    assert work.classifier is not None
     with meter.watch():
-        made = Readout([30, 20, 9], CLASSES, work.readout, CPU, 0, meter, resident)
+        made = work.builder(CPU, meter.host, resident).build(work.depth)
         tally = Tally(CPU)
-    feed = FileCellsFeed(cells, labels(tmp_path, work), CPU, meter.host)
+    reader = Reader([cell.source() for cell in cells], LabelFile(labels(tmp_path, work)), CPU, meter.host)
     order = np.random.default_rng(0).permutation(work.rows)
-    train_readout(made, feed, Slice(work.rows, BATCH, micro, 0, work.steps, order), 3, CLASSES, meter, tally)
+    span = Span(work.rows, BATCH, micro, 0, work.steps, order)
+    Executor(meter, 0).run("train", made, reader, span, Outputs(tally))
     scalars = 64 if optimizer == "adamax" else 0
-    assert 0 <= readout_peak(work, micro, resident) - meter.cell_peak <= scalars
+    assert 0 <= cell_peak(work, work.depth, micro, 1, resident) - meter.cell_peak <= scalars
 
 
 def run_of(method: str, placement: Any, path: Path) -> Any:
@@ -294,8 +302,6 @@ def test_cells_of_equal_signature_have_equal_peaks(method: str) -> None:
     work = workload(method, "mlp:30x4", (30,), pixels=False)
     if method == "bp":
         again = workload(method, "mlp:30x4", (30,), pixels=False)
-        assert work.nodes[0].recipe is not None
-        assert again.nodes[0].recipe is not None
         assert work.nodes[0].recipe.signature == again.nodes[0].recipe.signature
         assert cell_peak(work, 0, 16) == cell_peak(again, 0, 16)
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -39,27 +39,30 @@ METHODS: dict[str, type[Objective]] = {
 
 
 # A dry run is pure, and takes a tenth of a second: each is made once for the planner and for the tests.
-_made: dict[tuple[object, ...], tuple[Workload, int]] = {}  # a workload is known by its id while it is held here
+_made: dict[
+    tuple[object, ...], tuple[Workload, dryrun.Peak]
+] = {}  # a workload is known by its id while it is held here
 
 
-def once(peak: Callable[..., int]) -> Callable[..., int]:
-    def found(work: Workload, *how: int) -> int:
-        key = (peak, id(work), *how)
-        if key not in _made:
-            _made[key] = (work, peak(work, *how))
-        return _made[key][1]
-
-    return found
+def once(work: Workload, *how: int) -> dryrun.Peak:
+    key = (id(work), *how)
+    if key not in _made:
+        _made[key] = (work, dryrun.cell_peak(work, *how))
+    return _made[key][1]
 
 
-cell_peak, readout_peak = once(dryrun.cell_peak), once(dryrun.readout_peak)
+def cell_peak(work: Workload, *how: int) -> int:
+    return once(work, *how).bytes
+
+
+def classifier_peak(work: Workload, micro_batch: int, resident: bool) -> int:
+    return once(work, work.depth, micro_batch, 1, resident).bytes
 
 
 @pytest.fixture(scope="module", autouse=True)
 def each_dry_run_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "cell_peak", cell_peak)
-        patch.setattr(planner, "readout_peak", readout_peak)
+        patch.setattr(planner, "cell_peak", once)
         yield
     _made.clear()
 
@@ -75,20 +78,20 @@ def workload(
 ) -> Workload:
     kind = METHODS[method]
     opened = open_net(net, shape, (MonoForward if method == "bp" else kind).net_defaults)
-    reads_all = kind.vote == "trained"
+    reads_all = kind.vote == "classifier"
     objective = kind(5, opened.options, trains_classifier=reads_all)
     return Workload(
         nodes=tuple(nodes(objective.join(list(opened.cells)), shape, 0)),
         objective=objective,
         optimizer=OptimizerRecipe("adam", 1e-3),
-        readout=OptimizerRecipe("adam", 1e-3) if reads_all else None,
+        classifier=OptimizerRecipe("adam", 1e-3) if reads_all else None,
         schedule=schedule,
         classes=5,
         rows=rows,
         test_rows=10,
         batch_size=batch,
         epochs=epochs,
-        readout_epochs=epochs if reads_all else 0,
+        classifier_epochs=epochs if reads_all else 0,
         inputs=RowFormat(shape),
         latent_dtype="float32",
         device=CPU,
@@ -100,8 +103,8 @@ def workload(
 def real_peaks(work: Workload, plan: Plan) -> list[int]:
     """Each visit's peak at the plan's micro-batches and tiles, found again."""
     peaks = [cell_peak(work, index, cell.micro_batch, cell.tiles) for index, cell in enumerate(plan.cells)]
-    if plan.readout is not None:
-        peaks.append(readout_peak(work, plan.readout.micro_batch, plan.readout_resident))
+    if plan.classifier is not None:
+        peaks.append(classifier_peak(work, plan.classifier.micro_batch, plan.classifier_resident))
     return peaks
 
 
@@ -162,8 +165,8 @@ def test_no_micro_batch_at_all_needs_less_than_the_smallest_budget(work: Workloa
     for index in range(work.depth):
         sizes = [size] if work.couples_batch(index) else [1, size // 3 + 1]
         needed.append(min(cell_peak(work, index, micro) for micro in {*sizes, size}))
-    if work.readout is not None:
-        needed.append(min(readout_peak(work, micro, False) for micro in {1, size}))
+    if work.classifier is not None:
+        needed.append(min(classifier_peak(work, micro, False) for micro in {1, size}))
     assert least <= max(needed)
 
 
@@ -324,13 +327,13 @@ def test_a_classifier_of_the_last_latents_keeps_no_others() -> None:
     opened = open_net("mlp:30,20,10", (12,), StochasticLayerwise.net_defaults)
     cells = tuple(nodes(list(opened.cells), (12,), 0))
     objective = StochasticLayerwise(5, opened.options, trains_classifier=True)
-    work = replace(workload(), nodes=cells, objective=objective, readout=OptimizerRecipe("adam", 1e-3))
-    plan = make_plan(replace(work, readout_epochs=2, test_rows=0), None)
+    work = replace(workload(), nodes=cells, objective=objective, classifier=OptimizerRecipe("adam", 1e-3))
+    plan = make_plan(replace(work, classifier_epochs=2, test_rows=0), None)
     assert work.classifier_reads == (2,)
     assert work.feature_widths == [10]
     assert [cell.latents for cell in plan.cells] == [50 * 4 * width for width in (30, 20, 10)]
-    assert plan.readout is not None
-    assert plan.readout.params == 5 * (10 + 1)
+    assert plan.classifier is not None
+    assert plan.classifier.params == 5 * (10 + 1)
     inputs = (12 * 4 + 8) * 50
     params = sum(cell.params for cell in plan.visits)
     latents = 50 * 4 * (30 + 20)  # those of two cells at once
@@ -357,11 +360,11 @@ def test_the_classifier_is_streamed_where_the_whole_of_it_does_not_fit() -> None
     work = replace(workload("lbp-ae", "mlp:600x6", (12,), batch=4), classes=400)
     work = replace(work, objective=AutoencoderCells(400, work.objective.options, trains_classifier=True))
     free = make_plan(work, None)
-    assert free.readout_resident
-    tight = make_plan(work, max(max(cell.peak for cell in free.cells), readout_peak(work, 4, False)))
+    assert free.classifier_resident
+    tight = make_plan(work, max(max(cell.peak for cell in free.cells), classifier_peak(work, 4, False)))
     assert tight.fits
     assert tight.predicted_peak < free.predicted_peak
-    assert not tight.readout_resident
+    assert not tight.classifier_resident
 
 
 def test_the_smallest_budget_does_not_depend_on_the_budget_that_was_stated() -> None:
@@ -372,7 +375,7 @@ def test_the_smallest_budget_does_not_depend_on_the_budget_that_was_stated() -> 
 
 
 def test_the_leanest_placement_streams_the_classifier() -> None:
-    assert not make_plan(workload("lbp-ae"), None, "stream").readout_resident
+    assert not make_plan(workload("lbp-ae"), None, "stream").classifier_resident
 
 
 def test_a_resident_plan_needs_more_and_writes_no_latents() -> None:

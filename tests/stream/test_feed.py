@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from edgetrain.stream.feed import LABELS, DeviceFeed, Feed, FileFeed, HostBatch, Part, Slice, Transfer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgetrain.errors import StorageError
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.rows import LATENT_DTYPES, RowFormat
-from edgetrain.stream.feed import LABELS, DeviceFeed, Feed, FileFeed, HostBatch, Part, Slice, Transfer
 from edgetrain.stream.latents import DeviceLatents, FileLatents
 
 CPU = torch.device("cpu")

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from edgetrain.stream.feed import LABELS, Slice
+from edgetrain.stream.readout import DeviceCellsFeed, FileCellsFeed, Reading, Readout, train_readout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,9 +22,7 @@ from edgetrain.memory.meter import LiveMeter
 from edgetrain.store.latents import LatentFile
 from edgetrain.stream.cell import OptimizerRecipe
 from edgetrain.stream.executor import Tally
-from edgetrain.stream.feed import LABELS, Slice
 from edgetrain.stream.latents import DeviceLatents, FileLatents
-from edgetrain.stream.readout import DeviceCellsFeed, FileCellsFeed, Reading, Readout, train_readout
 
 CPU = torch.device("cpu")
 ROWS, CLASSES = 22, 4

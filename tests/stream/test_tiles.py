@@ -7,6 +7,7 @@ from math import prod
 import numpy as np
 import pytest
 import torch
+from edgetrain.stream.feed import DeviceFeed, Slice
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,6 @@ from edgetrain.objectives.base import nodes
 from edgetrain.store.run import RunFolder
 from edgetrain.stream.cell import LiveCell, OptimizerRecipe
 from edgetrain.stream.executor import Executor, Tally
-from edgetrain.stream.feed import DeviceFeed, Slice
 from edgetrain.stream.latents import DeviceLatents
 from edgetrain.stream.tiles import TILE_MULTIPLE, TiledCell, cuts, phases_of
 from edgetrain.training.finished import Run

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from edgetrain.planning import planner, timelines
+from edgetrain.planning.dryrun import Peak
 
 
 @pytest.fixture
@@ -21,8 +22,7 @@ def one_thread():
 def peaks_unknown(request, monkeypatch):
     """Without a budget no bit depends on predicted peaks, and to predict them takes half of the time."""
     if "budget" not in request.node.name:
-        monkeypatch.setattr(planner, "cell_peak", lambda work, *how: 0)
-        monkeypatch.setattr(planner, "readout_peak", lambda work, size, resident: 0)
+        monkeypatch.setattr(planner, "cell_peak", lambda work, *how: Peak(0))
         monkeypatch.setattr(planner, "resident_peak", lambda work, sizes: (0, [0] * len(sizes)))
         monkeypatch.setattr(timelines, "of_run", lambda work, plan: [])
         monkeypatch.setattr(timelines, "of_backpropagation", lambda *net: None)

@@ -12,7 +12,7 @@ from machine import data, settings
 from edgetrain.errors import CorruptError
 from edgetrain.planning.schedule import separate
 from edgetrain.store.run import RunFolder
-from edgetrain.stream.executor import Sums
+from edgetrain.stream.outputs import Sums
 from edgetrain.training.caches import latents_of
 from edgetrain.training.commits import Commits, Position
 from edgetrain.training.job import open_job

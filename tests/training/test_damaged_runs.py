@@ -106,7 +106,7 @@ def test_a_damaged_finished_run_is_read_right_or_refused(
                 damaged = [cell.number for cell in list_cells(run) if cell.state != "ok"]
                 if not told:  # it votes with all of its cells
                     assert found.accuracy == expected.accuracy
-                    assert np.array_equal(found.scores["trained"], expected.scores["trained"])
+                    assert np.array_equal(found.scores["classifier"], expected.scores["classifier"])
                 assert len(told) <= len(damaged)
                 outcomes["told" if damaged else "harmless"] += 1
             except EdgetrainError as error:

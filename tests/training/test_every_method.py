@@ -45,7 +45,7 @@ def test_these_are_all_methods() -> None:
     assert list(METHODS) == [*OBJECTIVES, *BASELINES]
     assert set(OBJECTIVES) == {*ALWAYS_CLASSIFY, *MAY_CLASSIFY, "mf", "predsim"}
     assert set(BASELINES) == {"slp", "bp", "bp-checkpoint", "bp-offload", "fa", "dfa"}
-    assert {name for name, kind in METHODS.items() if kind.vote == "trained"} == set(ALWAYS_CLASSIFY)
+    assert {name for name, kind in METHODS.items() if kind.vote == "classifier"} == set(ALWAYS_CLASSIFY)
     assert {name for name, kind in METHODS.items() if kind.classifier is None} == set(NEVER_CLASSIFY)
 
 
@@ -162,8 +162,7 @@ def test_the_run_folder_takes_no_more_disk_than_planned(
     run_of: RunOf, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = run_of(case, "stream").record
-    for peak in ("cell_peak", "readout_peak"):  # of the device
-        monkeypatch.setattr(planner, peak, lambda work, *how: 0)
+    monkeypatch.setattr(planner, "cell_peak", lambda work, *how: dryrun.Peak(0))
     plan = plan_job(open_job(given_by(case, "stream"), data=images()))
     assert record.disk_mb is not None
     assert record.disk_mb <= (to_mb(plan.disk_bytes) or 0.0)
@@ -201,8 +200,7 @@ def test_a_run_that_was_cut_after_every_commit_ends_the_same(
         raise PowerCut
 
     monkeypatch.setattr(RunFolder, "commit", commits_and_dies)
-    for peak in ("cell_peak", "readout_peak"):
-        monkeypatch.setattr(planner, peak, lambda work, *how: 0)
+    monkeypatch.setattr(planner, "cell_peak", lambda work, *how: dryrun.Peak(0))
     while not (path / "record.json").exists() and cuts < 20:
         with suppress(PowerCut):
             fit(given, path, data=images(), resume=True)
@@ -240,7 +238,7 @@ def test_the_commands_train_evaluate_and_predict(name: str, tmp_path: Path) -> N
     assert record["method"] == name
     assert METHODS[name].citation in record["citations"]
     assert record["test_accuracy"] == record["votes"][METHODS[name].vote] > 0.2  # 0.1 by chance
-    votes = {"trained"} if name in ALWAYS_CLASSIFY else {"sum", "last"}
+    votes = {"classifier"} if name in ALWAYS_CLASSIFY else {"sum", "last"}
     assert set(record["votes"]) == {*votes, "cells"}
     assert len(record["cells"]) == len(record["votes"]["cells"]) == (1 if name in BASELINES else 2)
     assert (record["readout"] is not None) == (name in ALWAYS_CLASSIFY)
@@ -280,7 +278,7 @@ def test_a_trained_classifier_is_one_more_vote(run_of: RunOf, name: str) -> None
             assert (run.record.readout is not None) == case.trained
             assert set(run.evaluate((images_of_test(), labels_of_test())).accuracy) == votes[case.trained]
             assert run.record.test_accuracy == run.record.votes[own]
-    assert votes[True] == ({"trained"} if name in ALWAYS_CLASSIFY else {"sum", "last", "trained"})
+    assert votes[True] == ({"classifier"} if name in ALWAYS_CLASSIFY else {"sum", "last", "classifier"})
     assert votes.get(False) == (None if name in ALWAYS_CLASSIFY else {"sum", "last"})
 
 
@@ -304,7 +302,7 @@ def test_methods_without_a_classifier_refuse_its_settings(name: str, flag: str) 
 def test_a_classifiers_rate_needs_a_classifier(name: str) -> None:
     with pytest.raises(InputError, match="--classifier-lr .* does with --classifier-epochs"):
         open_job(settings(name, classifier_lr=0.1), data=images())
-    assert open_job(settings(name, True, classifier_lr=0.1), data=images()).work.readout is not None
+    assert open_job(settings(name, True, classifier_lr=0.1), data=images()).work.classifier is not None
 
 
 @pytest.mark.parametrize("name", [*ALWAYS_CLASSIFY, *MAY_CLASSIFY])
@@ -312,7 +310,7 @@ def test_under_sequence_the_classifier_trains_in_every_epoch(name: str) -> None:
     with pytest.raises(InputError, match="--classifier-epochs 1: under --schedule sequence"):
         open_job(settings(name, schedule="sequence", classifier_epochs=1), data=images())
     separate = open_job(settings(name, schedule="separate", classifier_epochs=5), data=images())
-    assert (separate.work.epochs, separate.work.readout_epochs) == (2, 5)
+    assert (separate.work.epochs, separate.work.classifier_epochs) == (2, 5)
 
 
 # -- constants -----------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import torch
 from machine import (
     BATCH,
     CLASSES,
-    CPU,
     EPOCHS,
     LR,
     ROWS,
@@ -24,14 +23,17 @@ from machine import (
     assert_classifier_close,
     assert_close,
     assert_same,
+    classifier_blocks,
+    classifier_of,
     data,
     first_weights,
     joined_of,
     keyed_noise,
     learned,
-    readout_blocks,
+    reader_of,
     settings,
-    split_off_readout,
+    split_off_classifier,
+    train_steps,
     trained,
     units,
 )
@@ -39,13 +41,13 @@ from reference import bp, lbp, mf
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from edgetrain.memory.meter import meter_of
 from edgetrain.store.run import RunFolder
 from edgetrain.stream.cell import OptimizerRecipe
 from edgetrain.stream.draws import StepDraws
-from edgetrain.stream.executor import Tally
-from edgetrain.stream.feed import Slice
-from edgetrain.stream.readout import Portion, Readout, train_readout
+from edgetrain.stream.latents import DeviceLatents
+from edgetrain.stream.outputs import Tally
+from edgetrain.stream.span import Span
+from edgetrain.stream.state import CellState
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job, plan_job
 from edgetrain.training.watcher import Silent
@@ -98,7 +100,7 @@ def test_convolutional_cells_are_the_plain_loop_bit_for_bit(tmp_path, schedule, 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_narrow_latents_are_the_plain_loop_that_rounds_what_it_hands_on(tmp_path, dtype, schedule):
+def test_narrow_latents_are_the_plain_loop_that_rounds_what_it_emits(tmp_path, dtype, schedule):
     found = trained(tmp_path, "mf", net=UNEVEN, schedule=schedule, latent_dtype=dtype, placement="stream")
     expected = mf_reference("pixels", schedule, kept=lambda a: a.to(getattr(torch, dtype)).float())
     assert_same(found, expected)
@@ -117,8 +119,8 @@ def lbp_reference(method, kind, schedule):
     for index, (module, head) in enumerate(zip(modules, heads, strict=True)):
         first = [module.linear.weight, module.linear.bias, head[0].weight, head[0].bias]
         cells.append(lbp.Cell(index, [value.detach() for value in first], LR, WEIGHT_DECAY, noise))
-    blocks = readout_blocks([len(cell.w) for cell in cells])
-    classifier = lbp.Classifier(joined_of(blocks), blocks["bias"], 2 * LR, WEIGHT_DECAY)
+    blocks = classifier_blocks([len(cell.w) for cell in cells])
+    classifier = lbp.Classifier(joined_of(blocks), blocks["head.0.bias"], 2 * LR, WEIGHT_DECAY)
     getattr(lbp, schedule)(cells, classifier, data(kind).x, data(kind).y, SEED, EPOCHS, BATCH)
     found = {}
     for index, cell in enumerate(cells):
@@ -133,46 +135,31 @@ def lbp_reference(method, kind, schedule):
 def test_streamed_autoencoders_are_the_plain_loop_bit_for_bit(tmp_path, method, kind, schedule):
     found = trained(tmp_path, method, kind, net=UNEVEN, schedule=schedule, placement="stream")
     cells, classifier = lbp_reference(method, kind, schedule)
-    streamed, blocks = split_off_readout(found)
+    streamed, blocks = split_off_classifier(found)
     assert_same(streamed, cells)
     assert_classifier_close(blocks, classifier)
-    assert blocks["optim.bias.step"] == EPOCHS * 5
-
-
-class InMemoryCells:
-    """Latents of all cells as a list of tensors, for the classifier alone."""
-
-    waited_s = 0.0
-
-    def __init__(self, latents, y):
-        self.latents, self.y = latents, y
-
-    def portions(self, work, sweeps):
-        for _, start, stop in work.steps():
-            for _ in range(sweeps):
-                for z in self.latents:
-                    for _, first, last, _ in work.parts(stop - start):
-                        rows = torch.from_numpy(work.order[start + first : start + last])
-                        yield Portion(first, last, z[rows], self.y[rows])
+    assert blocks["optim.step.head.0.bias.step"] == EPOCHS * 5
 
 
 @pytest.mark.parametrize("resident", [True, False], ids=["resident", "streamed"])
 @pytest.mark.parametrize("micro_batch", [16, 5])
 def test_the_classifier_without_concatenation_is_one_linear_layer_in_float64(micro_batch, resident):
-    draw = torch.Generator().manual_seed(1)
-    latents = [torch.randn(ROWS, width, generator=draw, dtype=torch.float64) for width in (24, 23, 17)]
-    first, y = readout_blocks([24, 23, 17], torch.float64), data("pixels").y
-    recipe, meter = OptimizerRecipe("adamw", LR, WEIGHT_DECAY), meter_of(CPU, False)
-    readout = Readout([24, 23, 17], CLASSES, recipe, CPU, SEED, meter, resident, first)
-    classifier = lbp.Classifier(joined_of(first), first["bias"], LR, WEIGHT_DECAY)
+    draw, latents, widths = torch.Generator().manual_seed(1), [], [24, 23, 17]
+    for width in widths:
+        latents.append(DeviceLatents(ROWS, "float32", False))
+        latents[-1].put(0, {"x": torch.randn(ROWS, width, generator=draw)})
+    first, y = classifier_blocks(widths, torch.float64), data("pixels").y
+    made = classifier_of(widths, OptimizerRecipe("adamw", LR, WEIGHT_DECAY), CellState.of_tensors(first), resident)
+    classifier = lbp.Classifier(joined_of(first), first["head.0.bias"], LR, WEIGHT_DECAY)
     order = np.random.default_rng(2).permutation(ROWS)
-    work = Slice(ROWS, BATCH, micro_batch, 0, 5, order)
-    train_readout(readout, InMemoryCells(latents, y), work, 3, CLASSES, meter, Tally(CPU))
+    reader = reader_of(latents, y, prepare=lambda streams, y, draws: {"x": streams["x"].double()})
+    train_steps(made, reader, Span(ROWS, BATCH, micro_batch, 0, 5, order))
+    z = [each.formats["x"].decode(each.tensors["x"]).double() for each in latents]
     for batch in torch.from_numpy(order).split(BATCH):
-        classifier.step([z[batch] for z in latents], y[batch])
-    state = readout.state()
+        classifier.step([values[batch] for values in z], y[batch])
+    state = made.state_dict().to_tensors()
     torch.testing.assert_close(joined_of(state), classifier.layer.weight.detach(), rtol=0, atol=1e-13)
-    torch.testing.assert_close(state["bias"], classifier.layer.bias.detach(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(state["head.0.bias"], classifier.layer.bias.detach(), rtol=0, atol=1e-13)
 
 
 # -- backpropagation -----------------------------------------------------------------------------------
@@ -448,12 +435,12 @@ def test_a_run_cut_while_a_visit_is_under_way_ends_the_same(tmp_path, plain, mon
     given, path, parts = settings("lbp-ae", **RESUMED, placement="stream"), tmp_path / "run", 0
     add = Tally.add
 
-    def counts_and_dies(tally, part, *arguments):
+    def counts_and_dies(tally, step, *arguments):
         nonlocal parts
         parts += path.exists()  # planning is over
         if parts == 3 * 5 + 3:  # in the second epoch of the second cell
             raise PowerCut
-        add(tally, part, *arguments)
+        add(tally, step, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Tally, "add", counts_and_dies)

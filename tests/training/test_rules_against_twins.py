@@ -23,6 +23,7 @@ from machine import (
     assert_classifier_close,
     assert_close,
     assert_same,
+    classifier_blocks,
     data,
     finished,
     first_weights,
@@ -30,9 +31,8 @@ from machine import (
     joined_of,
     keyed_noise,
     learned,
-    readout_blocks,
     shown,
-    split_off_readout,
+    split_off_classifier,
     step_of,
     trained,
     units,
@@ -65,8 +65,8 @@ def convolutional_reference(schedule):
     for module, head in zip(modules, heads, strict=True):
         values = parameters_of(module, "conv.weight", "conv.bias") + parameters_of(head, "0.weight", "0.bias")
         cells.append(cae.Cell(values, LR, WEIGHT_DECAY))
-    blocks = readout_blocks([5 * 4 * 3, 4 * 2 * 2])
-    classifier = lbp.Classifier(joined_of(blocks), blocks["bias"], 2 * LR, WEIGHT_DECAY)
+    blocks = classifier_blocks([5 * 4 * 3, 4 * 2 * 2])
+    classifier = lbp.Classifier(joined_of(blocks), blocks["head.0.bias"], 2 * LR, WEIGHT_DECAY)
     given = data("odd images")
     getattr(cae, schedule)(cells, classifier, given.x, given.y, SEED, EPOCHS, BATCH)
     found = {}
@@ -80,7 +80,7 @@ def convolutional_reference(schedule):
 def test_convolutional_autoencoders_on_odd_sides_are_the_plain_loop_bit_for_bit(tmp_path, schedule, placement):
     """7x6 becomes 4x3 and then 2x2; only the classifier is not bitwise (see ``assert_classifier_close``)."""
     values = {"net": "cnn:5,4", "schedule": schedule, "placement": placement}
-    found, blocks = split_off_readout(trained(tmp_path, "lbp-cae", "odd images", **values))
+    found, blocks = split_off_classifier(trained(tmp_path, "lbp-cae", "odd images", **values))
     cells, classifier = convolutional_reference(schedule)
     assert_same(found, cells)
     assert_classifier_close(blocks, classifier)
@@ -99,8 +99,8 @@ def adversarial_reference(kind, schedule):
         generator += parameters_of(head, "decoder.0.weight", "decoder.0.bias")
         discriminator = parameters_of(head, *(name.removeprefix("head.") for name in DISCRIMINATOR))
         cells.append(gan.Cell(index, generator, discriminator, LR, WEIGHT_DECAY, keyed_noise))
-    blocks = readout_blocks([24, 23, 17])
-    classifier = gan.Classifier(joined_of(blocks), blocks["bias"], 2 * LR, WEIGHT_DECAY)
+    blocks = classifier_blocks([24, 23, 17])
+    classifier = gan.Classifier(joined_of(blocks), blocks["head.0.bias"], 2 * LR, WEIGHT_DECAY)
     getattr(gan, schedule)(cells, classifier, data(kind).x, data(kind).y, SEED, EPOCHS, BATCH)
     found = {}
     for index, cell in enumerate(cells):
@@ -116,7 +116,7 @@ def adversarial_reference(kind, schedule):
 def test_adversarial_cells_are_the_plain_loop_bit_for_bit(tmp_path, schedule, placement, kind):
     """Only the classifier is not bitwise (see ``assert_classifier_close``)."""
     values = {"net": UNEVEN, "schedule": schedule, "placement": placement}
-    found, blocks = split_off_readout(trained(tmp_path, "lbp-gan", kind, **values))
+    found, blocks = split_off_classifier(trained(tmp_path, "lbp-gan", kind, **values))
     cells, classifier = adversarial_reference(kind, schedule)
     assert_same(found, cells)
     assert_classifier_close(blocks, classifier)
@@ -255,12 +255,12 @@ def test_as_many_views_as_epochs_are_wrong_labels_drawn_anew_in_every_epoch():
 def test_the_one_pass_classifier_reads_all_cells_normalised_activities(tmp_path, method, schedule, placement):
     values = {"schedule": schedule, "placement": placement, "classifier_epochs": EPOCHS, "classifier_lr": 2 * LR}
     run = finished(tmp_path, method, "odd images", net=UNEVEN, **values)
-    found, blocks = split_off_readout(units(run.path))
+    found, blocks = split_off_classifier(units(run.path))
     both = ff_reference(method, "odd images", schedule)
     assert_forward_forward(found, both)  # the classifier changes nothing about the cells
 
-    cells, rows, first = both[0], data("odd images"), readout_blocks([24, 23, 17])
-    classifier = lbp.Classifier(joined_of(first), first["bias"], 2 * LR, 0.0)
+    cells, rows, first = both[0], data("odd images"), classifier_blocks([24, 23, 17])
+    classifier = lbp.Classifier(joined_of(first), first["head.0.bias"], 2 * LR, 0.0)
     steps = [batch for epoch in range(EPOCHS) for batch in shuffled(SEED, epoch, ROWS, BATCH)]
     parts = ff.one_pass(cells, rows.x, CLASSES)
     for number, batch in enumerate(steps):
@@ -268,7 +268,7 @@ def test_the_one_pass_classifier_reads_all_cells_normalised_activities(tmp_path,
         classifier.step(handed_on if schedule == "sequence" else [z[batch] for z in parts], rows.y[batch])
     assert_classifier_close(blocks, classifier)
 
-    scores = run.evaluate((rows.raw[ROWS:], rows.labels[ROWS:])).scores["trained"]
+    scores = run.evaluate((rows.raw[ROWS:], rows.labels[ROWS:])).scores["classifier"]
     with torch.no_grad():
         expected = classifier.layer(torch.cat(ff.one_pass(cells, rows.read[ROWS:], CLASSES), 1))
     torch.testing.assert_close(torch.from_numpy(scores), expected, rtol=1e-5, atol=1e-5)

@@ -29,7 +29,7 @@ from edgetrain.planning import timelines
 from edgetrain.store.atomic import size_of
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.run import RunFolder
-from edgetrain.stream.readout import Readout
+from edgetrain.stream.classifier import Classifier
 from edgetrain.training.commits import Commits
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job, plan_job
@@ -307,18 +307,18 @@ def test_a_poisoned_weight_is_never_committed(tmp_path: Path, monkeypatch: pytes
 
 def test_a_poisoned_classifier_is_never_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, rows = given(RUNS["trained classifier"], checkpoint_every=0.0)
-    state, made = Readout.state, count()
+    state, made = Classifier.state_dict, count()
 
-    def poisons(self: Readout) -> Any:
+    def poisons(self: Classifier) -> Any:
         found = state(self)
         if next(made) == 2:
-            found["bias"][1] = torch.nan
+            found.head["0.bias"][1] = torch.nan
         return found
 
-    monkeypatch.setattr(Readout, "state", poisons)
-    with pytest.raises(DivergedError, match="the classifier: bias is not finite"):
+    monkeypatch.setattr(Classifier, "state_dict", poisons)
+    with pytest.raises(DivergedError, match=r"the classifier: head\.0\.bias is not finite"):
         fit(asked, tmp_path / "run", data=rows)
-    monkeypatch.setattr(Readout, "state", state)
+    monkeypatch.setattr(Classifier, "state_dict", state)
     fit(asked, tmp_path / "run", data=rows, resume=True)
     fit(asked, tmp_path / "whole", data=rows)
     assert_same(units(tmp_path / "run"), units(tmp_path / "whole"))

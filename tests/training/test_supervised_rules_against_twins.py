@@ -20,6 +20,7 @@ from machine import (
     assert_classifier_close,
     assert_close,
     assert_same,
+    classifier_blocks,
     data,
     drawn,
     finished,
@@ -27,9 +28,8 @@ from machine import (
     gradients,
     joined_of,
     learned,
-    readout_blocks,
     shown,
-    split_off_readout,
+    split_off_classifier,
     step_of,
     trained,
     units,
@@ -116,12 +116,12 @@ def test_a_classifier_may_read_the_last_latents(tmp_path, schedule, placement):
     """The cells bit for bit; the classifier's error is not autograd's (see ``assert_classifier_close``)."""
     values = {"schedule": schedule, "placement": placement, "classifier_epochs": EPOCHS, "classifier_lr": 2 * LR}
     run = finished(tmp_path, "sll", net=UNEVEN, **values)
-    found, blocks = split_off_readout(units(run.path))
+    found, blocks = split_off_classifier(units(run.path))
     cells, expected = sll_reference(schedule)
     assert_same(found, expected)
 
-    rows, first = data("pixels"), readout_blocks([17])
-    classifier = lbp.Classifier(joined_of(first), first["bias"], 2 * LR, 0.0)
+    rows, first = data("pixels"), classifier_blocks([17])
+    classifier = lbp.Classifier(joined_of(first), first["head.0.bias"], 2 * LR, 0.0)
     classifier.optimizer = torch.optim.Adamax(classifier.layer.parameters(), lr=2 * LR, foreach=False)
 
     def last(x):
@@ -136,7 +136,7 @@ def test_a_classifier_may_read_the_last_latents(tmp_path, schedule, placement):
     assert_classifier_close(blocks, classifier)
     scores = run.evaluate((rows.raw[ROWS:], rows.labels[ROWS:])).scores
     trained_scores = classifier.layer(last(rows.read[ROWS:])).detach()
-    torch.testing.assert_close(torch.from_numpy(scores["trained"]), trained_scores, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(scores["classifier"]), trained_scores, rtol=1e-5, atol=1e-5)
     own = last_scores(cells, rows.read[ROWS:])
     torch.testing.assert_close(torch.from_numpy(scores["last"]), own, rtol=1e-5, atol=1e-6)
 
