@@ -19,8 +19,9 @@ from edgetrain.objectives.base import nodes
 from edgetrain.objectives.mf import MonoForward
 from edgetrain.store.run import RunFolder
 from edgetrain.store.tensors import Spilled
-from edgetrain.stream.cell import LiveCell, OptimizerRecipe, State
+from edgetrain.stream.cell import Cell, OptimizerRecipe, ResidentCell, Setup
 from edgetrain.stream.cells import CellStream
+from edgetrain.stream.state import CellState, Tensors
 
 CPU = torch.device("cpu")
 NET = open_net("mlp:7x4;norm=batch;bias=1", (7,), {})
@@ -34,11 +35,11 @@ class Placer:
 
     def __init__(self, optimizer: str = "adam"):
         self.optimizer = OptimizerRecipe(optimizer, 0.01)
-        self.given: list[State | None] = []
+        self.given: list[CellState | None] = []
 
-    def __call__(self, index: int, state: Mapping[str, torch.Tensor] | None) -> LiveCell:
-        self.given.append(None if state is None else dict(state))
-        return LiveCell(NODES[index], OBJECTIVE, self.optimizer, CPU, state)
+    def __call__(self, index: int, state: CellState | None) -> ResidentCell:
+        self.given.append(state)
+        return ResidentCell(NODES[index], Setup(OBJECTIVE, self.optimizer, CPU), state)
 
 
 def stream(folder: RunFolder, host_bytes: int, keep: bool = False, placer: Placer | None = None) -> CellStream:
@@ -52,9 +53,10 @@ def folder(tmp_path: Path) -> RunFolder:
     return made
 
 
-def train(cell: LiveCell, seed: int) -> None:
+def train(cell: Cell, seed: int) -> None:
     """A step that changes weights, optimizer state and running statistics."""
-    cell.train()
+    assert isinstance(cell, ResidentCell)
+    cell.set_training(True)
     x = torch.randn(6, 7, generator=torch.Generator().manual_seed(seed))
     assert cell.head is not None
     cell.head(cell.module(x)).square().sum().backward()
@@ -64,8 +66,8 @@ def train(cell: LiveCell, seed: int) -> None:
             parameter.grad = None
 
 
-def snapshot(cell: LiveCell) -> State:
-    return {name: value.clone() for name, value in cell.state().items()}
+def snapshot(cell: Cell) -> Tensors:
+    return cell.state_dict().to_tensors()
 
 
 def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
@@ -75,8 +77,12 @@ def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch
         assert torch.equal(found[name], value), name
 
 
-def read(folder: RunFolder, content: State | Spilled) -> State:
-    return folder.unspill(content) if isinstance(content, Spilled) else content
+def read(folder: RunFolder, content: CellState | Spilled) -> Tensors:
+    return folder.unspill(content) if isinstance(content, Spilled) else content.to_tensors()
+
+
+def committed_state(folder: RunFolder, unit: str) -> CellState:
+    return CellState.of_tensors(folder.read_unit(folder.files()[unit]))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -94,13 +100,13 @@ def test_a_cell_comes_back_bit_for_bit_wherever_it_was(
     folder = RunFolder(tmp_path / "run")
     folder.create("", [])
     cells = stream(folder, host_bytes, keep, Placer(optimizer))
-    known: dict[int, State] = {}
+    known: dict[int, Tensors] = {}
     commits = 0
     for number, (what, index) in enumerate(program):
         if what == "visit":
             cell = cells.visit(index)
             if index in known:
-                assert_equal(cell.state(), known[index])
+                assert_equal(snapshot(cell), known[index])
             train(cell, number)
             known[index] = snapshot(cell)
         elif what == "expect":
@@ -118,7 +124,7 @@ def test_a_cell_comes_back_bit_for_bit_wherever_it_was(
     for index in cells.dirty():
         assert_equal(read(folder, cells.content(index)), known[index])
     for index, state in known.items():
-        assert_equal(cells.visit(index).state(), state)
+        assert_equal(snapshot(cells.visit(index)), state)
     cells.close()
     if folder.scratch.exists():
         assert list(folder.scratch.iterdir()) == []
@@ -128,13 +134,14 @@ def test_a_cell_comes_back_bit_for_bit_wherever_it_was(
 def commit(folder: RunFolder, cells: CellStream, number: int) -> None:
     """As the trainer does it."""
 
-    def changed() -> Iterator[tuple[str, State | Spilled]]:
+    def changed() -> Iterator[tuple[str, Tensors | Spilled]]:
         for index in cells.dirty():
-            yield f"{index:03}", cells.content(index)
+            content = cells.content(index)
+            yield f"{index:03}", content if isinstance(content, Spilled) else content.to_tensors()
 
     folder.commit(number, changed(), {})
-    for name, kinds in folder.files().items():
-        cells.committed(int(name), partial(folder.read_unit, kinds), needed=True)
+    for name in folder.files():
+        cells.committed(int(name), partial(committed_state, folder, name), needed=True)
 
 
 def test_the_first_visit_draws_first_weights_and_later_ones_take_the_state(folder: RunFolder) -> None:
@@ -186,7 +193,7 @@ def test_the_host_tier_is_filled_before_the_disk_and_not_beyond_its_size(folder:
     for index in range(4):
         cell = cells.visit(index)
         train(cell, index)
-        sizes.append(sum(value.nbytes for value in cell.state().values()))
+        sizes.append(cell.state_dict().size)
     cells.leave()
     assert max(sizes) <= CELL_BYTES < 1.5 * min(sizes)
     waiting = {path.name.partition(".")[0] for path in folder.scratch.iterdir()}
@@ -210,7 +217,7 @@ def test_an_expected_cell_is_read_once_in_another_thread(folder: RunFolder, monk
     readers: list[str] = []
     real = RunFolder.unspill
 
-    def unspill(self: RunFolder, spilled: Spilled) -> State:
+    def unspill(self: RunFolder, spilled: Spilled) -> Tensors:
         readers.append(threading.current_thread().name)
         return real(self, spilled)
 
@@ -223,7 +230,7 @@ def test_an_expected_cell_is_read_once_in_another_thread(folder: RunFolder, monk
     cells.expect(0)
     cells.expect(1)  # it is here
     cells.expect(3)  # nobody knows it yet
-    assert_equal(cells.visit(0).state(), expected)
+    assert_equal(snapshot(cells.visit(0)), expected)
     assert len(readers) == 1
     assert readers[0].startswith("edgetrain-cells")
     cells.close()
@@ -237,7 +244,7 @@ def test_a_committed_cell_is_read_from_its_commit(folder: RunFolder) -> None:
     commit(folder, cells, 1)
     assert list(folder.scratch.iterdir()) == []
     cells.expect(0)
-    assert_equal(cells.visit(0).state(), expected)
+    assert_equal(snapshot(cells.visit(0)), expected)
     assert cells.dirty() == [0]  # a visit changes it
     cells.close()
     assert_equal(folder.read_unit(folder.files()["000"]), expected)
@@ -248,12 +255,12 @@ def test_a_committed_cell_that_is_not_needed_leaves_the_host_tier(folder: RunFol
     train(cells.visit(0), 0)
     expected = snapshot(cells.visit(0))
     cells.leave()
-    folder.commit(1, [("000", cells.content(0))], {})
-    cells.committed(0, partial(folder.read_unit, folder.files()["000"]), needed=False)
+    folder.commit(1, [("000", read(folder, cells.content(0)))], {})
+    cells.committed(0, partial(committed_state, folder, "000"), needed=False)
     train(cells.visit(1), 1)
     cells.leave()
     assert not folder.scratch.exists()  # there is room again
-    assert_equal(cells.visit(0).state(), expected)
+    assert_equal(snapshot(cells.visit(0)), expected)
     cells.close()
 
 
@@ -263,7 +270,7 @@ def test_a_cell_that_is_being_read_ahead_may_be_committed_meanwhile(
     """A visit shorter than the reading of the next cell, with a commit behind it."""
     slow, real = threading.Event(), RunFolder.unspill
 
-    def unspill(self: RunFolder, spilled: Spilled) -> State:
+    def unspill(self: RunFolder, spilled: Spilled) -> Tensors:
         slow.wait(0.2)
         return real(self, spilled)
 
@@ -276,7 +283,7 @@ def test_a_cell_that_is_being_read_ahead_may_be_committed_meanwhile(
     cells.leave()
     commit(folder, cells, 1)
     try:
-        assert_equal(cells.visit(0).state(), expected)
+        assert_equal(snapshot(cells.visit(0)), expected)
     finally:
         cells.close()
 

@@ -7,23 +7,23 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from edgetrain.stream.feed import DeviceFeed, Slice
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from machine import in_double, reader_of, train_steps
 
 from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
 from edgetrain.data.layout import Reading
 from edgetrain.errors import BudgetError, InputError
-from edgetrain.memory.meter import meter_of
 from edgetrain.nets.spec import open_net
 from edgetrain.objectives import OBJECTIVES
 from edgetrain.objectives.base import nodes
 from edgetrain.store.run import RunFolder
-from edgetrain.stream.cell import LiveCell, OptimizerRecipe
-from edgetrain.stream.executor import Executor, Tally
+from edgetrain.stream.cell import OptimizerRecipe, ResidentCell, Setup
+from edgetrain.stream.inputs import training_inputs
 from edgetrain.stream.latents import DeviceLatents
-from edgetrain.stream.tiles import TILE_MULTIPLE, TiledCell, cuts, phases_of
+from edgetrain.stream.span import Span
+from edgetrain.stream.tiles import TILE_MULTIPLE, TiledCell, ranges_of
 from edgetrain.training.finished import Run
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job, plan_job
@@ -44,13 +44,13 @@ def one_thread():
 
 @given(st.integers(1, 5000), st.integers(1, 400))
 @settings(max_examples=200, deadline=None)
-def test_cuts_cover_the_units_in_multiples_and_are_no_more_than_asked(units, tiles):
-    found = cuts(units, tiles)
+def test_ranges_cover_the_units_in_multiples_and_are_no_more_than_asked(units, tiles):
+    found = ranges_of(units, tiles)
     assert [cut.start for cut in found] == [0, *(cut.stop for cut in found[:-1])]
     assert found[-1].stop == units
     assert len(found) <= tiles
     assert all((cut.stop - cut.start) % TILE_MULTIPLE == 0 for cut in found[:-1])
-    assert cuts(units, len(found)) == found  # so that a plan's number means the same everywhere
+    assert ranges_of(units, len(found)) == found  # so that a plan's number means the same everywhere
 
 
 def chain(method, width=50, inputs=9):
@@ -59,31 +59,13 @@ def chain(method, width=50, inputs=9):
     return objective, nodes(list(recipes.cells), (inputs,), SEED)
 
 
-def float64(state):
-    return {
-        name: value.double() if value.is_floating_point() and value.ndim else value for name, value in state.items()
-    }
-
-
-def source(objective, inputs=9):
-    draw = torch.Generator().manual_seed(2)
+def doubled(objective):
+    """A reader of random inputs, float64, as the rule's first cell reads them."""
+    draw, first = torch.Generator().manual_seed(2), training_inputs(objective)
     latents = DeviceLatents(ROWS, "float32", False)
-    latents.put(0, {"x": torch.rand(ROWS, inputs, generator=draw)})
-    return DeviceFeed(latents, torch.randint(0, CLASSES, (ROWS,), generator=draw))
-
-
-class Doubled:
-    """A feed whose values are float64."""
-
-    waited_s = 0.0
-
-    def __init__(self, feed):
-        self.feed = feed
-
-    def parts(self, work):
-        for part in self.feed.parts(work):
-            part.streams = {name: value.double() for name, value in part.streams.items()}
-            yield part
+    latents.put(0, {"x": torch.rand(ROWS, 9, generator=draw)})
+    y = torch.randint(0, CLASSES, (ROWS,), generator=draw)
+    return reader_of(latents, y, prepare=lambda streams, y, draws: first({"x": streams["x"].double()}, y, draws))
 
 
 class Kept:
@@ -106,13 +88,11 @@ class Kept:
 @pytest.mark.parametrize("method", TILED)
 def test_steps_in_tiles_are_the_whole_cells_in_float64(method, optimizer, tiles, micro):
     objective, (node, _) = chain(method)
-    recipe = OptimizerRecipe(optimizer, 1e-2, 1e-2)
-    executor = Executor(objective, CPU, meter_of(CPU, False), SEED)
-    first = float64(LiveCell(node, objective, recipe, CPU).state())
+    setup = Setup(objective, OptimizerRecipe(optimizer, 1e-2, 1e-2), CPU)
+    first = in_double(ResidentCell(node, setup).state_dict())
     order = np.random.default_rng(1).permutation(ROWS)
-    whole = LiveCell(node, objective, recipe, CPU, first)
-    cut = TiledCell(node, objective, recipe, CPU, tiles, first)
-    for module in (whole.head, cut.common and cut.common.head):
+    whole, cut = ResidentCell(node, setup, first), TiledCell(node, setup, tiles, first)
+    for module in (whole.head, cut.fixed()):
         if module is not None:
             module.double()
     made_tile = cut.tile
@@ -126,10 +106,9 @@ def test_steps_in_tiles_are_the_whole_cells_in_float64(method, optimizer, tiles,
     cut.tile = tile
     seen = []
     for cell in (whole, cut):
-        sink, tally = Kept(), Tally(CPU)
-        work = Slice(ROWS, BATCH, micro, 0, 3, order, phases_of(objective, cell.tiles))
-        executor.train(cell, Doubled(source(objective)), work, 0, tally, sink)
-        seen.append((cell.state(), sink.rows, tally.read().means))
+        sink = Kept()
+        sums = train_steps(cell, doubled(objective), Span(ROWS, BATCH, micro, 0, 3, order), sink)
+        seen.append((cell.state_dict().to_tensors(), sink.rows, sums.means))
     (expected, latents, told), (found, tiled_latents, tiled_told) = seen
     assert sorted(found) == sorted(expected)
     for name, value in expected.items():
@@ -269,7 +248,7 @@ def test_sll_with_a_mask_is_not_tiled(tmp_path):
 
 def test_a_tiled_cell_needs_the_room_of_its_tiles_only():
     objective, (node, _) = chain("mf", width=640)
-    cell = TiledCell(node, objective, OptimizerRecipe("adam", 1e-3), CPU, 10)
+    cell = TiledCell(node, Setup(objective, OptimizerRecipe("adam", 1e-3), CPU), 10)
     assert cell.tiles == 10
-    held = sum(prod(value.shape) for name, value in cell.tile(3).state().items() if name.startswith("cell."))
+    held = sum(prod(value.shape) for value in cell.tile(3).state().module.values())
     assert held == 64 * 9

@@ -347,8 +347,7 @@ def test_noise_of_a_step_is_drawn_whole_and_sliced():
     like, again, parts = torch.zeros(16, 21), StepDraws(SEED, 1, 2, 3, samples), []
     drawn = StepDraws(SEED, 1, 2, 3, samples).normal("noise", like)
     for first in (0, 5, 10, 15):
-        again.first = first
-        parts.append(again.normal("noise", like[first : first + 5]))
+        parts.append(again.of(first).normal("noise", like[first : first + 5]))
     assert torch.equal(torch.cat(parts), drawn)
     for address in ((SEED + 1, 1, 2, 3), (SEED, 0, 2, 3), (SEED, 1, 1, 3), (SEED, 1, 2, 4)):
         assert not torch.equal(drawn, StepDraws(*address, samples).normal("noise", like))
