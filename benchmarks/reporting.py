@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from edgetrain.memory import device as devices
-from edgetrain.memory import host
+from edgetrain.memory import facts, host
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -72,7 +72,7 @@ def _facts() -> dict[str, Any]:
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "commit": commit.stdout.strip() or "unknown",
-        "device": devices.name(device),
+        "device": facts.name(device),
         "cores": machine["cores"],
         "system": f"{platform.system()} {platform.machine()}",
         "versions": ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),

@@ -150,7 +150,7 @@ class CachingAllocatorModel:
     Attributes:
         requested_bytes: what the live requests asked for.
         allocated_bytes: what their blocks hold: rounded up, with remainders too small to split off.
-        reserved_bytes: what is taken from the driver; ``torch.cuda.memory_reserved``.
+        reserved_bytes: what is taken from the driver.
         peak_allocated_bytes: the highest ``allocated_bytes`` so far.
         peak_reserved_bytes: the highest ``reserved_bytes`` so far; what a budget bounds.
         limit_bytes: the most that may be reserved; ``None`` for no limit.
@@ -199,7 +199,7 @@ class CachingAllocatorModel:
         block.pool.add(_merged(block))
 
     def empty_cache(self) -> int:
-        """Return wholly free segments to the driver, as ``torch.cuda.empty_cache``; how many bytes."""
+        """Return wholly free segments to the driver, as PyTorch does when its cache is emptied; how many bytes."""
         whole = self._large.take_whole_segments() + self._small.take_whole_segments()
         for block in whole:
             del self._segments[block.address]
@@ -208,7 +208,7 @@ class CachingAllocatorModel:
         return released
 
     def reset_peaks(self) -> None:
-        """Begin the peaks anew from what is held now, as ``torch.cuda.reset_peak_memory_stats``."""
+        """Begin the peaks anew from what is held now."""
         self.peak_allocated_bytes = self.allocated_bytes
         self.peak_reserved_bytes = self.reserved_bytes
 

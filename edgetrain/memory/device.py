@@ -1,8 +1,10 @@
 """One face for the devices that edgetrain runs on: cuda, mps and cpu.
 
-Everything that depends on the kind of device is asked here, so that the rest of the package never
-says ``torch.cuda``. What cannot be measured is ``None``, never 0. Sizes are bytes; only
-:func:`describe`, which a person reads, speaks MiB.
+Everything that depends on the kind of device is asked here, so that no other file says ``torch.cuda``: memory,
+limits, queues and events, page-locked buffers, generators. Every question names the device with its index; none is
+about "the current" device or stream. What cannot be measured is ``None``, never 0. Sizes are bytes.
+
+:class:`Cuda` holds all calls to ``torch.cuda``; tests put a simulated one in its place (``tests/simulated_cuda.py``).
 
 On a device with unified memory (a Jetson, a GB10, Apple silicon) the device's memory *is* the
 host's. There ``cudaMemGetInfo`` leaves out the page cache that the system would give back, so that
@@ -13,29 +15,35 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
-from edgetrain.errors import InputError
-from edgetrain.units import to_mb
+from edgetrain.errors import EdgetrainWarning, InputError
+from edgetrain.memory import nvml
 
 if TYPE_CHECKING:
     import torch
 
-T = TypeVar("T")
-
 DEFAULT_SHARE_PERCENT = 90
 """How much of what is free a run may take unasked; the rest is the desktop's."""
+
+UNIFIED_SHARE_PERCENT = 60
+"""Likewise where device and host share one memory; the host's side has what is then left of 90."""
 
 CUBLAS_WORKSPACE = ":16:8"
 """Eight buffers of 16 KiB; see :func:`configure_cuda`."""
 
 CUBLASLT_WORKSPACE_KIB = 128
+
+_WORKSPACES = 4  # of cuBLAS and cuBLASLt, of the thread that computes and of autograd's
+_UNSET_WORKSPACE_BYTES = 32 << 20  # what a workspace takes at most if nothing is configured
+
+_HARMLESS_SETTINGS = {"pinned_use_background_threads", "pinned_use_cuda_host_register", "pinned_num_register_threads"}
 
 # Texts of a RuntimeError that mean "no memory left", besides torch's own exception class.
 _OUT_OF_MEMORY_TEXTS = (
@@ -50,6 +58,58 @@ _OUT_OF_MEMORY_TEXTS = (
 # On a Jetson torch asks NVML, which is not there, for the numbers of its out-of-memory message, and
 # dies of that instead (pytorch issues 112377 and 185240). The line number after it varies.
 _JETSON_OUT_OF_MEMORY = re.compile(r"NVML_SUCCESS == r\b.*INTERNAL ASSERT", re.DOTALL)
+
+
+class Cuda:
+    """What ``torch.cuda`` is asked for; the only code that calls it."""
+
+    def __getattr__(self, name: str) -> Any:
+        """A function of ``torch.cuda``."""
+        import torch
+
+        return getattr(torch.cuda, name)
+
+    def active(self, device: torch.device) -> AbstractContextManager[Any]:
+        """A scope in which the device is the current one of this thread."""
+        return self.device(device)  # type: ignore[no-any-return]
+
+    def warm_up(self, device: torch.device) -> None:
+        """Use what training uses: products, convolutions, their backward passes, and an optimizer."""
+        import torch
+        from torch import nn
+
+        with self.active(device), torch.enable_grad():
+            layers = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Flatten(), nn.Linear(64, 2)).to(device)
+            optimizer = torch.optim.Adam(layers.parameters(), fused=True)
+            layers(torch.zeros(2, 1, 8, 8, device=device)).square().sum().backward()
+            optimizer.step()
+            del layers, optimizer
+        self.synchronize(device)
+        self.empty_cache()
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A new random generator of the device."""
+        import torch
+
+        return torch.Generator(device)
+
+    def seed(self, device: torch.device, key: int) -> None:
+        """Seed the device's default generator."""
+        self.default_generators[device.index].manual_seed(key)
+
+    def page_locked(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Host memory, uninitialised, that the device can copy from and to while the host goes on."""
+        import torch
+
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+
+_cuda: Any = Cuda()
+
+
+def cuda() -> Any:
+    """What is asked in place of ``torch.cuda``; tests put a simulated one here."""
+    return _cuda
 
 
 # --- which device -----------------------------------------------------------------------------
@@ -70,7 +130,7 @@ def resolve(name: str) -> torch.device:
 
     word = name.strip().lower()
     if word == "auto":
-        word = "cuda" if torch.cuda.is_available() else "cpu"
+        word = "cuda" if _cuda.is_available() else "cpu"
     if word == "cpu":
         return torch.device("cpu")
     if word == "mps":
@@ -78,6 +138,12 @@ def resolve(name: str) -> torch.device:
     if match := re.fullmatch(r"cuda(?::([0-9]{1,9}))?", word):
         return _resolve_cuda(match[1])
     raise InputError(f"--device {name}: unknown device; use auto, cuda, cuda:N, mps or cpu")
+
+
+def is_cuda(name: str) -> bool:
+    """Whether ``name`` (see :func:`resolve`) means a CUDA device on this machine."""
+    word = name.strip().lower()
+    return word.startswith("cuda") or (word == "auto" and bool(_cuda.is_available()))
 
 
 def _resolve_mps() -> torch.device:
@@ -92,15 +158,15 @@ def _resolve_cuda(index: str | None) -> torch.device:
     import torch
 
     asked = "cuda" if index is None else f"cuda:{index}"
-    if not torch.cuda.is_available():
+    if not _cuda.is_available():
         raise InputError(f"--device {asked}: {_why_no_cuda()}, or use --device cpu")
     if index is None:
         # current_device() would create the context, and with it 300 MB that may not be wanted;
         # where somebody called set_device() the context is there already.
-        initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call, unused-ignore]
-        number = torch.cuda.current_device() if initialized else 0
+        initialized = _cuda.is_initialized()
+        number = _cuda.current_device() if initialized else 0
         return torch.device("cuda", number)
-    count = torch.cuda.device_count()
+    count = _cuda.device_count()
     if int(index) >= count:
         found = "only cuda:0 is there" if count == 1 else f"found cuda:0 to cuda:{count - 1}"
         raise InputError(f"--device {asked}: {found}; choose one that is there")
@@ -131,18 +197,14 @@ def is_integrated(device: torch.device) -> bool:
         return True
     if device.type != "cuda":
         return False
-    import torch
-
-    return bool(torch.cuda.get_device_properties(device).is_integrated)
+    return bool(_cuda.get_device_properties(device).is_integrated)
 
 
 def total_bytes(device: torch.device) -> int | None:
     """All memory of the device; on the CPU and on MPS the machine's."""
     if device.type != "cuda":
         return int(psutil.virtual_memory().total)
-    import torch
-
-    return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(_cuda.get_device_properties(device).total_memory)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -162,10 +224,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _cuda_free_and_total(device: torch.device) -> tuple[int, int] | None:
-    import torch
-
     try:
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = _cuda.mem_get_info(device)
     except RuntimeError:
         return None  # some virtual GPUs do not implement the query
     return int(free), int(total)
@@ -175,90 +235,58 @@ def reserved_bytes(device: torch.device) -> int:
     """What PyTorch's allocator holds on a CUDA device; 0 elsewhere."""
     if device.type != "cuda":
         return 0
-    import torch
-
-    return int(torch.cuda.memory_reserved(device))
+    return int(_cuda.memory_reserved(device))
 
 
 def default_budget(device: torch.device) -> int | None:
-    """The budget of a run that states none: 90% of what is free on CUDA, no limit elsewhere."""
+    """The budget of a run that states none: 90% of what is free on CUDA, 60% where the host shares it."""
     if device.type != "cuda":
         return None
-    free = free_bytes(device)
-    return None if free is None else free * DEFAULT_SHARE_PERCENT // 100
+    free, share = free_bytes(device), UNIFIED_SHARE_PERCENT if is_integrated(device) else DEFAULT_SHARE_PERCENT
+    return None if free is None else free * share // 100
+
+
+def default_host_bytes(device: torch.device, budget: int | None) -> int:
+    """Host memory that a run may take for cells between visits if it states none: half of what is available.
+
+    Of a memory that the device shares, what the device's ``budget`` leaves of 90%.
+    """
+    available = int(psutil.virtual_memory().available)
+    if not is_integrated(device) or budget is None:
+        return available // 2
+    return max(0, min(available // 2, available * DEFAULT_SHARE_PERCENT // 100 - budget))
 
 
 def context_bytes(device: torch.device) -> int | None:
     """What this process holds on the device outside PyTorch's allocator: context, kernels, libraries.
 
-    ``None`` where that is unknown: not CUDA, no NVML (Jetson Orin), an NVML that does not tell
-    processes apart (WSL), or one that knows this process by another id (a container with its own
-    process ids).
+    Kernels and libraries are loaded when they are first used: a small training step makes sure that they are.
+    ``None`` where the figure is unknown: not CUDA, no NVML (Jetson Orin), an NVML that does not tell processes apart
+    (WSL). Where it knows this process by another id (a container with process ids of its own), the growth of what
+    all processes hold is taken, if the device was asked before it was first used.
     """
     if device.type != "cuda":
         return None
-    import torch
-
-    used = _ask_nvml(lambda nvml: _process_bytes(nvml, device))
-    if used is None:
-        return None
-    outside = used - int(torch.cuda.memory_reserved(device))
+    uuid = _uuid(device)
+    before = None if _cuda.is_initialized() else nvml.used_bytes(uuid)
+    _cuda.warm_up(device)
+    used = nvml.process_bytes(uuid)
+    if used is None and before is not None and (now := nvml.used_bytes(uuid)) is not None:
+        used = now - before
     # A context is never free of charge: a figure that is not positive is a wrong figure.
+    outside = 0 if used is None else used - int(_cuda.memory_reserved(device))
     return outside if outside > 0 else None
 
 
 def energy_mj(device: torch.device) -> int | None:
     """Millijoules that a CUDA device took since its driver was loaded; ``None`` where NVML does not say."""
-    if device.type != "cuda":
-        return None
-    return _ask_nvml(lambda nvml: _energy_mj(nvml, device))
+    return nvml.energy_mj(_uuid(device)) if device.type == "cuda" else None
 
 
-def _energy_mj(nvml: Any, device: torch.device) -> int | None:
-    handle = _nvml_handle(nvml, device)
-    return None if handle is None else int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
-
-
-def _process_bytes(nvml: Any, device: torch.device) -> int | None:
-    """What NVML says that this process holds on ``device``."""
-    handle = _nvml_handle(nvml, device)
-    if handle is None:
-        return None
-    me = os.getpid()
-    sizes = [p.usedGpuMemory for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == me]
-    if not sizes or None in sizes:
-        return None
-    return int(sum(sizes))
-
-
-def _nvml_handle(nvml: Any, device: torch.device) -> Any | None:
-    """NVML's handle of a CUDA device, or ``None`` where the two cannot be matched for certain.
-
-    Matched by UUID, because CUDA_VISIBLE_DEVICES and CUDA's fastest-first order make CUDA's
-    numbers differ from NVML's.
-    """
-    import torch
-
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    if uuid is not None:
-        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    return nvml.nvmlDeviceGetHandleByIndex(0) if nvml.nvmlDeviceGetCount() == 1 else None
-
-
-def _ask_nvml(question: Callable[[Any], T | None]) -> T | None:
-    """The answer of ``question(pynvml)``, or ``None`` if NVML is missing or refuses."""
-    try:
-        import pynvml as nvml
-
-        nvml.nvmlInit()
-        try:
-            return question(nvml)
-        finally:
-            nvml.nvmlShutdown()
-    except Exception:
-        # Besides NVMLError, drivers too old or too partial (Thor) fail with AttributeError, OSError
-        # or ValueError. None of them may end a run for the sake of a number that is only shown.
-        return None
+def _uuid(device: torch.device) -> str | None:
+    """What NVML knows a CUDA device by; ``None`` on an old torch."""
+    found = getattr(_cuda.get_device_properties(device), "uuid", None)
+    return None if found is None else f"GPU-{found}"
 
 
 # --- limits and settings ----------------------------------------------------------------------
@@ -281,10 +309,8 @@ def cap(device: torch.device, budget_bytes: int | None) -> None:
         raise ValueError(f"a budget of {budget_bytes} bytes; expected at least 1")
     if device.type != "cuda":
         return
-    import torch
-
     fraction = 1.0 if budget_bytes is None else _fraction(budget_bytes, _capped_total(device))
-    torch.cuda.set_per_process_memory_fraction(fraction, device)
+    _cuda.set_per_process_memory_fraction(fraction, device)
 
 
 def _capped_total(device: torch.device) -> int:
@@ -332,6 +358,30 @@ def configure_cuda() -> None:
     os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", str(CUBLASLT_WORKSPACE_KIB))
 
 
+def workspace_requests() -> list[int]:
+    """Bytes of the workspaces that matrix products take from the allocator for good, as configured.
+
+    Not measured on a GPU yet: by PyTorch's sources one for each handle and queue.
+    """
+    found = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    size = sum(int(kib) * int(count) << 10 for kib, count in found) or _UNSET_WORKSPACE_BYTES
+    return [size] * _WORKSPACES
+
+
+def check_allocator(device: torch.device) -> None:
+    """Warn of settings of the allocator that the plan's model of it does not know (CUDA only)."""
+    stated = allocator_settings() if device.type == "cuda" else None
+    names = {part.split(":")[0].strip() for part in (stated or "").split(",")} - {""}
+    if names - _HARMLESS_SETTINGS:
+        warnings.warn(
+            EdgetrainWarning(
+                f"PYTORCH_CUDA_ALLOC_CONF={stated}: predicted peaks and the smallest budget are for the allocator's"
+                " default settings; unset it"
+            ),
+            stacklevel=2,
+        )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory ran out, on the device or on a CPU standing in for it.
 
@@ -342,155 +392,92 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if not isinstance(error, RuntimeError):  # torch's own class is a RuntimeError too
         return False
-    import torch
-
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if isinstance(error, _cuda.OutOfMemoryError):
         return True
     text = str(error)
     return any(part in text for part in _OUT_OF_MEMORY_TEXTS) or bool(_JETSON_OUT_OF_MEMORY.search(text))
 
 
-# --- for people -------------------------------------------------------------------------------
+def allocator_settings() -> str | None:
+    """Settings of PyTorch's allocator from the environment, or ``None``."""
+    return os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or None
 
 
-def name(device: torch.device) -> str:
-    """What the device calls itself: ``NVIDIA GeForce RTX 3050``, or the processor's model."""
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Major and minor version of what a CUDA device can do."""
+    major, minor = _cuda.get_device_capability(device)
+    return int(major), int(minor)
+
+
+def cuda_name(device: torch.device) -> str:
+    """What a CUDA device calls itself."""
+    return str(_cuda.get_device_name(device))
+
+
+# --- a run on a device ------------------------------------------------------------------------
+
+
+@contextmanager
+def running_on(device: torch.device, budget_bytes: int | None) -> Iterator[None]:
+    """A scope for work on a device: it is current, and its allocator refuses more than the budget."""
+    with active(device):
+        cap(device, budget_bytes)
+        try:
+            yield
+        finally:
+            cap(device, None)
+
+
+def active(device: torch.device) -> AbstractContextManager[Any]:
+    """A scope in which a CUDA device is the current one of this thread."""
+    return _cuda.active(device) if device.type == "cuda" else nullcontext()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a CUDA device has done what it was asked for; elsewhere it has."""
     if device.type == "cuda":
+        _cuda.synchronize(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give the allocator's free segments back, and begin its peak anew."""
+    if device.type == "cuda":
+        _cuda.empty_cache()
+        _cuda.reset_peak_memory_stats(device)
+
+
+def seed_pool(device: torch.device, size: int) -> None:
+    """Take a block of ``size`` bytes and give it back, so that later ones are split off it (CUDA only)."""
+    if device.type == "cuda" and size:
         import torch
 
-        return str(torch.cuda.get_device_name(device))
-    return _processor_name()
+        torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def _processor_name(root: Path = Path("/")) -> str:
-    """The processor's model; of a single-board computer, which has none, the board's."""
-    cpu_info = _read_text(root / "proc/cpuinfo") or ""
-    if match := re.search(r"^model name\s*:\s*(.+)$", cpu_info, re.MULTILINE):
-        return match[1].strip()
-    board = _read_text(root / "proc/device-tree/model")
-    if board:
-        return board.strip("\0\n ")
-    return platform.processor() or platform.machine() or "unknown"
+def peak_reserved_bytes(device: torch.device) -> int:
+    """The most that PyTorch's allocator has held since ``empty_cache``; 0 elsewhere than on CUDA."""
+    return int(_cuda.max_memory_reserved(device)) if device.type == "cuda" else 0
 
 
-def describe(device: torch.device) -> dict[str, object]:
-    """Facts about the device for ``doctor``; what is unknown is ``None``.
-
-    Holds ``kind index name integrated total_mb free_mb default_budget_mb context_mb driver_version
-    cuda_version compute_capability power_mode cublas_workspace cublaslt_workspace_kib
-    allocator_settings``; sizes in MiB. On CUDA this creates the context.
-    """
-    facts: dict[str, object] = {
-        "kind": device.type,
-        "index": device.index,
-        "name": name(device),
-        "integrated": is_integrated(device),
-        "total_mb": to_mb(total_bytes(device)),
-        "free_mb": to_mb(free_bytes(device)),
-        "default_budget_mb": to_mb(default_budget(device)),
-        "context_mb": to_mb(context_bytes(device)),
-        "power_mode": power_mode(),
-    }
-    return facts | _cuda_facts(device)
+# --- random numbers ---------------------------------------------------------------------------
 
 
-def _cuda_facts(device: torch.device) -> dict[str, object]:
-    """The facts that only CUDA has, all ``None`` elsewhere so that the keys are always the same."""
-    facts: dict[str, object] = dict.fromkeys(
-        (
-            "driver_version",
-            "cuda_version",
-            "compute_capability",
-            "cublas_workspace",
-            "cublaslt_workspace_kib",
-            "allocator_settings",
-        )
-    )
-    if device.type != "cuda":
-        return facts
+def generator(device: torch.device) -> torch.Generator:
+    """A new random generator of the device."""
     import torch
 
-    major, minor = torch.cuda.get_device_capability(device)
-    return facts | {
-        "driver_version": _ask_nvml(_driver_version),
-        "cuda_version": torch.version.cuda,
-        "compute_capability": f"{major}.{minor}",
-        "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
-        "cublaslt_workspace_kib": os.environ.get("CUBLASLT_WORKSPACE_SIZE"),
-        "allocator_settings": os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF"),
-    }
+    return _cuda.generator(device) if device.type == "cuda" else torch.Generator(device)
 
 
-def _driver_version(nvml: Any) -> str:
-    version = nvml.nvmlSystemGetDriverVersion()
-    return version.decode() if isinstance(version, bytes) else str(version)
+def seed_default_generator(device: torch.device, key: int) -> None:
+    """Seed the generator that modules on a CUDA device draw from; the CPU's is left alone."""
+    if device.type == "cuda":
+        _cuda.seed(device, key)
 
 
-def power_mode(root: Path = Path("/")) -> str | None:
-    """A Jetson's power mode, ``2 (25W)``, or without its name ``2``; ``None`` off a Jetson.
-
-    nvpmodel itself would have to run as root; its files are readable.
-    """
-    status = _read_text(root / "var/lib/nvpmodel/status")
-    match = re.search(r"pmode:\s*0*(\d+)", status or "")
-    if not match:
+def generator_states() -> Callable[[], None] | None:
+    """What puts the default generators of all CUDA devices back as they are now; ``None``: CUDA is not in use."""
+    if not _cuda.is_initialized():
         return None
-    modes = _read_text(root / "etc/nvpmodel.conf") or ""
-    named = re.search(rf"POWER_MODEL\s+ID={match[1]}\s+NAME=(\S+)", modes)
-    return f"{match[1]} ({named[1].rstrip('>')})" if named else match[1]
-
-
-def _read_text(path: Path) -> str | None:
-    """A small system file's text, or ``None`` if it is not there or not for us."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-
-
-# --- stand-in until the face lands ---
-class Event:
-    """Stand-in."""
-
-    def synchronize(self) -> None:
-        """Stand-in."""
-
-
-class Copies:
-    """Stand-in."""
-
-    def scope(self): ...
-    def after_compute(self): ...
-    def before_compute(self): ...
-    def record(self): ...
-    def wait(self, event): ...
-
-
-def copies(device):
-    """Stand-in."""
-    return
-
-
-def record(device):
-    """Stand-in."""
-    return
-
-
-def wait(device, event):
-    """Stand-in."""
-
-
-def staging(shape, dtype, device):
-    """Stand-in."""
-    import torch
-
-    return torch.empty(shape, dtype=dtype)
-
-
-def copies_async(device):
-    """Stand-in."""
-    return device.type == "cuda"
-
-
-def seed_default_generator(device, key):
-    """Stand-in."""
+    states = _cuda.get_rng_state_all()
+    return lambda: _cuda.set_rng_state_all(states)

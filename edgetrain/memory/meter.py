@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
+from edgetrain.memory import device as devices
+
 WATCHED_REPEATS = 2  # of each kind of step: the first makes the optimizer's state, the second is steady
 
 
@@ -200,13 +202,12 @@ class CudaMeter:
 
     def start_cell(self, cell: Hashable) -> None:
         """See ``Meter.start_cell``; blocks of another cell's shape are given back first."""
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self._device)
+        devices.empty_cache(self._device)
 
     @property
     def cell_peak(self) -> int:
         """See ``Meter.cell_peak``."""
-        return torch.cuda.max_memory_reserved(self._device)
+        return devices.peak_reserved_bytes(self._device)
 
 
 def meter_of(device: torch.device, full: bool = False) -> Meter:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from edgetrain.memory import device as devices
+from edgetrain.memory import facts, queues
 from edgetrain.memory.host import disk_rates
 from edgetrain.units import MIB
 
@@ -105,7 +106,7 @@ def _known(path: Path) -> dict[str, Any]:
 
 def _key(device: torch.device) -> str:
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return f"{devices.name(device)}, torch {torch.__version__}{threads}"
+    return f"{facts.name(device)}, torch {torch.__version__}{threads}"
 
 
 def _tried(device: torch.device, work: Callable[[], object]) -> float:
@@ -116,7 +117,7 @@ def _tried(device: torch.device, work: Callable[[], object]) -> float:
         start = time.perf_counter()
         for _ in range(8):
             work()
-        _wait(device)
+        devices.synchronize(device)
         spent += time.perf_counter() - start
         calls += 8
     return spent / calls
@@ -139,14 +140,9 @@ def _tiny_step(device: torch.device) -> Callable[[], object]:
 def _bus(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
-    source = torch.empty(32 * MIB, dtype=torch.uint8, pin_memory=True)
+    source = queues.staging((32 * MIB,), torch.uint8, device)
     target = torch.empty_like(source, device=device)
     return source.nbytes / _tried(device, lambda: target.copy_(source, non_blocking=True))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _bytes(mb: float | None) -> float | None:

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, mse_loss, one_hot
+from torch.nn.functional import avg_pool2d, cross_entropy, mse_loss, one_hot
 
 from edgetrain.nets.layers import Layer
 from edgetrain.objectives.base import Batch, Constants, Defaults, Node, Objective, Step, Streams
@@ -84,7 +84,28 @@ class PredictionAndSimilarity(Objective):
         if h.ndim != 4:
             return self.vector(h)
         side = max(1, min(*h.shape[2:], isqrt(_MOST_INPUTS // h.shape[1])))
-        return adaptive_avg_pool2d(h, side).flatten(1)
+        return averaged(h, side).flatten(1)
+
+
+def averaged(h: Tensor, side: int) -> Tensor:
+    """Maps [B, C, H, W] averaged down to [B, C, side, side] as ``adaptive_avg_pool2d`` does.
+
+    On CUDA that operation's backward pass gives other bits every time: windows of equal size are pooled plainly, and
+    others by products with fixed matrices.
+    """
+    height, width = h.shape[2:]
+    if height % side == 0 and width % side == 0:
+        return avg_pool2d(h, (height // side, width // side))
+    return _windows(height, side, h) @ h @ _windows(width, side, h).T
+
+
+def _windows(size: int, side: int, like: Tensor) -> Tensor:
+    """Weights [side, size] of the means over windows: window i is [floor(i size / side), ceil((i + 1) size / side))."""
+    place = torch.arange(size, device=like.device)
+    window = torch.arange(side, device=like.device)[:, None]
+    first = window * size // side
+    last = ((window + 1) * size + side - 1) // side
+    return ((place >= first) & (place < last)).to(like.dtype) / (last - first)
 
 
 def similarity(rows: Tensor) -> Tensor:

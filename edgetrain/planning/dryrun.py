@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgetrain.memory import device as devices
 from edgetrain.memory.allocator import CachingAllocatorModel
 from edgetrain.memory.meter import Listener, LiveBytes, LiveMeter
 from edgetrain.memory.timeline import Timeline, making
@@ -32,8 +33,6 @@ from edgetrain.stream.span import Span
 
 _CPU = torch.device("cpu")
 _STEPS = 2  # the first makes the optimizer's state, the second is steady
-# Kernels' own scratch that the dry run cannot see: cuBLAS and cuBLASLt workspaces as configured.
-CUDA_WORKSPACE_BYTES = 2 << 20
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Bench:
         """Bytes that the device must give: reserved on CUDA, live elsewhere."""
         if self.allocator is None:
             return self.tracker.peak
-        return self.allocator.peak_reserved_bytes + CUDA_WORKSPACE_BYTES
+        return self.allocator.peak_reserved_bytes
 
     @cached_property
     def seeded(self) -> Peak:
@@ -63,7 +62,7 @@ class Bench:
         if self.requests is None:
             return Peak(self.tracker.peak)
         seed, reserved = self.requests.best_seed()
-        return Peak(reserved + CUDA_WORKSPACE_BYTES, seed)
+        return Peak(reserved, seed)
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,12 @@ def bench(device: torch.device, needs_values: bool = False) -> Iterator[Bench]:
     """A scope in which tensors are metered as if they were on ``device``; they are fake unless a cell needs values."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    allocator = CachingAllocatorModel() if device.type == "cuda" else None
+    allocator = requests = None
+    if device.type == "cuda":
+        allocator, requests = CachingAllocatorModel(), Requests(devices.workspace_requests())
+        for key, size in enumerate(requests.held, 1):
+            allocator.alloc(-key, size)
     timeline = Timeline()
-    requests = None if allocator is None else Requests()
     listeners: list[Listener] = [each for each in (allocator, requests, timeline) if each is not None]
     tracker = LiveBytes(*listeners)
     with nullcontext() if needs_values else FakeTensorMode(allow_non_fake_inputs=True):
@@ -169,6 +171,18 @@ def _evaluated(work: Workload, index: int, micro_batch: int, tiles: int) -> Benc
         span = Span(_STEPS * size, size, size, 0, _STEPS)
         Executor(table.meter, work.seed).run("evaluate", cell, reader, span, Outputs(sink=_NoFile("float32")))
     return table
+
+
+def evaluation_seeds(work: Workload, micro_batches: list[int], tiles: list[int]) -> list[int]:
+    """Bytes of the block to take and give back before classes are looked for with each cell."""
+    known: dict[object, int] = {}
+    found = []
+    for node, micro_batch, each in zip(work.nodes, micro_batches, tiles, strict=False):
+        kind = node.recipe.signature, node.parent.shape, node.index == 0, micro_batch, each
+        if kind not in known:
+            known[kind] = _evaluated(work, node.index, micro_batch, each).seeded.seed
+        found.append(known[kind])
+    return found
 
 
 def refusal_of_one_row(work: Workload, index: int) -> str | None:

@@ -335,7 +335,9 @@ class _Chooser:
     def least(self) -> int:
         """The smallest budget that would do, all cells streamed."""
         peaks = [
-            min(self._bytes(index, size, tiles) for tiles in self._extremes(index) for size in _ends(self._sizes(index)))
+            min(
+                self._bytes(index, size, tiles) for tiles in self._extremes(index) for size in _ends(self._sizes(index))
+            )
             for index in self._nodes.values()
         ]
         if self._work.classifier is not None:

@@ -27,9 +27,11 @@ class Requests:
     """What a dry run asks of the allocator, in order; implements ``memory.meter.Listener``.
 
     Attributes:
+        held: bytes of requests that were made before and are never given back.
         events: (key, bytes) of a request, (key, ``None``) of a release.
     """
 
+    held: list[int] = field(default_factory=list)
     events: list[tuple[int, int | None]] = field(default_factory=list)
 
     def alloc(self, key: int, size: int) -> None:
@@ -43,9 +45,11 @@ class Requests:
     def reserved(self, seed: int) -> int:
         """The most bytes that are reserved if a block of ``seed`` bytes is taken and given back first."""
         model = CachingAllocatorModel()
+        for key, held in enumerate(self.held, 1):
+            model.alloc(-key, held)
         if seed:
-            model.alloc(-1, seed)
-            model.free(-1)
+            model.alloc(0, seed)
+            model.free(0)
         for key, size in self.events:
             if size is None:
                 model.free(key)

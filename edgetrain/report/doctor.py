@@ -14,6 +14,7 @@ from rich.table import Table
 from edgetrain.data.fetch import locate
 from edgetrain.data.known import KNOWN
 from edgetrain.memory import device as devices
+from edgetrain.memory import facts as device_facts
 from edgetrain.memory import host, rates
 from edgetrain.memory.energy import sensor_of
 from edgetrain.memory.rates import Rates
@@ -31,7 +32,7 @@ def examine(folder: Path) -> dict[str, Any]:
     rates.save(found, device)
     facts: dict[str, Any] = {
         "machine": host.machine_facts(),
-        "device": {**devices.describe(device), **_speeds(found), "energy_sensor": _sensor_name(device)},
+        "device": {**device_facts.describe(device), **_speeds(found), "energy_sensor": _sensor_name(device)},
         "disk": {"folder": str(folder.absolute()), "free_mb": to_mb(free), **_disk(found)},
         "data": {
             name: str(locate(known) or "not on this machine; fetched when asked for") for name, known in KNOWN.items()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edgetrain.errors import InputError
 from edgetrain.keys import seeded
-from edgetrain.memory import device as devices
+from edgetrain.memory import queues
 from edgetrain.memory.timeline import making
 from edgetrain.nets.copying import kept_in_eval, named_tensors, set_training, unsaved_buffers, with_tensors
 from edgetrain.objectives.base import Node, Objective, Phase, Streams
@@ -300,7 +300,7 @@ def copied(source: Tensor, device: torch.device) -> Tensor:
     """
     target = torch.empty(source.shape, dtype=source.dtype, device=device)
     # The other way, a copy that does not wait could be read too early.
-    return target if source.is_meta else target.copy_(source.detach(), non_blocking=devices.copies_async(device))
+    return target if source.is_meta else target.copy_(source.detach(), non_blocking=queues.copies_async(device))
 
 
 def placed(module: nn.Module, tensors: Mapping[str, Tensor] | None, device: torch.device) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from edgetrain.memory import device as devices
+from edgetrain.memory import queues
 from edgetrain.memory.host import give_back_free_memory
 from edgetrain.memory.meter import Meter
 from edgetrain.store.tensors import Spilled
@@ -176,10 +176,10 @@ class CellStream:
         else:
             assert held.committed is not None
             state = held.committed()
-        return state.map(self._staged) if devices.copies_async(self._device) else state
+        return state.map(self._staged) if queues.copies_async(self._device) else state
 
     def _staged(self, value: torch.Tensor) -> torch.Tensor:
-        return devices.staging(tuple(value.shape), value.dtype, self._device).copy_(value)
+        return queues.staging(tuple(value.shape), value.dtype, self._device).copy_(value)
 
     def _shelve(self, index: int, state: CellState) -> None:
         held, size = self._held[index], state.size

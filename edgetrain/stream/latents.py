@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from edgetrain.memory import device as devices
+from edgetrain.memory import queues
 from edgetrain.memory.timeline import making
 from edgetrain.store.latents import LatentFile, Rows
 from edgetrain.store.rows import RowFormat
@@ -298,7 +298,7 @@ class FileSink:
         spare = self._spare.setdefault(stream, [])
         if spare and len(spare[-1]) >= len(encoded):
             return spare.pop()
-        return devices.staging(tuple(encoded.shape), torch.uint8, self._latents.device)
+        return queues.staging(tuple(encoded.shape), torch.uint8, self._latents.device)
 
     def _settle(self) -> None:
         stream, done, buffer = self._pending.popleft()

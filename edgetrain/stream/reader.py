@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgetrain.memory import device as devices
+from edgetrain.memory import queues
 from edgetrain.memory.timeline import making
 from edgetrain.objectives.base import Batch as Shown
 from edgetrain.objectives.base import Draws, Streams
@@ -210,7 +210,7 @@ class MicroBatch:
 
 def slots_on(device: torch.device) -> int:
     """Slots that suit a device: with a copy queue, one is filled while another is read."""
-    return 2 if devices.copies_async(device) else 1
+    return 2 if queues.copies_async(device) else 1
 
 
 @dataclass(frozen=True)
@@ -233,8 +233,8 @@ class _Slot:
 
     def __init__(self, widths: Sequence[int], rows: int, device: torch.device):
         self.holds: _Key | None = None
-        self.filled: devices.Event | None = None
-        self.used: devices.Event | None = None
+        self.filled: queues.Event | None = None
+        self.used: queues.Event | None = None
         with making("latents"):
             self._buffers = [torch.empty(rows * width, dtype=torch.uint8, device=device) for width in widths]
 
@@ -261,7 +261,7 @@ class _Transfer:
     def __init__(self, reader: Reader, span: Span, reads: Sequence[int]):
         self._reader, self._span = reader, span
         self._reads = reads
-        self._copies = devices.copies(reader.device)
+        self._copies = queues.copies(reader.device)
         self._slots: list[_Slot] = []
         self._position: int | None = 0  # in the reads of a step; None: the cell reads otherwise
         self._step = span.first
@@ -281,14 +281,14 @@ class _Transfer:
         slots.remove(slot)
         slots.append(slot)
         if slot.filled is not None:
-            devices.wait(self._reader.device, slot.filled)
+            queues.wait(self._reader.device, slot.filled)
         if len(slots) > 1:
             self._stage(self._following(key))
         return slot
 
     def was_used(self, slot: _Slot) -> None:
         """The computation that reads a slot is queued."""
-        slot.used = devices.record(self._reader.device)
+        slot.used = queues.record(self._reader.device)
 
     def close(self) -> None:
         """End the thread; what is computed next waits for copies that are still under way."""
@@ -454,7 +454,7 @@ class _Gathered:
         rows, device = min(self._span.batch_size, self._span.rows), self._reader.device
         with self._reader.host():
             widths = self._reader.widths()
-            return _HostBatch([devices.staging((rows * width,), torch.uint8, device) for width in widths])
+            return _HostBatch([queues.staging((rows * width,), torch.uint8, device) for width in widths])
 
 
 def _views(buffers: Sequence[Tensor], formats: Mapping[str, RowFormat], count: int) -> dict[str, Tensor]:

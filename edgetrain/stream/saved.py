@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from edgetrain.memory import device as devices
+from edgetrain.memory import queues
 from edgetrain.stream.state import Host
 
 _Packed = tuple[bool, Tensor]
@@ -29,7 +29,7 @@ def saved_on_host(device: torch.device, host: Host, weights: Iterable[Tensor]) -
         if saved.untyped_storage()._cdata in staying:
             return True, saved
         with host():
-            away = devices.staging(tuple(saved.shape), saved.dtype, device)
+            away = queues.staging(tuple(saved.shape), saved.dtype, device)
             return False, away.copy_(saved.detach(), non_blocking=False)
 
     def unpack(packed: _Packed) -> Tensor:

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from edgetrain.memory import device as devices
+from edgetrain.memory import facts
 from edgetrain.units import MIB, show_mb
 
 SLOWER = 1.5  # times as long as a cell's first epoch
@@ -68,7 +69,7 @@ class Conditions:
         slow = seconds > _SHORTEST_S and seconds / steps > SLOWER * first
         self._slow = self._slow + 1 if slow else 0
         if self._slow == _SLOW_VISITS:
-            mode = devices.power_mode()
+            mode = facts.power_mode()
             self._once(
                 "pace",
                 f"steps take {seconds / steps / first:.1f} times as long as at first: the device may be throttling"

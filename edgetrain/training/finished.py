@@ -27,6 +27,8 @@ from edgetrain.errors import CorruptError, EdgetrainWarning, InputError
 from edgetrain.memory import device as devices
 from edgetrain.memory.meter import Meter, meter_of
 from edgetrain.objectives.base import Node, Objective
+from edgetrain.planning.dryrun import evaluation_seeds
+from edgetrain.planning.workload import Workload
 from edgetrain.record import RunRecord, parsed
 from edgetrain.store.atomic import check_target
 from edgetrain.store.edit import open_folder
@@ -38,7 +40,16 @@ from edgetrain.stream.state import CellState
 from edgetrain.training.commits import CLASSIFIER, INPUTS, check_rows
 from edgetrain.training.identity import check_net
 from edgetrain.training.inputs import Shape, digest, unpack
-from edgetrain.training.job import Job, cells_of, method_of, net_of, objective_of, stated_reading, with_defaults
+from edgetrain.training.job import (
+    Job,
+    budget_of,
+    cells_of,
+    method_of,
+    net_of,
+    objective_of,
+    stated_reading,
+    with_defaults,
+)
 from edgetrain.training.model import Model
 from edgetrain.training.predictor import Predictions, Predictor
 from edgetrain.training.process import process_state
@@ -228,11 +239,39 @@ class Run:
         micro = _as_list(self.settings.micro_batch, len(self.nodes), self.settings.batch_size)
         tiles = _as_list(self.settings.tiles, len(self.nodes), 1)
         with process_state(self.settings), TemporaryDirectory(prefix="edgetrain-") as scratch:
-            predictor = predictor_of(folder, self.nodes, self.objective, place, meter, (micro, tiles), Path(scratch))
-            found = predictor.run(FileLatents.of_files({"x": rows.x}, meter.host), rows.y, on_latents)
+            budget, seeds = None, [0] * len(self.nodes)
+            if place.type == "cuda":
+                work = self._evaluated(place, rows.x.rows)
+                budget, seeds = budget_of(self.settings, work), evaluation_seeds(work, micro, tiles)
+            pieces = micro, tiles, seeds
+            predictor = predictor_of(folder, self.nodes, self.objective, place, meter, pieces, Path(scratch))
+            with devices.running_on(place, budget):
+                found = predictor.run(FileLatents.of_files({"x": rows.x}, meter.host), rows.y, on_latents)
         if found.missing:
             warnings.warn(EdgetrainWarning(f"{self.path}: {found.missing}"), stacklevel=3)
         return found
+
+    def _evaluated(self, device: torch.device, rows: int) -> Workload:
+        """What the planner must know of reading classes off rows."""
+        settings = self.settings
+        return Workload(
+            nodes=self.nodes,
+            objective=self.objective,
+            optimizer=OptimizerRecipe("sgd", 1.0),
+            classifier=None,
+            schedule=settings.schedule or "separate",
+            classes=self.shape.classes,
+            rows=rows,
+            test_rows=0,
+            batch_size=settings.batch_size,
+            epochs=1,
+            classifier_epochs=0,
+            inputs=self.shape.format,
+            latent_dtype="float32",
+            device=device,
+            seed=settings.seed,
+            prefetch=settings.prefetch,
+        )
 
 
 @contextmanager
@@ -264,10 +303,10 @@ def predictor_of(
     objective: Objective,
     device: torch.device,
     meter: Meter,
-    pieces: tuple[list[int], list[int]],
+    pieces: tuple[list[int], list[int], list[int]],
     scratch: Path | None = None,
 ) -> Predictor:
-    """A predictor that reads a run's committed cells; ``pieces`` are micro-batches and tiles of each cell."""
+    """A predictor that reads a run's committed cells; ``pieces`` are micro-batches, tiles and seeds of each cell."""
     files = folder.files()
     return Predictor(
         nodes=cells,
@@ -277,6 +316,7 @@ def predictor_of(
         seed=cells[0].seed,
         micro_batches=pieces[0],
         tiles=pieces[1],
+        seeds=pieces[2],
         read_cell=partial(_read_cell, folder, files),
         classifier=_classifier(folder, files),
         folder=scratch or folder.latents,

@@ -25,6 +25,7 @@ from edgetrain.errors import (
     StorageError,
 )
 from edgetrain.memory import device as devices
+from edgetrain.memory import facts
 from edgetrain.memory.energy import EnergyMeter
 from edgetrain.memory.host import PeakRss
 from edgetrain.memory.meter import Meter, meter_of
@@ -246,20 +247,18 @@ def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, inputs:
     if folder.restore_config():
         watcher.note(f"{folder.path / 'config.toml'}: was not as it was written; it was made again from the journal")
     with PeakRss() as host, EnergyMeter(device) as energy, ExitStack() as opened:
-        try:
-            foreseen = _Foreseen.of(job, plan)
-            stop = Stop(watcher.note, job.settings.time_limit)  # the clock of time and energy starts here
-            energy.restart()
-            folder.clear_working_files(working_files(folder.last()) | (inputs.names if inputs else set()))
-            devices.cap(device, plan.budget)
-            meter = meter_of(device, job.settings.meter == "full")
-            around = _Surroundings(folder, meter, watcher, stop, energy, opened)
+        foreseen = _Foreseen.of(job, plan)
+        stop = Stop(watcher.note, job.settings.time_limit)  # the clock of time and energy starts here
+        energy.restart()
+        folder.clear_working_files(working_files(folder.last()) | (inputs.names if inputs else set()))
+        meter = meter_of(device, job.settings.meter == "full")
+        around = _Surroundings(folder, meter, watcher, stop, energy, opened)
+        devices.check_allocator(device)
+        with devices.running_on(device, plan.budget):
             plan, record, trainer, test = _train_or_retry(job, plan, around, inputs)
             _evaluate(job, folder, plan, test, meter, record, trainer)
-            record.energy_source = energy.source
-            _complete(folder, record, trainer, host, job, plan, foreseen)
-        finally:
-            devices.cap(device, None)
+        record.energy_source = energy.source
+        _complete(folder, record, trainer, host, job, plan, foreseen)
     watcher.finished(record)
 
 
@@ -329,7 +328,8 @@ def _smaller(job: Job, plan: Plan) -> Plan | None:
     ]
     if sizes == plan.micro_batches:
         return None
-    return plan_job(replace(job, settings=replace(as_planned(job, plan), micro_batch=sizes)))
+    settings = replace(as_planned(job, plan), micro_batch=sizes)
+    return plan_job(replace(job, settings=settings), plan.budget)  # what is free now is less by what the run holds
 
 
 def as_planned(job: Job, plan: Plan) -> Settings:
@@ -397,7 +397,7 @@ def _evaluate(
 ) -> None:
     cells = trainer.records[: job.work.depth]
     if test is not None:
-        pieces = plan.micro_batches, plan.tiles
+        pieces = plan.micro_batches, plan.tiles, [cell.evaluation_seed for cell in plan.cells]
         predictor = predictor_of(folder, job.work.nodes, job.work.objective, job.work.device, meter, pieces)
         found = predictor.run(FileLatents.of_files({"x": test.x}, meter.host), test.y, whole=True)
         record.votes = {**found.accuracy, "cells": found.cells}
@@ -463,7 +463,7 @@ def _record(job: Job, plan: Plan, folder: RunFolder) -> RunRecord:
         run=str(folder.home.absolute()),
         method=job.settings.method,
         schedule=job.settings.schedule,
-        device=devices.name(job.work.device),
+        device=facts.name(job.work.device),
         seed=job.settings.seed,
         rows=job.work.rows,
         input=job.input,

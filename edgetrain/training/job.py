@@ -35,7 +35,6 @@ from edgetrain.training.process import process_state
 from edgetrain.units import MIB, from_mb, show_mb
 
 METHODS: Mapping[str, type[Objective]] = {**OBJECTIVES, **BASELINES}
-_HOST_SHARE = 0.5  # of available host memory, for cells between visits, when nothing is said
 
 
 @dataclass(frozen=True)
@@ -313,8 +312,12 @@ def outside_of(settings: Settings, work: Workload) -> dict[str, int]:
     return outside
 
 
-def plan_job(job: Job) -> Plan:
+def plan_job(job: Job, budget: int | None = None) -> Plan:
     """The plan of a job on this machine.
+
+    Args:
+        job: the run.
+        budget: bytes that PyTorch's allocator may reserve; ``None``: as the settings or the device say.
 
     Raises:
         InputError: a limit is larger than what there is.
@@ -322,7 +325,7 @@ def plan_job(job: Job) -> Plan:
     settings = job.settings
     return make_plan(
         job.work,
-        budget_of(settings, job.work),
+        budget_of(settings, job.work) if budget is None else budget,
         settings.placement,
         settings.micro_batch,
         settings.tiles,
@@ -350,7 +353,7 @@ def host_tier(job: Job, plan: Plan) -> int:
         return max(0, plan.host_budget - plan.host_bytes)
     if job.settings.placement == "stream":
         return 0  # the leanest form: only the next cell waits on the host
-    return int(psutil.virtual_memory().available * _HOST_SHARE)
+    return devices.default_host_bytes(job.work.device, plan.budget)
 
 
 def _or(value: float | None, otherwise: float) -> float:

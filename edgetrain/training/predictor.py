@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgetrain.errors import CorruptError, StorageError
+from edgetrain.memory import device as devices
 from edgetrain.memory.meter import Meter
 from edgetrain.objectives.base import Node, Objective, Streams
 from edgetrain.store.latents import LatentFile
@@ -68,6 +69,7 @@ class Predictor:
         seed: the run's.
         micro_batches: of each cell.
         tiles: of each cell.
+        seeds: bytes of the block that is taken and given back before each cell comes; see ``planning.seeding``.
         read_cell: gives a cell's tensors.
         classifier: the trained classifier, if there is one.
         folder: for latents on their way; they are removed.
@@ -81,6 +83,7 @@ class Predictor:
     seed: int
     micro_batches: list[int]
     tiles: list[int]
+    seeds: list[int]
     read_cell: Callable[[int], CellState]
     classifier: CellState | None
     folder: Path
@@ -146,6 +149,7 @@ class Predictor:
         micro = self.objective.evaluation_batch(self.micro_batches[node.index])
         tiles = self.tiles[node.index]
         self.meter.start_cell(("evaluate", node.index))
+        devices.seed_pool(self.device, self.seeds[node.index])
         with self.meter.watch():
             cell = build_cell(node, Setup(self.objective, _UNUSED, self.device, self.meter.host), tiles, state)
         span = Span(source.rows, micro, micro, 0, -(-source.rows // micro))

@@ -10,6 +10,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,15 +36,18 @@ def process_state(settings: Settings) -> Iterator[None]:
     with _LOCK, ExitStack() as stack:
         devices.configure_cuda()
         _keep_generators(stack)
-        for get, put, value in (
+        deterministic = devices.is_cuda(settings.device)
+        settings_of_torch: list[tuple[Callable[[], Any], Callable[[Any], Any], Any]] = [
             (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
             (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
             (torch.get_num_threads, torch.set_num_threads, settings.threads or torch.get_num_threads()),
             (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly, False),
-            (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, False),
+            (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, deterministic),
+            *_cudnn_settings(),
             (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled, True),
             (_flushes_denormals, torch.set_flush_denormal, False),
-        ):
+        ]
+        for get, put, value in settings_of_torch:
             _set(stack, get, put, value)
         if _get_current_dispatch_mode_stack():
             stack.enter_context(_disable_current_modes())
@@ -67,12 +71,26 @@ def _set(stack: ExitStack, get: Callable[[], Any], put: Callable[[Any], Any], va
         put(value)
 
 
+def _cudnn_settings() -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any], Any]]:
+    """CuDNN and TF32, whose defaults let bits depend on the free memory and on the generation of the GPU.
+
+    Fixed by reading PyTorch's documentation; without a GPU nothing shows it.
+    """
+    for owner, name, value in (
+        (torch.backends.cudnn, "deterministic", True),
+        (torch.backends.cudnn, "benchmark", False),
+        (torch.backends.cudnn, "allow_tf32", False),
+        (torch.backends.cuda.matmul, "allow_tf32", False),
+    ):
+        yield partial(getattr, owner, name), partial(setattr, owner, name), value
+
+
 def _keep_generators(stack: ExitStack) -> None:
     stack.callback(random.setstate, random.getstate())
     stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002 (a user's module may draw from it)
     stack.callback(torch.random.set_rng_state, torch.random.get_rng_state())
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+    if (put_back := devices.generator_states()) is not None:
+        stack.callback(put_back)
 
 
 def _flushes_denormals() -> bool:

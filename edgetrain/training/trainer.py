@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from edgetrain.errors import BudgetError, CorruptError, Stopped
 from edgetrain.keys import epoch_order
+from edgetrain.memory import device as devices
 from edgetrain.memory.meter import Meter
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.schedule import Visit, frontier_before
@@ -289,6 +290,7 @@ class Trainer:
     # -- what a visit needs ------------------------------------------------------------------------
 
     def _place(self, index: int, state: CellState | None) -> Cell:
+        devices.seed_pool(self._work.device, self._plan.visits[index].seed)
         return self._builder.build(index, self._plan.tiles[index], state)
 
     def _span(self, visit: Visit, first: int) -> Span:

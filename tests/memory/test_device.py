@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from edgetrain.errors import InputError
 from edgetrain.memory import device as devices
+from edgetrain.memory import facts
 from edgetrain.units import MIB
 
 CPU = torch.device("cpu")
@@ -373,7 +374,7 @@ def test_a_real_refusal_of_the_cpu_allocator_is_out_of_memory() -> None:
 
 def test_the_description_has_the_same_keys_everywhere(cuda: FakeCuda, nvml: FakeNvml) -> None:
     """Simulated CUDA and NVML."""
-    on_cpu, on_cuda = devices.describe(CPU), devices.describe(CUDA)
+    on_cpu, on_cuda = facts.describe(CPU), facts.describe(CUDA)
     assert on_cpu.keys() == on_cuda.keys()
     assert on_cpu["kind"] == "cpu"
     assert on_cpu["compute_capability"] is None
@@ -393,7 +394,7 @@ def test_the_description_has_the_same_keys_everywhere(cuda: FakeCuda, nvml: Fake
 
 
 def test_the_processor_has_a_name() -> None:
-    assert devices.name(CPU)
+    assert facts.name(CPU)
 
 
 @pytest.mark.parametrize(
@@ -417,15 +418,15 @@ def test_the_processors_name_is_read_from_the_system(tmp_path: Path, path: str, 
 
 def test_a_jetsons_power_mode_is_read_from_nvpmodels_files(tmp_path: Path) -> None:
     """Simulated Jetson files."""
-    assert devices.power_mode(tmp_path) is None
+    assert facts.power_mode(tmp_path) is None
     status = tmp_path / "var/lib/nvpmodel/status"
     status.parent.mkdir(parents=True)
     status.write_text("pmode:0002\n")
-    assert devices.power_mode(tmp_path) == "2"
+    assert facts.power_mode(tmp_path) == "2"
     modes = tmp_path / "etc/nvpmodel.conf"
     modes.parent.mkdir()
     modes.write_text("< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n")
-    assert devices.power_mode(tmp_path) == "2 (MAXN_SUPER)"
+    assert facts.power_mode(tmp_path) == "2 (MAXN_SUPER)"
 
 
 # --- on a GPU ---------------------------------------------------------------------------------
@@ -446,8 +447,8 @@ def test_a_real_gpu_has_memory_a_name_and_facts(gpu: torch.device) -> None:
     assert free is not None
     assert total is not None
     assert 0 < free <= total
-    assert devices.name(gpu) == torch.cuda.get_device_name(gpu)
-    assert devices.describe(gpu)["kind"] == "cuda"
+    assert facts.name(gpu) == torch.cuda.get_device_name(gpu)
+    assert facts.describe(gpu)["kind"] == "cuda"
 
 
 @pytest.mark.gpu
