@@ -97,7 +97,7 @@ class RowFormat:
         low = flat.amin(dim=1, keepdim=True).clamp_(max=0.0)
         step = (flat.amax(dim=1, keepdim=True) - low).div_(255.0)
         codes = (flat - low).div_(step.clamp(min=torch.finfo(torch.float32).tiny)).round_()
-        rows = torch.zeros(flat.shape[0], self.row_bytes, dtype=torch.uint8, device=flat.device)
+        rows = flat.new_zeros(flat.shape[0], self.row_bytes, dtype=torch.uint8)
         rows[:, :_HEADER] = torch.cat([low, step], dim=1).view(torch.uint8)
         rows[:, _HEADER : _HEADER + self.elements] = codes.clamp_(max=255.0).to(torch.uint8)
         return rows

@@ -40,7 +40,7 @@ class StepDraws:
         if name not in self._drawn:
             source = generator(like.device, *self._address, name)
             shape = (len(self._samples), *like.shape[1:])
-            self._drawn[name] = torch.randn(shape, generator=source, device=like.device, dtype=like.dtype)
+            self._drawn[name] = like.new_empty(shape).normal_(generator=source)
         return self._drawn[name][first : first + like.shape[0]]
 
     def keep(self, name: str, like: Tensor, chance: float) -> Tensor:
@@ -54,7 +54,7 @@ class StepDraws:
         """See ``objectives.base.Draws``."""
         samples = self._samples[first : first + like.shape[0]]
         drawn = per_sample(samples, columns, self._seed, "sample", name, self._epoch)
-        out = torch.empty(drawn.shape, device=like.device)
+        out = like.new_empty(drawn.shape, dtype=torch.float32)
         return out.copy_(torch.from_numpy(drawn.astype(np.float32)))
 
     def seed_global(self, device: torch.device) -> None:

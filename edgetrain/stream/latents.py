@@ -346,7 +346,7 @@ class DeviceLatents:
                 layout = RowFormat(tuple(values.shape[1:]), self._dtype)
                 self.formats[stream] = layout
                 with making("latents"):
-                    room = torch.empty(self.rows, layout.row_bytes, dtype=torch.uint8, device=values.device)
+                    room = values.new_empty(self.rows, layout.row_bytes, dtype=torch.uint8)
                 self.tensors[stream] = room
             encoded = self.formats[stream].encode(values)
             self.written = first + values.shape[0]
@@ -400,7 +400,7 @@ class DeviceSource:
                 out[name].copy_(matrix[rows])
                 continue
             if index is None:
-                index = torch.empty(len(rows), dtype=torch.int64, device=matrix.device).copy_(torch.from_numpy(rows))
+                index = matrix.new_empty(len(rows), dtype=torch.int64).copy_(torch.from_numpy(rows))
             torch.index_select(matrix, 0, index, out=out[name])
 
 
