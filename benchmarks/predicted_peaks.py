@@ -20,7 +20,7 @@ from edgetrain.data.arrays import from_arrays
 from edgetrain.data.base import DataSet, Part
 from edgetrain.errors import EdgetrainError
 from edgetrain.training.fit import fit
-from edgetrain.training.job import METHODS
+from edgetrain.training.methods import METHODS
 from edgetrain.units import MIB
 
 ROWS, CLASSES, VOCABULARY = 300, 10, 1000  # a last batch of 44 rows

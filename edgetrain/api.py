@@ -10,12 +10,15 @@ from edgetrain.data.arrays import ARRAYS, from_arrays
 from edgetrain.data.base import DataSet
 from edgetrain.data.layout import AS_FOUND, Reading
 from edgetrain.errors import InputError
+from edgetrain.objectives.base import Objective
+from edgetrain.plugins import is_own
 from edgetrain.report.page import write_report
 from edgetrain.report.tensorboard import logged
 from edgetrain.training import edits, finished
 from edgetrain.training.fit import fit as _fit
-from edgetrain.training.fit import free_path, resumed_settings
 from edgetrain.training.job import stated_reading
+from edgetrain.training.methods import CLASS
+from edgetrain.training.resuming import free_path, resumed_settings
 from edgetrain.training.watcher import Silent, Watcher
 
 __all__ = ["Run", "append_cells", "drop_cells", "fit", "open_run", "report_runs", "retrain_cells"]
@@ -32,7 +35,7 @@ class Run(finished.Run):
 def fit(
     net: Any,
     data: Any,
-    method: str = "mf",
+    method: str | type[Objective] = "mf",
     *,
     run_dir: str | Path | None = None,
     profile: str | None = None,
@@ -50,7 +53,8 @@ def fit(
         data: a spec such as ``"mnist"``; arrays ``(X, y)``; or ``((X, y), (X_test, y_test))``. X is
             [rows, features] for a table, [rows, H, W], [rows, H, W, C] or [rows, C, H, W] for images (uint8
             pixels or floating point); ``input=`` and ``channels=`` state otherwise. y is [rows], 0..classes-1.
-        method: the local rule, or a baseline.
+        method: the local rule, or a baseline: a name, ``"path/to/my_rule.py:MyRule"``, or a class derived from
+            ``edgetrain.objectives.base.Objective``.
         run_dir: the run folder; by default a new one under ``runs/``.
         profile: name or path of a profile to start from.
         resume: continue the run in ``run_dir``, which must be given; start it if the folder is missing or empty.
@@ -65,7 +69,8 @@ def fit(
     """
     if resume and run_dir is None:
         raise InputError("resume=True needs run_dir, the folder of the run to resume")
-    given = {"method": method, **settings}
+    own = None if isinstance(method, str) else method
+    given = {"method": method if isinstance(method, str) else CLASS, **settings}
     modules = None
     if isinstance(net, str):
         given["net"] = net
@@ -73,7 +78,8 @@ def fit(
         given["net"], modules = "modules", net
     given["data"] = data if isinstance(data, str) else data.name if isinstance(data, DataSet) else ARRAYS
     resolved = resolve(given, profile)
-    path = Path(run_dir) if run_dir is not None else free_path(resolved.data, resolved.method)
+    named = resolved.method if own is None else own.__name__
+    path = Path(run_dir) if run_dir is not None else free_path(resolved.data, named)
     if resume:
         resolved = resumed_settings(path, given, resolved, may_start=True)
     reading = stated_reading(resolved)
@@ -83,16 +89,16 @@ def fit(
         )
     opened = _data_set(data, reading)
     with logged(watcher or Silent(), tensorboard) as looking:
-        return _ours(_fit(resolved, path, modules, opened, resume, force, looking))
+        return _ours(_fit(resolved, path, modules, opened, resume, force, looking, own))
 
 
-def open_run(path: str | Path, net: Any = None) -> Run:
-    """The finished run in a folder; ``net`` again for runs of your own modules.
+def open_run(path: str | Path, net: Any = None, method: Any = None) -> Run:
+    """The finished run in a folder; ``net`` and ``method`` again for runs of your own modules and class.
 
     Raises:
         InputError: the folder holds no finished run.
     """
-    return _ours(Run.open(Path(path), net))
+    return _ours(Run.open(Path(path), net, method))
 
 
 def report_runs(*runs: Run | str | Path, folder: str | Path | None = None) -> Path:
@@ -122,7 +128,7 @@ def append_cells(run: Run, net: Any, data: Any = None, watcher: Watcher | None =
     Raises:
         InputError: the net does not begin with the run's cells, or has no more than these.
     """
-    return _ours(edits.append(run.path, net, settings, _again(run, data), watcher))
+    return _ours(edits.append(run.path, net, settings, _again(run, data), watcher, _own_method(run)))
 
 
 def drop_cells(
@@ -135,7 +141,7 @@ def drop_cells(
     Raises:
         InputError: there is no such cell, or it is the first.
     """
-    return _ours(edits.drop(run.path, number, net, _again(run, data), watcher))
+    return _ours(edits.drop(run.path, number, net, _again(run, data), watcher, _own_method(run)))
 
 
 def retrain_cells(
@@ -146,11 +152,17 @@ def retrain_cells(
     Raises:
         InputError: there is no such cell.
     """
-    return _ours(edits.retrain(run.path, number, net, settings, _again(run, data), watcher))
+    return _ours(edits.retrain(run.path, number, net, settings, _again(run, data), watcher, _own_method(run)))
 
 
 def _ours(run: finished.Run) -> Run:
     return Run(**vars(run))
+
+
+def _own_method(run: Run) -> type[Objective] | None:
+    """The run's method, if it is the user's own class."""
+    own = run.settings.method == CLASS or is_own(run.settings.method)
+    return type(run.objective) if own else None
 
 
 def _again(run: Run, data: Any) -> DataSet | None:

@@ -30,9 +30,7 @@ def generator(device: torch.device | str, seed: int, *words: int | str) -> Gener
     """A torch generator on ``device`` that stands at the start of the named draw."""
     import torch
 
-    from edgetrain.memory import device as devices
-
-    return devices.generator(torch.device(device)).manual_seed(derive(seed, *words))
+    return torch.Generator(device).manual_seed(derive(seed, *words))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 
 from edgetrain.cli.main import COMMANDS, EPILOG
 from edgetrain.config import Settings, find_profile, read_profile
-from edgetrain.training.job import METHODS
+from edgetrain.training.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "edgetrain"
-CORE = ["errors", "units", "keys", "openmp", "config", "record"]
+CORE = ["errors", "units", "keys", "openmp", "plugins", "config", "record"]
 FLOORS = [
     *CORE,
     "memory",
@@ -61,7 +61,7 @@ def test_no_file_is_longer_than_500_lines() -> None:
 
 
 def test_the_machine_names_no_method() -> None:
-    from edgetrain.training.job import METHODS
+    from edgetrain.training.methods import METHODS
 
     for floor in ("stream", "planning", "training"):
         for path in (PACKAGE / floor).glob("*.py"):

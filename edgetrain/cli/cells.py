@@ -24,11 +24,19 @@ _EDITABLE = ("epochs", "lr", "weight_decay", "optimizer", "batch_size", "classif
 @click.argument("action", type=click.Choice(["list", "append", "drop", "retrain"]))
 @click.argument("number", type=int, required=False)
 @click.option("--net", help="append: a longer net that begins with the run's; for your own code: its name again.")
+@click.option("--method", metavar="FILE.py:CLASS", help="The method again, for runs of your own class.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @chosen_options(_EDITABLE)
 @output_options
 def command(
-    run: Path, action: str, number: int | None, net: str | None, quiet: bool, as_json: bool, **flags: Any
+    run: Path,
+    action: str,
+    number: int | None,
+    net: str | None,
+    method: str | None,
+    quiet: bool,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Change a finished run's cells and leave the earlier ones untouched.
 
@@ -39,19 +47,19 @@ def command(
     changes = {name: value for name, value in flags.items() if value is not None}
     _check(action, number, net, changes)
     if action == "list":
-        _list(run, net, as_json)
+        _list(run, net, method, as_json)
         return
     from edgetrain.report.terminal import show_run, watcher
     from edgetrain.training import edits
 
     with stdout_for_results(), watcher(quiet) as looking:
         if action == "append":
-            changed = edits.append(run, net, changes, watcher=looking)
+            changed = edits.append(run, net, changes, watcher=looking, method=method)
         elif action == "drop":
-            changed = edits.drop(run, number, net, watcher=looking)
+            changed = edits.drop(run, number, net, watcher=looking, method=method)
         else:
             assert number is not None
-            changed = edits.retrain(run, number, net, changes, watcher=looking)
+            changed = edits.retrain(run, number, net, changes, watcher=looking, method=method)
     if as_json:
         click.echo(json.dumps(changed.record.as_dict()))
     else:
@@ -70,13 +78,13 @@ def _check(action: str, number: int | None, net: str | None, changes: dict[str, 
         raise click.UsageError(f"{action} trains no cell; leave out --{next(iter(changes)).replace('_', '-')}")
 
 
-def _list(run: Path, net: str | None, as_json: bool) -> None:
+def _list(run: Path, net: str | None, method: str | None, as_json: bool) -> None:
     from edgetrain.report.terminal import show_cells
     from edgetrain.training.edits import list_cells
     from edgetrain.training.finished import Run
 
     with stdout_for_results():
-        states = list_cells(Run.open(run, net))
+        states = list_cells(Run.open(run, net, method))
     if as_json:
         click.echo(json.dumps([asdict(state) for state in states]))
     else:

@@ -17,15 +17,18 @@ EPILOG = "Example: edgetrain evaluate runs/mnist-mf --per-cell"
 @click.option("--data", help="A data set or .npz with labels; by default the run's own test rows.")
 @click.option("--per-cell", is_flag=True, help="Show each cell's own accuracy as well.")
 @click.option("--net", metavar="FILE.py:FUNCTION", help="The net again, for runs of your own code.")
+@click.option("--method", metavar="FILE.py:CLASS", help="The method again, for runs of your own class.")
 @click.option("--device", help="auto, cuda, cuda:1, mps or cpu; by default as the run was trained.")
 @output_options
-def command(run: Path, data: str | None, per_cell: bool, net: str | None, device: str | None, as_json: bool) -> None:
+def command(
+    run: Path, data: str | None, per_cell: bool, net: str | None, method: str | None, device: str | None, as_json: bool
+) -> None:
     """Measure the accuracy of a finished run by every vote it has."""
     from edgetrain.report.terminal import show_votes
     from edgetrain.training.finished import Run
 
     with stdout_for_results():
-        opened = Run.open(run, net)
+        opened = Run.open(run, net, method)
         found = opened.evaluate(data, device)
     click.echo(f"evaluated {found.data}", err=True)
     if as_json:

@@ -41,17 +41,19 @@ def command(
     if resume and run_dir is None:
         raise click.UsageError("--resume needs --run-dir: the folder of the run to resume")
     if resume and run_dir is not None and not force:
-        from edgetrain.training.fit import resumed_settings
+        from edgetrain.training.resuming import resumed_settings
 
         settings = resumed_settings(run_dir, given, settings, bool(profile or given.keys() & {"data", "net"}))
     if print_config:
-        from edgetrain.training.job import method_of, with_defaults
+        from edgetrain.training.job import with_defaults
+        from edgetrain.training.methods import method_of
 
         click.echo(with_defaults(settings, method_of(settings)).to_toml(), nl=False)
         return
     from edgetrain.report.tensorboard import logged
     from edgetrain.report.terminal import show_run, watcher
-    from edgetrain.training.fit import fit, free_path
+    from edgetrain.training.fit import fit
+    from edgetrain.training.resuming import free_path
 
     path = run_dir or free_path(settings.data, settings.method)
     with stdout_for_results(), watcher(quiet) as looking, logged(looking, tensorboard) as looking:

@@ -22,6 +22,7 @@ EPILOG = "Example: edgetrain predict runs/mnist-mf --data new.npz --probabilitie
 @click.option("--latents", type=click.Path(path_type=Path), help="Write the last cell's latents to this .npy file.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the table here instead of stdout.")
 @click.option("--net", metavar="FILE.py:FUNCTION", help="The net again, for runs of your own code.")
+@click.option("--method", metavar="FILE.py:CLASS", help="The method again, for runs of your own class.")
 @click.option("--device", help="auto, cuda, cuda:1, mps or cpu; by default as the run was trained.")
 @output_options
 def command(
@@ -31,6 +32,7 @@ def command(
     latents: Path | None,
     out: Path | None,
     net: str | None,
+    method: str | None,
     device: str | None,
     as_json: bool,
 ) -> None:
@@ -41,7 +43,7 @@ def command(
     for target in filter(None, (latents, out)):
         check_target(target)
     with stdout_for_results():
-        opened = Run.open(run, net)
+        opened = Run.open(run, net, method)
         scores = opened.probabilities(data, device)
         labels = scores.argmax(1).tolist()
         if latents is not None:

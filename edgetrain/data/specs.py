@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +19,12 @@ from edgetrain.data.known import KNOWN, KnownSet
 from edgetrain.data.layout import AS_FOUND, Reading
 from edgetrain.data.npz import open_npz, open_npz_rows
 from edgetrain.errors import InputError
+from edgetrain.plugins import Registry
 
 _READY = {"digits": open_digits, "breast-cancer": open_breast_cancer}  # need no files of the user's
 NAMES = (*_READY, *KNOWN)
+#: Data sets of installed packages: functions without arguments.
+OFFERED: Registry[Callable[[], DataSet]] = Registry("edgetrain.datasets", "data set", {})
 
 
 def open_data(spec: str, reading: Reading = AS_FOUND) -> DataSet:
@@ -38,13 +42,15 @@ def open_data(spec: str, reading: Reading = AS_FOUND) -> DataSet:
         CorruptError: a file is damaged.
         StorageError: a file is unreadable or could not be downloaded.
     """
-    if spec in NAMES and reading != AS_FOUND:
+    if is_known(spec) and reading != AS_FOUND:
         flag = "--channels" if reading.input is None else "--input"
         raise InputError(f"{flag} is for data of your own; it is known how {spec} is to be read: leave it out")
     if spec in _READY:
         return _READY[spec]()
     if spec in KNOWN:
         return open_known(KNOWN[spec], ensure(KNOWN[spec]))
+    if spec in OFFERED:
+        return _offered(spec)
     return open_npz(_npz_path(spec), reading)
 
 
@@ -58,14 +64,32 @@ def open_rows(spec: str, reading: Reading = AS_FOUND) -> DataSet:
         CorruptError: a file is damaged.
         StorageError: a file is unreadable or could not be downloaded.
     """
-    if spec in NAMES:
+    if is_known(spec):
         return replace(open_data(spec), train=None)
     return open_npz_rows(_npz_path(spec), reading)
 
 
 def is_path(spec: str) -> bool:
     """Whether ``spec`` is the path of a file rather than a name."""
-    return spec not in NAMES and spec.lower().endswith(".npz")
+    return spec.lower().endswith(".npz") and not is_known(spec)
+
+
+def is_known(spec: str) -> bool:
+    """Whether ``spec`` is the name of a data set, ours or an installed package's."""
+    return spec in NAMES or spec in OFFERED
+
+
+def _offered(name: str) -> DataSet:
+    """A data set of an installed package.
+
+    Raises:
+        InputError: what the package offers is none.
+    """
+    found = OFFERED[name]
+    data = found() if callable(found) else found
+    if not isinstance(data, DataSet):
+        raise InputError(f"data set {name!r}: the installed package gives a {type(data).__name__}; expected a DataSet")
+    return data
 
 
 def absolute(spec: str) -> str:
@@ -111,6 +135,7 @@ def _found(folder: Path, file: str) -> Path:
 def _npz_path(spec: str) -> Path:
     if is_path(spec):
         return home_expanded(spec)
-    close = difflib.get_close_matches(spec[:100].lower(), NAMES, n=1)
+    names = (*NAMES, *OFFERED)
+    close = difflib.get_close_matches(spec[:100].lower(), names, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    raise InputError(f"unknown data set {spec!r}{hint}; known: {', '.join(NAMES)}; a path to an .npz file works too")
+    raise InputError(f"unknown data set {spec!r}{hint}; known: {', '.join(names)}; a path to an .npz file works too")

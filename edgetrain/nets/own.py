@@ -7,9 +7,7 @@ A generator is run again for each cell instead, so that a net may be larger than
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +15,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +26,7 @@ from edgetrain.keys import generator, seeded
 from edgetrain.nets.base import CellRecipe, Tie
 from edgetrain.nets.copying import cloned, named_tensors, on_host, on_meta
 from edgetrain.nets.trial import ROWS, Trial, attributes, check_memory, copy_inputs_of, said, try_module
+from edgetrain.plugins import load
 
 Build = Callable[[], Any]
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -67,35 +65,16 @@ class _OwnCell(CellRecipe):
 
 
 def load_function(spec: str) -> Build:
-    """The function that ``path/to/net.py:function`` names; the only code of a user that is ever run.
+    """The function that ``path/to/net.py:function`` names.
 
     Raises:
         InputError: no such file or function, or the file fails when it is imported.
     """
-    path, _, name = spec.rpartition(":")
-    if not _is_file(path):
-        raise InputError(f"net {spec!r}: there is no file {path}; expected path/to/net.py:function")
-    module_spec = importlib.util.spec_from_file_location(f"_edgetrain_net_{Path(path).stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise InputError(f"net {spec!r}: {path} is not a Python file")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # where dataclasses and others look for it
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"net {spec!r}: {path} fails on import: {said(error)}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise InputError(f"net {spec!r}: {path} has no function {name!r}")
-    build: Build = function
-    return build
-
-
-def _is_file(path: str) -> bool:
-    try:
-        return Path(path).is_file()
-    except OSError:  # the name is too long, or a folder on the way may not be read
-        return False
+    build = load(spec, "net")
+    if not callable(build):
+        raise InputError(f"net {spec!r}: {spec.rpartition(':')[2]!r} is no function")
+    found: Build = build
+    return found
 
 
 def cells(spec: str, build: Build, inputs: Inputs, seed: int) -> list[CellRecipe]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,32 +13,42 @@ from edgetrain.errors import InputError
 from edgetrain.nets import cnn, embedding, lcmlp, mlp, own, vgg, vit
 from edgetrain.nets.base import CellRecipe, Net, Options
 from edgetrain.nets.layers import STANDARD, check_options
+from edgetrain.plugins import Registry
 
 Cells = Callable[[str, tuple[int, ...], Options], Sequence[CellRecipe]]
+_DENSE = frozenset({"bias", "norm", "prenorm", "act", "dropout"})
+_IMAGES = _DENSE | {"pool", "odd"}
 
-NETS: dict[str, Cells] = {
-    "mlp": mlp.cells,
-    "cnn": cnn.cells,
-    "lcmlp": lcmlp.cells,
-    **{family: partial(vgg.cells, family) for family in vgg.FAMILIES},
-    "vit": vit.cells,
-}
-#: Options of a family that differ from the others', used where neither the method nor the spec says anything.
-FAMILY_STANDARD: Mapping[str, Options] = {"vit": vit.STANDARD}
-#: Options that a family reads; others are refused where the user states them.
-UNDERSTOOD_BY_IMAGES = frozenset({"bias", "pool", "odd", "norm", "prenorm", "act", "dropout"})
-UNDERSTOOD: Mapping[str, frozenset[str]] = {
-    "mlp": UNDERSTOOD_BY_IMAGES - {"pool", "odd"},
-    "lcmlp": UNDERSTOOD_BY_IMAGES - {"pool", "odd"},
-    "vit": frozenset({"bias", "dropout", "tokens"}),
-}
-EXAMPLES = {
-    "mlp": "mlp:1000x2",
-    "cnn": cnn.EXAMPLE,
-    "lcmlp": lcmlp.EXAMPLE,
-    **{family: family for family in vgg.FAMILIES},
-    "vit": vit.EXAMPLE,
-}
+
+@dataclass(frozen=True)
+class Family:
+    """Nets that are named alike, ``FAMILY:SHAPE;option=value``.
+
+    Attributes:
+        cells: makes the recipes, of the text before the options, the shape of one sample and the options.
+        example: a spec of the family, for messages.
+        options: that the family reads; others are refused where the user states them.
+        standard: of the options, those that differ from the other families', used where neither the method nor the
+            spec says anything.
+    """
+
+    cells: Cells
+    example: str
+    options: frozenset[str] = _IMAGES
+    standard: Mapping[str, str] = field(default_factory=dict)
+
+
+NETS: Registry[Family] = Registry(
+    "edgetrain.nets",
+    "net",
+    {
+        "mlp": Family(mlp.cells, "mlp:1000x2", _DENSE),
+        "cnn": Family(cnn.cells, cnn.EXAMPLE),
+        "lcmlp": Family(lcmlp.cells, lcmlp.EXAMPLE, _DENSE),
+        **{family: Family(partial(vgg.cells, family), family) for family in vgg.FAMILIES},
+        "vit": Family(vit.cells, vit.EXAMPLE, frozenset({"bias", "dropout", "tokens"}), vit.STANDARD),
+    },
+)
 
 
 def open_net(
@@ -75,12 +86,17 @@ def open_net(
     raise InputError(f"net {net!r}: expected a spec such as {mlp.EXAMPLE}, a function, or modules")
 
 
+def _examples() -> list[str]:
+    """A spec of each of our own families, and the names of those of installed packages."""
+    return [NETS[family].example if NETS.is_ours(family) else family for family in NETS]
+
+
 def _from_spec(spec: str, inputs: own.Inputs, preferred: Mapping[str, str], seed: int) -> Net:
     shape, *settings = spec.split(";")
     family = shape.partition(":")[0]
     if family in NETS:
         stated = _options(spec, settings)
-        options = {**STANDARD, **FAMILY_STANDARD.get(family, {}), **preferred, **stated}
+        options = {**STANDARD, **NETS[family].standard, **preferred, **stated}
         check_options(spec, options)
         _check_meaning(spec, family, stated, inputs.vocabulary)
         return Net(spec, _cells(spec, inputs.reads, options, inputs.vocabulary), options)
@@ -88,13 +104,13 @@ def _from_spec(spec: str, inputs: own.Inputs, preferred: Mapping[str, str], seed
         if settings:
             raise InputError(f"net {spec!r}: options are for built-in nets; your function decides for itself")
         return Net(spec, own.cells(spec, own.load_function(spec), inputs, seed), {**STANDARD, **preferred})
-    raise InputError(f"unknown net {spec!r}; expected {', '.join(EXAMPLES.values())}, or path/to/net.py:function")
+    raise InputError(f"unknown net {spec!r}; expected {', '.join(_examples())}, or path/to/net.py:function")
 
 
 def _cells(spec: str, in_shape: tuple[int, ...], options: Options, vocabulary: int | None) -> Sequence[CellRecipe]:
     family, _, text = spec.split(";")[0].partition(":")
     if vocabulary is None:
-        return NETS[family](text, in_shape, options)
+        return NETS[family].cells(text, in_shape, options)
     if family != "mlp":
         raise InputError(f"net {spec!r} needs images; the data have rows of token ids: use mlp:")
     embed = embedding.cell(in_shape, vocabulary, options)
@@ -105,7 +121,7 @@ def _check_meaning(spec: str, family: str, stated: Options, vocabulary: int | No
     """Refuse options that the family would ignore."""
     for key in stated:
         known = key == "embedding" and vocabulary is not None
-        if not known and key not in UNDERSTOOD.get(family, UNDERSTOOD_BY_IMAGES):
+        if not known and key not in NETS[family].options:
             raise InputError(f"net {spec!r}: option {key} has no meaning for {family} nets on these data")
 
 

@@ -193,8 +193,8 @@ class Objective(ABC):
     """
 
     name: ClassVar[str]
-    citation: ClassVar[str]
-    needs: ClassVar[str]
+    citation: ClassVar[str] = ""
+    needs: ClassVar[str] = "labels"
     default_net: ClassVar[str] = "mlp:1000x2"
     net_defaults: ClassVar[Mapping[str, str]] = _NONE
     constants: Constants = _NONE

@@ -27,7 +27,8 @@ from edgetrain.planning.workload import Workload
 from edgetrain.record import MemorySeries
 from edgetrain.store.atomic import write_text
 from edgetrain.training.fit import fit
-from edgetrain.training.job import METHODS, method_of, open_job, plan_job
+from edgetrain.training.job import open_job, plan_job
+from edgetrain.training.methods import method_of
 from edgetrain.units import to_mb
 
 FAMILIES = ("mlp", "cnn", "vit")
@@ -171,7 +172,8 @@ def _settings(settings: Settings, method: str, family: str, depth: int, width: i
 
 def _applying(settings: Settings, methods: Sequence[str]) -> Settings:
     """Without a schedule for a baseline beside local rules, which have one; ``like`` the other way round."""
-    baselines = {name for name in methods if METHODS[name].defaults.schedule is None}
+    kinds = {name: method_of(replace(settings, method=name, like=None)) for name in methods}
+    baselines = {name for name, kind in kinds.items() if kind.defaults.schedule is None}
     if settings.method in baselines and len(baselines) < len(set(methods)):
         return replace(settings, schedule=None)
     return settings if settings.method in baselines or not baselines else replace(settings, like=None)

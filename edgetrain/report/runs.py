@@ -16,7 +16,7 @@ from edgetrain.store.atomic import checksum, storage_errors
 from edgetrain.store.journal import Entry
 from edgetrain.store.run import MODEL, RECORD, RunFolder
 from edgetrain.training.finished import parse_record, read_record, settings_of
-from edgetrain.training.fit import resuming_command
+from edgetrain.training.resuming import resuming_command
 from edgetrain.units import to_mb
 
 T = TypeVar("T")

@@ -38,6 +38,7 @@ def begin(
     config: str,
     requested: Mapping[str, Any],
     net: Sequence[Any],
+    method: Mapping[str, Any],
 ) -> RunFolder:
     """The folder of an edit; one that was begun in the same way and then stopped is resumed.
 
@@ -48,6 +49,7 @@ def begin(
         config: the edited run's ``config.toml``.
         requested: see ``Journal.requested``.
         net: fingerprints of its cells.
+        method: see ``Journal.method``.
 
     Raises:
         StorageError: the disk refused.
@@ -57,6 +59,7 @@ def begin(
     kept = {unit: kinds for unit, kinds in folder.files().items() if unit in units}
     files = {unit: as_entries(kinds) for unit, kinds in kept.items()}
     begun = {"config": config, "requested": dict(requested), "net": list(net), "begins_with": files}
+    begun |= {"method": dict(method)} if method else {}
     if next(edit.journal.entries(), None) == begun and edit.last() is not None:
         return edit
     with storage_errors(edit.path):

@@ -22,7 +22,7 @@ from edgetrain.store.tensors import FileEntry
 Entry = dict[str, Any]
 BEGINNING = b'{"check": "'
 SLACK = 64 << 10  # bytes
-_SETTINGS = ("config", "requested", "net", "begins_with")  # of which the newest count
+_SETTINGS = ("config", "requested", "net", "method", "begins_with")  # of which the newest count
 _LONGEST_LINE = 128 << 20  # bytes; a commit of 100,000 cells of 40 epochs takes less
 
 
@@ -126,6 +126,17 @@ class Journal:
         if not isinstance(found, list | None):
             raise CorruptError(f"{self.path}: the description of the net is not a list")
         return found
+
+    def method(self) -> dict[str, Any]:
+        """What the run's method is known by, if it is the user's own; empty otherwise.
+
+        Raises:
+            CorruptError: it is not a table.
+        """
+        found = self._newest_of("method")
+        if not isinstance(found, dict | None):
+            raise CorruptError(f"{self.path}: the description of the method is not a table")
+        return found or {}
 
     def last(self) -> Entry | None:
         """The newest commit's entry, or ``None``."""

@@ -118,13 +118,20 @@ class RunFolder:
         finally:
             self._lock.release()  # the file stays: removing it could take it from under the next holder
 
-    def create(self, config: str, net: Sequence[Any], requested: Mapping[str, Any] | None = None) -> None:
+    def create(
+        self,
+        config: str,
+        net: Sequence[Any],
+        requested: Mapping[str, Any] | None = None,
+        method: Mapping[str, Any] | None = None,
+    ) -> None:
         """Begin a run in the folder: its ``config.toml``, and in the journal that and the net's fingerprints.
 
         Args:
             config: with what was planned.
             net: see ``training.identity``.
             requested: see ``Journal.requested``.
+            method: see ``Journal.method``.
 
         Raises:
             StorageError: the disk refused; nothing is left behind.
@@ -134,7 +141,8 @@ class RunFolder:
             with storage_errors(self.path):
                 (self.path / "cells").mkdir(parents=True, exist_ok=True)
                 sync_folder(self.path.parent)
-            self.journal.append({"config": config, "requested": dict(requested or {}), "net": list(net)})
+            own = {"method": dict(method)} if method else {}
+            self.journal.append({"config": config, "requested": dict(requested or {}), "net": list(net), **own})
             self.write_config(config)
         except BaseException:
             self.clear()

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgetrain.keys import derive, generator, per_sample
+from edgetrain.keys import derive, per_sample
 from edgetrain.memory import device as devices
 
 
@@ -38,7 +38,7 @@ class StepDraws:
     def normal(self, name: str, like: Tensor, first: int = 0) -> Tensor:
         """See ``objectives.base.Draws``."""
         if name not in self._drawn:
-            source = generator(like.device, *self._address, name)
+            source = self._source(like, name)
             shape = (len(self._samples), *like.shape[1:])
             self._drawn[name] = like.new_empty(shape).normal_(generator=source)
         return self._drawn[name][first : first + like.shape[0]]
@@ -46,7 +46,7 @@ class StepDraws:
     def keep(self, name: str, like: Tensor, chance: float) -> Tensor:
         """See ``objectives.base.Draws``."""
         if name not in self._drawn:
-            source = generator(like.device, *self._address, name)
+            source = self._source(like, name)
             self._drawn[name] = torch.empty_like(like).bernoulli_(chance, generator=source)
         return self._drawn[name]
 
@@ -56,6 +56,9 @@ class StepDraws:
         drawn = per_sample(samples, columns, self._seed, "sample", name, self._epoch)
         out = like.new_empty(drawn.shape, dtype=torch.float32)
         return out.copy_(torch.from_numpy(drawn.astype(np.float32)))
+
+    def _source(self, like: Tensor, name: str) -> torch.Generator:
+        return devices.generator(like.device).manual_seed(derive(*self._address, name))
 
     def seed_global(self, device: torch.device) -> None:
         """Seed the global generators with this step's key, for modules that draw from them (dropout, NumPy noise)."""

@@ -18,6 +18,7 @@ from edgetrain.config import Settings
 from edgetrain.data.arrays import ARRAYS
 from edgetrain.data.base import DataSet
 from edgetrain.errors import BudgetError, CorruptError, DivergedError, InputError, StorageError
+from edgetrain.objectives.base import Objective
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import require_fit
 from edgetrain.planning.schedule import Visit, frontier_before
@@ -29,10 +30,11 @@ from edgetrain.store.journal import Entry
 from edgetrain.store.run import RunFolder
 from edgetrain.training.commits import INPUTS, ROWS, check_rows
 from edgetrain.training.finished import Run, digests_of, read_record, settings_of
-from edgetrain.training.fit import as_planned, carry_out, check_disk, requested
+from edgetrain.training.fit import as_planned, carry_out, check_disk, described, requested
 from edgetrain.training.identity import check_net, fingerprints
 from edgetrain.training.inputs import Shape
 from edgetrain.training.job import Job, open_job, plan_job
+from edgetrain.training.methods import check_method, given_again
 from edgetrain.training.process import process_state
 from edgetrain.training.watcher import Silent, Watcher
 from edgetrain.units import show_mb
@@ -77,6 +79,7 @@ def append(
     changes: Mapping[str, Any] = _NONE,
     data: DataSet | None = None,
     watcher: Watcher | None = None,
+    method: Any = None,
 ) -> Run:
     """Train more cells behind those of a finished run.
 
@@ -87,11 +90,12 @@ def append(
         changes: settings for the new cells, such as ``epochs`` and ``lr``.
         data: the run's data set, if it was given in memory.
         watcher: is told of progress.
+        method: the run's method again, if it is your own class: the class or ``file.py:Class``.
 
     Raises:
         InputError: the net does not begin with the run's cells, or has no more than these.
     """
-    before = _Finished.of(path)
+    before = _Finished.of(path, method)
     stated = {} if net is None else {"net": net if isinstance(net, str) else "modules"}
     settings = replace(before.settings, cells=None).with_values({**stated, **changes})
     return _Edit(before, settings, before.depth, before.depth + 1, "append").apply(net, data, watcher)
@@ -103,6 +107,7 @@ def drop(
     net: Any = None,
     data: DataSet | None = None,
     watcher: Watcher | None = None,
+    method: Any = None,
 ) -> Run:
     """Remove cell ``number`` (from 1; by default the last) and those behind it.
 
@@ -111,7 +116,7 @@ def drop(
     Raises:
         InputError: there is no such cell, or it is the first.
     """
-    before = _Finished.of(path)
+    before = _Finished.of(path, method)
     kept = before.checked(before.depth if number is None else number) - 1
     if kept == 0:
         raise InputError(f"{path}: cell 1 is the first, and a run without cells is none; remove the folder instead")
@@ -125,13 +130,14 @@ def retrain(
     changes: Mapping[str, Any] = _NONE,
     data: DataSet | None = None,
     watcher: Watcher | None = None,
+    method: Any = None,
 ) -> Run:
     """Train cell ``number`` (from 1) anew, and those behind it, which learn from what it hands on.
 
     Raises:
         InputError: there is no such cell.
     """
-    before = _Finished.of(path)
+    before = _Finished.of(path, method)
     kept = before.checked(number) - 1
     settings = before.settings.with_values(changes)
     return _Edit(before, settings, kept, before.depth, f"retrain {number}").apply(net, data, watcher)
@@ -139,16 +145,17 @@ def retrain(
 
 @dataclass(frozen=True)
 class _Finished:
-    """A finished run as it is; ``own``: its net is the user's own code."""
+    """A finished run as it is; ``own``: its net is the user's own code; ``method``: its method, if that is."""
 
     path: Path
     settings: Settings
     record: RunRecord
     shape: Shape
     own: bool
+    method: type[Objective] | None
 
     @classmethod
-    def of(cls, path: Path) -> _Finished:
+    def of(cls, path: Path, method: Any) -> _Finished:
         """The run in a folder.
 
         Raises:
@@ -161,7 +168,10 @@ class _Finished:
         if settings.schedule is None:
             raise InputError(f"{path}: {settings.method} trains the whole net at once; it has no cells to change")
         own = settings.net == "modules" or ".py:" in (settings.net or "")
-        return cls(path, settings, record, shape, own)
+        kind = given_again(path, planned, method)
+        if kind is not None:
+            check_method(RunFolder(path), kind)
+        return cls(path, settings, record, shape, own, kind)
 
     @property
     def depth(self) -> int:
@@ -203,7 +213,7 @@ class _Edit:
         folder, looking = open_folder(path), watcher or Silent()
         with process_state(self.settings):
             asked = self._within_disk(replace(self.settings, schedule="separate"), path)
-            job = _listed(open_job(asked, net, data))
+            job = _listed(open_job(asked, net, data, self.before.method))
             self._check(job, folder)
             plan = plan_job(job)
             require_fit(plan)
@@ -221,7 +231,7 @@ class _Edit:
         units = [INPUTS, *map(_unit, range(self.kept))]
         try:
             entry = self._entry(job, plan, folder)
-            edited = edit.begin(folder, units, entry, config, requested(job.settings), net)
+            edited = edit.begin(folder, units, entry, config, requested(job.settings), net, described(job))
             carry_out(job, plan, edited, watcher)
         except BaseException as error:
             if isinstance(error, (CorruptError, DivergedError, InputError)):  # these would come again

@@ -44,12 +44,12 @@ from edgetrain.training.job import (
     Job,
     budget_of,
     cells_of,
-    method_of,
     net_of,
     objective_of,
     stated_reading,
     with_defaults,
 )
+from edgetrain.training.methods import check_method, given_again, method_of
 from edgetrain.training.model import Model
 from edgetrain.training.predictor import Predictions, Predictor
 from edgetrain.training.process import process_state
@@ -76,13 +76,14 @@ class Run:
     objective: Objective
 
     @classmethod
-    def open(cls, path: Path, net: Any = None) -> Run:
+    def open(cls, path: Path, net: Any = None, method: Any = None) -> Run:
         """The run in a folder.
 
         Args:
             path: the folder.
             net: the user's own modules or ``file.py:function``, for runs of such nets: code is run only
                 when it is named by the caller, never because a folder names it.
+            method: likewise, the user's own class or ``file.py:Class``.
 
         Raises:
             InputError: the folder holds no finished run, or its net must be given.
@@ -90,7 +91,10 @@ class Run:
         """
         record, shape = read_record(path)
         settings = settings_of(path)
-        method = method_of(settings)
+        own = given_again(path, settings, method)
+        method = method_of(settings, own)
+        if own is not None:
+            check_method(RunFolder(path), method)
         settings = with_defaults(settings, method)
         with process_state(settings):
             opened = net_of(settings, method, shape, _net(settings, net))
@@ -102,7 +106,7 @@ class Run:
     @classmethod
     def of_job(cls, path: Path, job: Job) -> Run:
         """The run of a job that was just finished in a folder."""
-        settings = with_defaults(settings_of(path), method_of(job.settings))
+        settings = with_defaults(settings_of(path), type(job.work.objective))
         return cls(path.absolute(), read_record(path)[0], settings, job.shape, job.work.nodes, job.work.objective)
 
     def evaluate(self, data: Any = None, device: str | None = None) -> Predictions:

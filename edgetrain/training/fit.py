@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,11 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgetrain.config import Settings, parse_profile
-from edgetrain.data.arrays import ARRAYS
+from edgetrain.config import Settings
 from edgetrain.data.base import DataSet
 from edgetrain.data.prepare import Prepared
-from edgetrain.data.specs import absolute, is_path, open_data
+from edgetrain.data.specs import absolute, open_data
 from edgetrain.errors import (
     BudgetError,
     CorruptError,
@@ -33,6 +31,7 @@ from edgetrain.planning import timelines
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import backprop_peak, require_fit
 from edgetrain.planning.words import choices_in_words
+from edgetrain.plugins import is_own
 from edgetrain.record import MemorySeries, RunRecord
 from edgetrain.store.atomic import missing_folders, size_of
 from edgetrain.store.edit import is_pending, open_folder
@@ -43,15 +42,14 @@ from edgetrain.training.finished import Run, digests_of, predictor_of, settings_
 from edgetrain.training.identity import check_net, fingerprints
 from edgetrain.training.inputs import digest, pack
 from edgetrain.training.job import Job, host_tier, open_job, plan_job, stated_reading
+from edgetrain.training.methods import CLASS, check_method, fingerprint
 from edgetrain.training.prepared import Inputs
 from edgetrain.training.process import process_state
+from edgetrain.training.resuming import resuming_command
 from edgetrain.training.stopping import Stop
 from edgetrain.training.trainer import Choices, Trainer
 from edgetrain.training.watcher import Silent, Watcher
 from edgetrain.units import show_mb, to_mb
-
-# What may differ when a run is resumed, because it changes no bit of the result.
-_FREE_ON_RESUME = {"max_host_mb", "max_disk_gb", "keep_latents", "meter", "checkpoint_every", "prefetch", "time_limit"}
 
 
 def fit(
@@ -62,6 +60,7 @@ def fit(
     resume: bool = False,
     force: bool = False,
     watcher: Watcher | None = None,
+    method: Any = None,
 ) -> Run:
     """Train as ``settings`` say, in the run folder ``path``.
 
@@ -73,6 +72,7 @@ def fit(
         resume: go on from the folder's newest commit; a finished run is returned as it is.
         force: remove the folder's run first.
         watcher: is told of progress.
+        method: a class instead of ``settings.method``.
 
     Raises:
         InputError: settings, data or folder are not as they must be.
@@ -85,24 +85,26 @@ def fit(
     """
     folder, watcher = open_folder(path), watcher or Silent()
     if _check_folder(folder, resume, force) and folder.is_finished():
-        return _as_it_is(folder, settings, net, data, watcher)
+        return _as_it_is(folder, settings, (net, method), data, watcher)
     with process_state(settings):
-        job = open_job(settings, net, data)
+        job = open_job(settings, net, data, method)
         plan = plan_job(job)
         require_fit(plan)
         check_disk(path, plan)
         with working_in(folder):
             resuming = _check_folder(folder, resume, force)  # another process may have been here meanwhile
             if resuming and folder.is_finished():
-                return _as_it_is(folder, settings, net, data, watcher)
+                return _as_it_is(folder, settings, (net, method), data, watcher)
             inputs = None
             if resuming:
                 check_net(folder, job.work.nodes, training=True)
+                check_method(folder, type(job.work.objective))
             else:
                 if folder.is_run():  # bad data must not cost the run that is there
                     inputs = Inputs.prepared(job, folder, "new-")
                 folder.clear(keep=() if inputs is None else inputs.names)
-                folder.create(as_planned(job, plan).to_toml(), fingerprints(job.work.nodes), requested(job.settings))
+                config, net_made = as_planned(job, plan).to_toml(), fingerprints(job.work.nodes)
+                folder.create(config, net_made, requested(job.settings), described(job))
             try:
                 carry_out(job, plan, folder, watcher, inputs)
             except BaseException as error:
@@ -115,14 +117,18 @@ def fit(
             return Run.of_job(path, job)
 
 
-def _as_it_is(folder: RunFolder, settings: Settings, net: Any, data: DataSet | None, watcher: Watcher) -> Run:
-    """The finished run.
+def _as_it_is(
+    folder: RunFolder, settings: Settings, own: tuple[Any, Any], data: DataSet | None, watcher: Watcher
+) -> Run:
+    """The finished run; ``own`` are the net and the method that were given in Python.
 
     Raises:
         InputError: the data that are given again are not its own.
     """
-    named = settings.net if net is None and ".py:" in (settings.net or "") else net  # the caller named its code
-    run = Run.open(folder.path, named)
+    net, method = own  # or the caller named a file of its own
+    net = settings.net if net is None and is_own(settings.net) else net
+    method = settings.method if method is None and is_own(settings.method) else method
+    run = Run.open(folder.path, net, method)
     if data is None and absolute(settings.data) != run.settings.data:
         given = open_data(settings.data, stated_reading(settings))
         check_rows(folder, given.name, digests_of(folder, given))
@@ -130,65 +136,6 @@ def _as_it_is(folder: RunFolder, settings: Settings, net: Any, data: DataSet | N
     if is_pending(folder):
         watcher.note(f"{folder.path}: an unfinished edit is kept; repeat the cells command to continue it")
     return run
-
-
-def resumed_settings(path: Path, given: dict[str, Any], settings: Settings, may_start: bool) -> Settings:
-    """The settings of the run in ``path`` or, if there is none, ``settings``.
-
-    A file of data may have moved: whether it holds the run's rows is found when it is read.
-
-    Args:
-        path: the run folder.
-        given: what was stated on the command line or in Python.
-        settings: resolved without the run.
-        may_start: whether a run is started where there is none, as in a loop that starts or resumes.
-
-    Raises:
-        InputError: there is no run and none may be started, or something was stated that would change the run.
-    """
-    folder = open_folder(path)
-    config = folder.config() if folder.is_run() else None
-    if config is None:
-        if not may_start:
-            raise InputError(
-                f"{path}: no run to resume; check --run-dir, or state --data, --net or --profile to start one there"
-            )
-        return settings
-    kept = Settings().with_values(parse_profile(config, path / "config.toml"))
-    if _is_own(kept.net) and kept.net != "modules" and "net" not in given:
-        raise InputError(f"{path}: this run's net is your own code; name it again: --net {kept.net}")
-    data = absolute(settings.data) if "data" in given else kept.data
-    if is_path(data) and is_path(kept.data):
-        kept = replace(kept, data=data)
-    for name, value in given.items():
-        if name == "data" and data == kept.data:
-            continue
-        if name == "placement" and value == "auto":
-            continue  # what it came out as is kept
-        if name == "net" and _is_own(value) and _is_own(kept.net):
-            continue  # the user's code may have moved; its cells are compared with the run's
-        if name not in _FREE_ON_RESUME and getattr(settings, name) != getattr(kept, name):
-            raise InputError(
-                f"{path}: was begun with {name} = {getattr(kept, name)!r}, not {value!r}; resume it without"
-                f" --{name.replace('_', '-')}, or start another run"
-            )
-    taken = [name for name in given if name in _FREE_ON_RESUME or (name == "net" and _is_own(kept.net))]
-    return replace(kept, **{name: getattr(settings, name) for name in taken})
-
-
-def _is_own(net: str | None) -> bool:
-    """Whether it names a user's own code."""
-    return net == "modules" or ".py:" in (net or "")
-
-
-def free_path(data: str, method: str) -> Path:
-    """The first folder under ``runs/`` that is not taken: ``runs/mnist-mf``, ``runs/mnist-mf-2``, ..."""
-    base = f"{Path(data).stem}-{method}"
-    path, number = Path("runs") / base, 1
-    while path.exists():
-        number += 1
-        path = Path("runs") / f"{base}-{number}"
-    return path
 
 
 def _check_folder(folder: RunFolder, resume: bool, force: bool) -> bool:
@@ -260,14 +207,6 @@ def carry_out(job: Job, plan: Plan, folder: RunFolder, watcher: Watcher, inputs:
         record.energy_source = energy.source
         _complete(folder, record, trainer, host, job, plan, foreseen)
     watcher.finished(record)
-
-
-def resuming_command(path: Path, settings: Settings) -> str:
-    """The command that goes on with a run."""
-    if settings.data == ARRAYS or settings.net == "modules":
-        return f"edgetrain.fit(..., run_dir={str(path)!r}, resume=True)"
-    own = f" --net {shlex.quote(settings.net)}" if settings.net and ".py:" in settings.net else ""
-    return f"edgetrain fit --resume --run-dir {shlex.quote(str(path))}{own}"
 
 
 @dataclass(frozen=True)
@@ -343,6 +282,12 @@ def as_planned(job: Job, plan: Plan) -> Settings:
         cached=None if plan.cut.cached is None else sorted(plan.cut.cached),
         time_limit=None,
     )
+
+
+def described(job: Job) -> dict[str, str]:
+    """What the journal knows the method by, if it is the user's own."""
+    own = is_own(job.settings.method) or job.settings.method == CLASS
+    return fingerprint(type(job.work.objective)) if own else {}
 
 
 def requested(settings: Settings) -> dict[str, Any]:
@@ -461,7 +406,7 @@ def _complete(
 def _record(job: Job, plan: Plan, folder: RunFolder) -> RunRecord:
     return RunRecord(
         run=str(folder.home.absolute()),
-        method=job.settings.method,
+        method=job.work.objective.name,
         schedule=job.settings.schedule,
         device=facts.name(job.work.device),
         seed=job.settings.seed,

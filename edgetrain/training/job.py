@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
 import torch
 
-from edgetrain.baselines import BASELINES
-from edgetrain.config import Settings, did_you_mean
+from edgetrain.config import Settings
 from edgetrain.data.augment import Augmentation
 from edgetrain.data.base import DataSet
 from edgetrain.data.layout import Reading
@@ -21,7 +19,6 @@ from edgetrain.memory import rates
 from edgetrain.memory.threads import thread_limit
 from edgetrain.nets.base import Net
 from edgetrain.nets.spec import open_net
-from edgetrain.objectives import OBJECTIVES
 from edgetrain.objectives.base import Node, Objective, nodes
 from edgetrain.planning import storage
 from edgetrain.planning.cost import visit_times
@@ -31,10 +28,9 @@ from edgetrain.planning.schedule import Cut
 from edgetrain.planning.workload import Workload
 from edgetrain.stream.cell import OptimizerRecipe
 from edgetrain.training.inputs import Shape, describe
+from edgetrain.training.methods import METHODS, method_of
 from edgetrain.training.process import process_state
 from edgetrain.units import MIB, from_mb, show_mb
-
-METHODS: Mapping[str, type[Objective]] = {**OBJECTIVES, **BASELINES}
 
 
 @dataclass(frozen=True)
@@ -61,33 +57,19 @@ class Job:
         return describe(self.data, self.work.objective.nonnegative_input)
 
 
-def method_of(settings: Settings) -> type[Objective]:
-    """The rule or baseline that settings name.
-
-    Raises:
-        InputError: unknown method.
-    """
-    for flag, name in (("method", settings.method), ("like", settings.like)):
-        if name is not None and name not in METHODS:
-            known = f"; known: {', '.join(METHODS)}"
-            raise InputError(f"unknown {flag} {name!r}{did_you_mean(name, METHODS) or known}")
-    if settings.like is not None and settings.method not in BASELINES:
-        raise InputError(f"--like is for baselines ({', '.join(BASELINES)}); {settings.method} has its own options")
-    return METHODS[settings.method]
-
-
-def open_job(settings: Settings, net: Any = None, data: DataSet | None = None) -> Job:
+def open_job(settings: Settings, net: Any = None, data: DataSet | None = None, method: Any = None) -> Job:
     """Resolve settings.
 
     Args:
         settings: as given.
         net: modules or a function given in Python instead of ``settings.net``.
         data: a data set given in Python instead of ``settings.data``.
+        method: a class given in Python instead of ``settings.method``.
 
     Raises:
         InputError: something is unknown or does not fit together.
     """
-    method = method_of(settings)
+    method = method_of(settings, method)
     device = devices.resolve(settings.device)
     settings = with_defaults(settings, method)
     _check_threads(settings)

@@ -41,6 +41,7 @@ class FakeCuda:
         self.free_and_total = (FREE, TOTAL)
         self.reserved = 100 * MIB
         self.fractions: list[tuple[float, torch.device]] = []
+        self.warmed: list[torch.device] = []
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         answers = {
@@ -56,6 +57,7 @@ class FakeCuda:
         }
         for name, answer in answers.items():
             monkeypatch.setattr(torch.cuda, name, answer)
+        monkeypatch.setattr(devices.Cuda, "warm_up", lambda own, device: self.warmed.append(device), raising=True)
 
 
 @pytest.fixture
@@ -96,6 +98,9 @@ class FakeNvml:
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:
         assert handle == "handle"
         return self.processes
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:
+        raise self.NVMLError("Not Supported")
 
     def nvmlSystemGetDriverVersion(self) -> str:
         return "550.54"
@@ -209,7 +214,7 @@ def test_unified_memory_is_asked_of_the_system(cuda: FakeCuda, monkeypatch: pyte
     set_available(monkeypatch, 2000 * MIB)
     assert devices.is_integrated(CUDA)
     assert devices.free_bytes(CUDA) == 2000 * MIB
-    assert devices.default_budget(CUDA) == 1800 * MIB
+    assert devices.default_budget(CUDA) == 1200 * MIB  # the host's side has what is left of 90%
     set_available(monkeypatch, 2 * TOTAL)
     assert devices.free_bytes(CUDA) == TOTAL
 
@@ -244,6 +249,17 @@ def test_the_context_is_what_nvml_sees_beyond_the_allocator(cuda: FakeCuda, nvml
     """Simulated CUDA and NVML."""
     nvml.processes.append(SimpleNamespace(pid=os.getpid() + 1, usedGpuMemory=900 * MIB))
     assert devices.context_bytes(CUDA) == 290 * MIB
+    assert cuda.warmed == [CUDA]  # kernels and libraries are loaded when they are first used
+
+
+def test_in_a_container_the_context_is_what_all_processes_hold_more(
+    cuda: FakeCuda, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated CUDA and NVML, which knows this process by another id."""
+    nvml.processes = [SimpleNamespace(pid=-1, usedGpuMemory=700 * MIB)]
+    used = iter([500 * MIB, 950 * MIB])
+    monkeypatch.setattr(nvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(used=next(used)))
+    assert devices.context_bytes(CUDA) == 350 * MIB
 
 
 @pytest.mark.parametrize(
@@ -413,7 +429,7 @@ def test_the_processors_name_is_read_from_the_system(tmp_path: Path, path: str, 
     file = tmp_path / path
     file.parent.mkdir(parents=True)
     file.write_text(text)
-    assert devices._processor_name(tmp_path) == expected
+    assert facts._processor_name(tmp_path) == expected
 
 
 def test_a_jetsons_power_mode_is_read_from_nvpmodels_files(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from edgetrain.memory import device as devices
+from edgetrain.memory import nvml
 from edgetrain.memory.energy import EnergyMeter, sensor_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -135,9 +136,10 @@ def test_older_jetsons_name_their_rails_otherwise(tmp_path: Path, clock: Callabl
 
 def with_nvml(monkeypatch: pytest.MonkeyPatch, integrated: bool, reading: Any) -> None:
     monkeypatch.setattr(devices, "is_integrated", lambda device: integrated)
-    monkeypatch.setattr(devices, "_nvml_handle", lambda nvml, device: "handle")
-    nvml = SimpleNamespace(nvmlDeviceGetTotalEnergyConsumption=lambda handle: reading())
-    monkeypatch.setattr(devices, "_ask_nvml", lambda question: question(nvml))
+    monkeypatch.setattr(devices, "_uuid", lambda device: "GPU-0")
+    monkeypatch.setattr(nvml, "_handle", lambda pynvml, uuid: "handle")
+    pynvml = SimpleNamespace(nvmlDeviceGetTotalEnergyConsumption=lambda handle: reading())
+    monkeypatch.setattr(nvml, "ask", lambda question: question(pynvml))
 
 
 def test_a_gpu_counts_its_own_energy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

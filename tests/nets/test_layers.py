@@ -10,7 +10,7 @@ from torch import nn
 
 from edgetrain.errors import InputError
 from edgetrain.nets.layers import STANDARD, Layer, convolution, dense
-from edgetrain.nets.spec import NETS, UNDERSTOOD, UNDERSTOOD_BY_IMAGES, open_net
+from edgetrain.nets.spec import NETS, open_net
 
 SPECS = {
     "mlp": "mlp:5,4",
@@ -37,7 +37,7 @@ def test_every_family_is_tested_here() -> None:
 @pytest.mark.parametrize("family", SPECS)
 @pytest.mark.parametrize("options", ["dropout=0", "dropout=0.4;pool=avg", "odd=pad;act=leaky;prenorm=rms;norm=batch"])
 def test_a_cell_is_its_parts_in_order_and_body_and_tail_are_its_two_halves(family: str, options: str) -> None:
-    understood = UNDERSTOOD.get(family, UNDERSTOOD_BY_IMAGES)
+    understood = NETS[family].options
     stated = [option for option in options.split(";") if option.partition("=")[0] in understood]
     for index, recipe in enumerate(open_net(";".join([SPECS[family], *stated]), (2, 12, 8), {}).cells):
         cell, x = recipe.materialise(0, index), rows(3, *recipe.in_shape)

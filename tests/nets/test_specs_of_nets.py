@@ -22,7 +22,7 @@ from edgetrain.errors import InputError
 from edgetrain.nets.base import CellRecipe, Net
 from edgetrain.nets.layers import STANDARD
 from edgetrain.nets.mlp import widths
-from edgetrain.nets.spec import EXAMPLES, NETS, open_net
+from edgetrain.nets.spec import NETS, open_net
 from edgetrain.objectives.base import Objective, nodes
 from edgetrain.objectives.lbp import AutoencoderCells
 from edgetrain.objectives.mf import MonoForward
@@ -146,7 +146,7 @@ def test_an_unknown_net_is_told_of_every_family() -> None:
     assert len(str(caught.value)) < 200
 
 
-@pytest.mark.parametrize("spec", EXAMPLES.values())
+@pytest.mark.parametrize("spec", [family.example for family in NETS.values()])
 def test_every_example_is_a_net(spec: str) -> None:
     assert len(open_net(spec, (3, 32, 32), {}).cells) >= 1
 

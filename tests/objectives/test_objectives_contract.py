@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import avg_pool2d, conv2d, one_hot, softplus
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
-from edgetrain import objectives
 from edgetrain.baselines import BASELINES
 from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
@@ -41,6 +40,7 @@ from edgetrain.stream.span import Span
 from edgetrain.stream.state import CellState
 from edgetrain.training import job
 from edgetrain.training.fit import fit
+from edgetrain.training.methods import METHODS
 from edgetrain.training.watcher import Silent
 
 ALL = {**OBJECTIVES, **BASELINES}
@@ -754,8 +754,7 @@ def test_a_cell_that_left_the_device_goes_on_as_if_it_had_stayed(name, trained):
 
 
 def register(monkeypatch, kind):
-    monkeypatch.setitem(objectives.OBJECTIVES, kind.name, kind)
-    monkeypatch.setitem(job.METHODS, kind.name, kind)
+    monkeypatch.setitem(METHODS._own, kind.name, kind)
 
 
 def trained(path, name, **values):

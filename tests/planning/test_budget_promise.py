@@ -19,7 +19,8 @@ from edgetrain.data.base import DataSet
 from edgetrain.errors import BudgetError, EdgetrainError, InputError
 from edgetrain.stream.cell import OPTIMIZERS
 from edgetrain.training.fit import fit
-from edgetrain.training.job import METHODS, open_job, plan_job
+from edgetrain.training.job import open_job, plan_job
+from edgetrain.training.methods import METHODS
 from edgetrain.units import ceil_mb, to_mb
 
 MIB, CLASSES, SIDE = 1 << 20, 3, 8

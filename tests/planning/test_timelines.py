@@ -16,7 +16,8 @@ from edgetrain.planning.planner import backprop_peak
 from edgetrain.record import KINDS, MemorySeries
 from edgetrain.training import fit as fitting
 from edgetrain.training.finished import read_record
-from edgetrain.training.job import METHODS, Job, open_job, plan_job
+from edgetrain.training.job import Job, open_job, plan_job
+from edgetrain.training.methods import METHODS
 from edgetrain.units import MIB, to_mb
 
 

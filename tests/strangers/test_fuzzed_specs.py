@@ -22,7 +22,8 @@ from edgetrain.errors import InputError
 from edgetrain.memory import device as devices
 from edgetrain.nets.base import MOST_CELLS
 from edgetrain.nets.spec import NETS, open_net
-from edgetrain.training.job import METHODS, constants_of
+from edgetrain.training.job import constants_of
+from edgetrain.training.methods import METHODS
 
 FIELDS = sorted(Settings.__dataclass_fields__)
 SHAPES = [(1,), (4,), (1, 1, 1), (1, 8, 8), (3, 7, 5), (3, 32, 32)]

@@ -31,7 +31,8 @@ from edgetrain.record import RunRecord
 from edgetrain.store.run import RunFolder
 from edgetrain.training.finished import Run
 from edgetrain.training.fit import fit
-from edgetrain.training.job import METHODS, open_job, plan_job
+from edgetrain.training.job import open_job, plan_job
+from edgetrain.training.methods import METHODS
 from edgetrain.units import to_mb
 
 ROWS, TEST_ROWS, CLASSES, BATCH = 70, 9, 4, 32  # the last batch holds 6 rows

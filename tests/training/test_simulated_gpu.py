@@ -36,7 +36,8 @@ from edgetrain.stream.span import Span
 from edgetrain.training.edits import append
 from edgetrain.training.finished import Run
 from edgetrain.training.fit import fit
-from edgetrain.training.job import METHODS, host_tier, open_job, plan_job
+from edgetrain.training.job import host_tier, open_job, plan_job
+from edgetrain.training.methods import METHODS
 from edgetrain.units import MIB, from_mb, to_mb
 
 pytestmark = pytest.mark.usefixtures("one_thread")
