@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
+import edgetrain
 from edgetrain.cli.main import COMMANDS, EPILOG
 from edgetrain.config import Settings, find_profile, read_profile
 from edgetrain.training.methods import METHODS
@@ -48,3 +50,41 @@ def test_the_first_command_comes_within_the_first_screen() -> None:
 def test_files_that_the_readme_names_exist() -> None:
     for name in re.findall(r"`((?:edgetrain|training|planning|objectives|benchmarks|tests)/[\w/.]+)`", README):
         assert (ROOT / name).exists() or (ROOT / "edgetrain" / name).exists(), name
+
+
+BATCH_PATH = ("stream/reader.py", "stream/executor.py", "stream/cell.py", "stream/latents.py")
+
+
+def imported(path: Path) -> set[Path]:
+    """Files of the package that a file imports, also those that it imports for their types alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("edgetrain"):
+            module = ROOT / (node.module or "").replace(".", "/")
+            names = [module / name.name for name in node.names]
+            found |= {each.with_suffix(".py") for each in (module, *names) if each.with_suffix(".py").exists()}
+    return found
+
+
+def test_a_batch_passes_the_four_files_that_the_readme_names() -> None:
+    """From the loop, imports lead to the reader and the cell, and from these to files on either side."""
+    line = next(line for line in README.splitlines() if line.startswith("A batch passes"))
+    assert tuple(re.findall(r"`(stream/\w+\.py)`", line)) == BATCH_PATH
+    reader, executor, cell, latents = (ROOT / "edgetrain" / name for name in BATCH_PATH)
+    assert {reader, cell} <= imported(executor)
+    assert reader in imported(cell)
+    disk = ROOT / "edgetrain" / "store" / "latents.py"
+    others = {path for path in (ROOT / "edgetrain" / "stream").glob("*.py") if path not in (reader, latents)}
+    assert disk in imported(reader)
+    assert disk in imported(latents)
+    # Nothing else of the stream opens files of latents, but for a span's type of rows.
+    assert {path.name for path in others if disk in imported(path)} == {"span.py"}
+
+
+def test_the_objective_in_the_readme_trains(tmp_path: Path) -> None:
+    code = re.search(r"<!-- my_rule.py -->\n```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    (tmp_path / "my_rule.py").write_text(code[1])
+    method = f"{tmp_path}/my_rule.py:MyRule"
+    run = edgetrain.fit("mlp:64x2", "digits", method, run_dir=tmp_path / "r", epochs=8, device="cpu", tiles=2)
+    assert (run.record.test_accuracy or 0) > 0.8
