@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgetrain.api import Run, append_cells, drop_cells, fit, open_run, report_runs, retrain_cells
 
 __all__ = ["Run", "append_cells", "drop_cells", "fit", "open_run", "report_runs", "retrain_cells"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 yield_cores_while_waiting()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetrain.store.atomic import storage_errors, sync_file, sync_folder
-from edgetrain.store.journal import Entry
+from edgetrain.store.journal import FORMAT, Entry
 from edgetrain.store.run import ADOPTED, EDIT, MODEL, RECORD, REPORT, RunFolder, as_entries
 
 
@@ -58,7 +58,7 @@ def begin(
     edit.home = folder.path
     kept = {unit: kinds for unit, kinds in folder.files().items() if unit in units}
     files = {unit: as_entries(kinds) for unit, kinds in kept.items()}
-    begun = {"config": config, "requested": dict(requested), "net": list(net), "begins_with": files}
+    begun = {"format": FORMAT, "config": config, "requested": dict(requested), "net": list(net), "begins_with": files}
     begun |= {"method": dict(method)} if method else {}
     if next(edit.journal.entries(), None) == begun and edit.last() is not None:
         return edit

@@ -15,14 +15,16 @@ from typing import Any
 
 import xxhash
 
-from edgetrain.errors import CorruptError
+from edgetrain.errors import CorruptError, InputError
 from edgetrain.store.atomic import CHUNK, storage_errors, sync_folder, write_bytes
 from edgetrain.store.tensors import FileEntry
 
 Entry = dict[str, Any]
 BEGINNING = b'{"check": "'
 SLACK = 64 << 10  # bytes
-_SETTINGS = ("config", "requested", "net", "method", "begins_with")  # of which the newest count
+FORMAT = 2  # of the run folder; it changes when an older edgetrain's runs cannot be read any more
+_VERSIONS = {1: "edgetrain 0.1"}  # that wrote older formats
+_SETTINGS = ("format", "config", "requested", "net", "method", "begins_with")  # of which the newest count
 _LONGEST_LINE = 128 << 20  # bytes; a commit of 100,000 cells of 40 epochs takes less
 
 
@@ -97,6 +99,20 @@ class Journal:
                 if entry is None:
                     raise CorruptError(f"{self.path}: line {number} is damaged")
                 yield entry
+
+    def check_format(self) -> None:
+        """Refuse a run folder that another version of edgetrain wrote in another format.
+
+        Raises:
+            InputError: the message names both formats.
+        """
+        found = self._newest_of("format") or 1
+        if self.is_begun() and found != FORMAT:
+            known = _VERSIONS.get(found) if isinstance(found, int) else None
+            raise InputError(
+                f"{self.path.parent}: was written by {known or 'another version of edgetrain'} (run format {found});"
+                f" this version reads format {FORMAT}: train it again, or use {known or 'that version'}"
+            )
 
     def config(self) -> str | None:
         """The run's ``config.toml`` as it was written, or ``None`` if there is no run."""

@@ -31,7 +31,7 @@ from edgetrain.store.atomic import (
     write_bytes,
     write_text,
 )
-from edgetrain.store.journal import BEGINNING, Entry, Journal
+from edgetrain.store.journal import BEGINNING, FORMAT, Entry, Journal
 from edgetrain.store.tensors import (
     FileEntry,
     Spilled,
@@ -141,8 +141,10 @@ class RunFolder:
             with storage_errors(self.path):
                 (self.path / "cells").mkdir(parents=True, exist_ok=True)
                 sync_folder(self.path.parent)
-            own = {"method": dict(method)} if method else {}
-            self.journal.append({"config": config, "requested": dict(requested or {}), "net": list(net), **own})
+            about = {"requested": dict(requested or {}), "net": list(net)} | (
+                {"method": dict(method)} if method else {}
+            )
+            self.journal.append({"format": FORMAT, "config": config, **about})
             self.write_config(config)
         except BaseException:
             self.clear()
@@ -155,7 +157,8 @@ class RunFolder:
         self.write_config(config)
 
     def config(self) -> str | None:
-        """See ``Journal.config``."""
+        """See ``Journal.config`` and ``Journal.check_format``."""
+        self.journal.check_format()
         return self.journal.config()
 
     def restore_config(self) -> bool:
@@ -311,6 +314,7 @@ class RunFolder:
             CorruptError: it is damaged.
             InputError: the run is unfinished, or there is none.
         """
+        self.journal.check_format()
         known, path = self.results().get(RECORD), self.path / RECORD
         if known is not None and not path.exists():
             raise InputError(f"{path}: is missing; fit --resume --run-dir {self.path} makes it again")

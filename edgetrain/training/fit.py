@@ -35,6 +35,7 @@ from edgetrain.plugins import is_own
 from edgetrain.record import MemorySeries, RunRecord
 from edgetrain.store.atomic import missing_folders, size_of
 from edgetrain.store.edit import is_pending, open_folder
+from edgetrain.store.journal import FORMAT
 from edgetrain.store.run import RunFolder
 from edgetrain.stream.latents import FileLatents
 from edgetrain.training.commits import ROWS, check_rows, working_files
@@ -153,6 +154,7 @@ def _check_folder(folder: RunFolder, resume: bool, force: bool) -> bool:
     if resume:
         if not folder.is_run():
             raise InputError(f"{folder.path}: holds no edgetrain run to resume")
+        folder.journal.check_format()
         return folder.last() is not None
     if not force:
         kind = "a run" if folder.is_run() else "files that are no run of edgetrain"
@@ -398,7 +400,9 @@ def _complete(
         record.written_mb, record.energy_j = to_mb(int(totals["written"])), totals["energy"]
         return {**record.as_dict(), "data": asdict(job.shape)}
 
-    folder.write_results({"format": 1, "settings": asdict(as_planned(job, plan)), "data": asdict(job.shape)}, measured)
+    folder.write_results(
+        {"format": FORMAT, "settings": asdict(as_planned(job, plan)), "data": asdict(job.shape)}, measured
+    )
     if not job.settings.keep_latents:
         folder.clear_working_files()
 
