@@ -70,7 +70,7 @@ def test_commits_are_due_by_the_clock_their_cost_and_the_run_s_length(
     def commits(every: float | None) -> Commits:
         folder = RunFolder(tmp_path)
         clock[0] = 100.0
-        return Commits(folder, work.nodes, nothing, nothing, [], nothing, {}, "", Calm(), every, 0.0, lambda: None)  # type: ignore[arg-type]
+        return Commits(folder, work.nodes, nothing, nothing, [], {}, {}, Calm(), every, 0.0, lambda: None)  # type: ignore[arg-type]
 
     def due(after: float, share: float, every: float | None = None, cost: float = 0.0) -> bool:
         found = commits(every)

@@ -130,7 +130,7 @@ def test_a_run_whose_system_runs_out_of_memory_commits_now(tmp_path: Path, monke
 
 def fails(monkeypatch: pytest.MonkeyPatch, times: int, error: Exception, visit: int = 2) -> None:
     """Let the first so many tries of training end with ``error`` in their second visit."""
-    carry_out, state = Trainer._visit_cell, {"left": times, "visit": 0}
+    carry_out, state = Trainer._train, {"left": times, "visit": 0}
 
     def failing(self: Trainer, *arguments: Any) -> Any:
         state["visit"] += 1
@@ -139,7 +139,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, times: int, error: Exception, visit: 
             raise error
         return carry_out(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "_visit_cell", failing)
+    monkeypatch.setattr(Trainer, "_train", failing)
 
 
 @pytest.mark.parametrize(
