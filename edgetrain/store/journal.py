@@ -106,8 +106,10 @@ class Journal:
         Raises:
             InputError: the message names both formats.
         """
+        if self.config() is None:  # nothing was begun
+            return
         found = self._newest_of("format") or 1
-        if self.is_begun() and found != FORMAT:
+        if found != FORMAT:
             known = _VERSIONS.get(found) if isinstance(found, int) else None
             raise InputError(
                 f"{self.path.parent}: was written by {known or 'another version of edgetrain'} (run format {found});"

@@ -113,7 +113,9 @@ def test_a_simulated_first_copy_waits_for_who_had_its_memory_before(tmp_path, mo
     if not waits:
         monkeypatch.setattr(queues.Copies, "after_compute", lambda self: None)
     latents = FileLatents(tmp_path, "1", 8, "float32", False, nullcontext, lambda size: None, lambda size: None)
-    latents.sink().put(0, {"x": torch.ones(8, 256)})
+    sink = latents.sink()
+    sink.put(0, {"x": torch.ones(8, 256)})
+    sink.close()
     place = torch.device("cuda", 0)
     with simulated_cuda(), devices.active(place):
         torch.ones(4 * 256, device=place).add_(1)  # as large as a slot, whose memory it leaves
