@@ -2,8 +2,9 @@
 
 * An NVIDIA GPU with memory of its own: NVML counts its energy in millijoules (from Volta on).
 * A Jetson has INA3221 sensors of power, which a thread reads ten times a second and sums up: the rail into the
-  module if there is one, otherwise all rails. Drivers name them in two ways (``hwmon`` in JetPack 5 and 6, ``iio``
-  before).
+  module, or on an AGX the rails that add up to it. Other sets of rails (Thor's) are not known to be complete, nor to
+  be apart from each other, so that energy is unknown there. Drivers name rails in two ways (``hwmon`` in JetPack 5
+  and 6, ``iio`` before). By reading NVIDIA's documentation; not measured on a Jetson yet.
 * A CPU: RAPL counts its packages' energy; since CVE-2020-8694 most systems let only root read it. The counter
   wraps within hours, so that the thread reads it every few seconds.
 
@@ -28,7 +29,13 @@ if TYPE_CHECKING:
     import torch
 
 SYSFS = Path("/sys")
-_WHOLE_MODULE = ("VDD_IN", "POM_5V_IN")
+#: Rails that add up to what a module takes. An AGX Orin's VDDQ_VDD2_1V8AO is fed by its VIN_SYS_5V0.
+_MODULES = (
+    ("VDD_IN",),
+    ("POM_5V_IN",),
+    ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"),
+    ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"),
+)
 _POWER_EVERY_S = 0.1
 _COUNTER_EVERY_S = 5.0
 
@@ -168,8 +175,7 @@ def _package(folder: Path) -> Callable[[], float]:
 
 def _rails(sysfs: Path) -> Sensor | None:
     rails = {**_hwmon_rails(sysfs), **_iio_rails(sysfs)}
-    whole = [name for name in _WHOLE_MODULE if name in rails]
-    names = whole[:1] or sorted(rails)
+    names = next((names for names in _MODULES if all(name in rails for name in names)), ())
     try:
         for name in names:
             rails[name]()

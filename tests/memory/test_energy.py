@@ -97,20 +97,32 @@ def hwmon(sysfs: Path) -> Path:
     folder = sysfs / "bus" / "i2c" / "drivers" / "ina3221" / "1-0040" / "hwmon" / "hwmon3"
     written(folder, in1_label="VDD_GPU_SOC", in1_input=5000, curr1_input=400)
     written(folder, in2_label="VDD_CPU_CV", in2_input=5000, curr2_input=200)
-    return written(folder, in3_label="NC", in3_input=5000, curr3_input=1, in7_label="sum of shunt voltages")
+    written(folder, in3_label="VIN_SYS_5V0", in3_input=5000, curr3_input=200)
+    other = sysfs / "bus" / "i2c" / "drivers" / "ina3221" / "1-0041" / "hwmon" / "hwmon4"
+    written(other, in1_label="VDDQ_VDD2_1V8AO", in1_input=5000, curr1_input=100)  # fed by VIN_SYS_5V0
+    written(other, in2_label="NC", in2_input=5000, curr2_input=1, in7_label="sum of shunt voltages")
+    return folder
 
 
 def test_rails_of_a_jetson_are_power_summed_up_over_time(tmp_path: Path, clock: Callable[[float], None]) -> None:
     folder = hwmon(tmp_path)
     sensor = sensor_of(CPU, tmp_path)
     assert sensor is not None
-    assert sensor.name == "INA3221: VDD_CPU_CV, VDD_GPU_SOC"
+    assert sensor.name == "INA3221: VDD_GPU_SOC, VDD_CPU_CV, VIN_SYS_5V0"
     assert sensor.joules() == 0
     clock(2.0)
-    assert sensor.joules() == pytest.approx(2 * 3.0)
-    written(folder, curr1_input=800)  # 5 W in all
+    assert sensor.joules() == pytest.approx(2 * 4.0)
+    written(folder, curr1_input=800)  # 6 W in all
     clock(1.0)
-    assert sensor.joules() == pytest.approx((3.0 + 5.0) / 2)
+    assert sensor.joules() == pytest.approx((4.0 + 6.0) / 2)
+
+
+def test_rails_that_may_be_incomplete_tell_nothing(tmp_path: Path) -> None:
+    """A Thor's sensors of this kind leave a part of the module out."""
+    folder = tmp_path / "bus" / "i2c" / "drivers" / "ina3221" / "2-0040" / "hwmon" / "hwmon3"
+    written(folder, in1_label="VDD_GPU", in1_input=5000, curr1_input=400)
+    written(folder, in2_label="VDD_CPU_SOC_MSS", in2_input=5000, curr2_input=200)
+    assert sensor_of(CPU, tmp_path) is None
 
 
 def test_a_jetson_s_rail_into_the_module_holds_all_others(tmp_path: Path, clock: Callable[[float], None]) -> None:
