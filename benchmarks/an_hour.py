@@ -38,19 +38,20 @@ def main() -> None:
         child = subprocess.Popen([sys.executable, "-m", "edgetrain", "fit", *FLAGS.split(), *limit])
         seen = watched(child)
         entries = [json.loads(line)["entry"] for line in (run / "journal.jsonl").read_text().splitlines()]
-        commits = [entry for entry in entries if "cells" in entry]
-        peaks = [max(cell["peak_gpu_mb"] for cell in entry["cells"] if cell["peak_gpu_mb"]) for entry in commits]
+        checkpoints = [entry for entry in entries if "cells" in entry]
+        peaks = [max(cell["peak_gpu_mb"] for cell in entry["cells"] if cell["peak_gpu_mb"]) for entry in checkpoints]
         disk = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
     if child.returncode != 143:
         raise SystemExit(f"ended with {child.returncode}")
     after = seen[len(seen) // 10 :]
     rows = [row(name, after, column) for column, name in enumerate(("resident MiB", "open files", "threads"), 1)]
     of_peaks = {"first": peaks[0], "last": peaks[-1], "least": min(peaks), "most": max(peaks)}
-    rows.append({"what": "device MiB, at commits", **of_peaks, "creep in an hour": None})
-    last = commits[-1]
+    rows.append({"what": "device MiB, at checkpoints", **of_peaks, "creep in an hour": None})
+    last = checkpoints[-1]
+    seconds, written = last["totals"]["seconds"], last["totals"]["written"] / MIB
     notes = (
-        f"{last['visits']} visits of {last['cells'][0]['epochs']} epochs in {last['seconds']:.0f} s, {len(commits)}"
-        f" commits, {last['written'] / MIB:.0f} MiB written; the run folder holds {disk / MIB:.1f} MiB at the end."
+        f"{last['visits']} visits of {last['cells'][0]['epochs']} epochs in {seconds:.0f} s, {len(checkpoints)}"
+        f" checkpoints, {written:.0f} MiB written; the run folder holds {disk / MIB:.1f} MiB at the end."
     )
     publish(asked.out, f"A run of {asked.minutes:g} minutes", {f"edgetrain fit {FLAGS}": rows}, notes)
 

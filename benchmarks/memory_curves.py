@@ -174,7 +174,7 @@ def local_backpropagation(few: Path) -> Iterable[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             words = f"fit --data {few} {flags} --batch-size 128 --placement stream --threads 1 --epochs 1 --quiet"
             record = edgetrain(f"{words} --run-dir {folder}/run")
-        cells = [*record["cells"], *([record["readout"]] if record["readout"] else [])]
+        cells = [*record["cells"], *([record["classifier"]] if record["classifier"] else [])]
         params = sum(cell["params"] for cell in cells)
         peak, bp = record["peak_gpu_mb"], record["bp_predicted_peak_mb"]
         yield {

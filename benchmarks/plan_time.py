@@ -38,7 +38,7 @@ def main() -> None:
         for number, flags in enumerate(RUNS):
             plan = edgetrain(f"plan {flags}", environment)
             run = edgetrain(f"fit {flags} --quiet --run-dir {folder}/{number}", environment)
-            cells = [*run["cells"], *([run["readout"]] if run.get("readout") else [])]
+            cells = [*run["cells"], *([run["classifier"]] if run.get("classifier") else [])]
             seconds = sum(cell["seconds"] for cell in cells)
             rows.append(
                 {

@@ -14,22 +14,15 @@ from edgetrain.objectives.base import Objective
 from edgetrain.plugins import is_own
 from edgetrain.report.page import write_report
 from edgetrain.report.tensorboard import logged
-from edgetrain.training import edits, finished
+from edgetrain.training import edits
+from edgetrain.training.callbacks import Callback
 from edgetrain.training.fit import fit as _fit
 from edgetrain.training.job import stated_reading
 from edgetrain.training.methods import CLASS
 from edgetrain.training.resuming import free_path, resumed_settings
-from edgetrain.training.watcher import Silent, Watcher
+from edgetrain.training.run import Run
 
 __all__ = ["Run", "append_cells", "drop_cells", "fit", "open_run", "report_runs", "retrain_cells"]
-
-
-class Run(finished.Run):
-    """A finished run: evaluate it, predict with it, report it; see ``edgetrain.training.finished.Run``."""
-
-    def report(self, folder: str | Path | None = None) -> Path:
-        """Write ``report.html`` and ``figures/``; see ``report_runs``."""
-        return report_runs(self, folder=folder)
 
 
 def fit(
@@ -41,7 +34,7 @@ def fit(
     profile: str | None = None,
     resume: bool = False,
     force: bool = False,
-    watcher: Watcher | None = None,
+    callback: Callback | None = None,
     tensorboard: bool = False,
     **settings: Any,
 ) -> Run:
@@ -59,13 +52,13 @@ def fit(
         profile: name or path of a profile to start from.
         resume: continue the run in ``run_dir``, which must be given; start it if the folder is missing or empty.
         force: replace the run in ``run_dir``.
-        watcher: is told of progress; by default nobody is.
+        callback: is told of progress; by default nobody is.
         tensorboard: write TensorBoard's event files into the run folder.
         **settings: any field of ``edgetrain.config.Settings``, e.g. ``max_gpu_mb=512``.
 
     Raises:
         EdgetrainError: see ``edgetrain.errors``; nothing is left half-written.
-        Stopped: a signal came, or ``time_limit`` is over; what was done is committed, ``resume=True`` goes on.
+        Stopped: a signal came, or ``time_limit`` is over; what was done is in a checkpoint, ``resume=True`` goes on.
     """
     if resume and run_dir is None:
         raise InputError("resume=True needs run_dir, the folder of the run to resume")
@@ -88,8 +81,8 @@ def fit(
             f"data {data.name!r}: --input and --channels are for arrays and files; a DataSet is read already"
         )
     opened = _data_set(data, reading)
-    with logged(watcher or Silent(), tensorboard) as looking:
-        return _ours(_fit(resolved, path, modules, opened, resume, force, looking, own))
+    with logged(callback or Callback(), tensorboard) as callback:
+        return _fit(resolved, path, modules, opened, resume, force, callback, own)
 
 
 def open_run(path: str | Path, net: Any = None, method: Any = None) -> Run:
@@ -98,7 +91,7 @@ def open_run(path: str | Path, net: Any = None, method: Any = None) -> Run:
     Raises:
         InputError: the folder holds no finished run.
     """
-    return _ours(Run.open(Path(path), net, method))
+    return Run.open(Path(path), net, method)
 
 
 def report_runs(*runs: Run | str | Path, folder: str | Path | None = None) -> Path:
@@ -111,28 +104,28 @@ def report_runs(*runs: Run | str | Path, folder: str | Path | None = None) -> Pa
     Raises:
         InputError: matplotlib or jinja2 is not installed, or a folder holds no run.
     """
-    paths = [run.path if isinstance(run, finished.Run) else Path(run) for run in runs]
+    paths = [run.path if isinstance(run, Run) else Path(run) for run in runs]
     return write_report(paths, None if folder is None else Path(folder))[0]
 
 
-def append_cells(run: Run, net: Any, data: Any = None, watcher: Watcher | None = None, **settings: Any) -> Run:
+def append_cells(run: Run, net: Any, data: Any = None, callback: Callback | None = None, **settings: Any) -> Run:
     """Train more cells behind those of a finished run; see ``edgetrain.training.edits``.
 
     Args:
         run: the finished run.
         net: a longer net that begins with the run's cells.
         data: the run's data again, if they were arrays.
-        watcher: is told of progress.
+        callback: is told of progress.
         **settings: for the new cells, such as ``epochs`` and ``lr``.
 
     Raises:
         InputError: the net does not begin with the run's cells, or has no more than these.
     """
-    return _ours(edits.append(run.path, net, settings, _again(run, data), watcher, _own_method(run)))
+    return edits.append(run.path, net, settings, _again(run, data), callback, _own_method(run))
 
 
 def drop_cells(
-    run: Run, number: int | None = None, net: Any = None, data: Any = None, watcher: Watcher | None = None
+    run: Run, number: int | None = None, net: Any = None, data: Any = None, callback: Callback | None = None
 ) -> Run:
     """Remove cell ``number`` (from 1; by default the last) and those behind it.
 
@@ -141,22 +134,18 @@ def drop_cells(
     Raises:
         InputError: there is no such cell, or it is the first.
     """
-    return _ours(edits.drop(run.path, number, net, _again(run, data), watcher, _own_method(run)))
+    return edits.drop(run.path, number, net, _again(run, data), callback, _own_method(run))
 
 
 def retrain_cells(
-    run: Run, number: int, net: Any = None, data: Any = None, watcher: Watcher | None = None, **settings: Any
+    run: Run, number: int, net: Any = None, data: Any = None, callback: Callback | None = None, **settings: Any
 ) -> Run:
     """Train cell ``number`` (from 1) anew, and those behind it; see ``drop_cells`` for ``net`` and ``data``.
 
     Raises:
         InputError: there is no such cell.
     """
-    return _ours(edits.retrain(run.path, number, net, settings, _again(run, data), watcher, _own_method(run)))
-
-
-def _ours(run: finished.Run) -> Run:
-    return Run(**vars(run))
+    return edits.retrain(run.path, number, net, settings, _again(run, data), callback, _own_method(run))
 
 
 def _own_method(run: Run) -> type[Objective] | None:

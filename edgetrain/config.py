@@ -1,4 +1,4 @@
-"""A profile: everything that decides a run, as one frozen dataclass; unknown keys are errors.
+"""Settings: everything that decides a run, as one frozen dataclass; unknown keys are errors.
 
 Precedence: flag, then ``EDGETRAIN_*``, then profile, then the method's defaults. The resolved profile
 is written to the run folder; rerunning it gives the same run.
@@ -23,6 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+TABLES = ("plan", "torch")  # of a run's config.toml, which are no settings
 _PROFILE_LIMIT = 1 << 20  # bytes; a profile is a page, not a book
 _DOTS_LIMIT = 100  # in a line; settings have none, and tomllib's time grows with the square of a name's parts
 _SEARCHED = 100  # letters of an unknown word for which a known one is looked for
@@ -98,28 +99,22 @@ class Settings:
     prefetch: int = _setting(
         2, "Batches gathered ahead by a thread; 0 turns background reading and writing off", flag=False
     )
-    ranges: int | None = _setting(
-        None,
-        "Parts of an epoch of which latents are on disk at once; by default what fits ``--max-disk-gb``",
-        flag=False,
-    )
-    cached: list[int] | None = _setting(
-        None, "Latents that ``separate`` caches whole, the others being emitted again; the plan's choice", flag=False
-    )
     keep_latents: bool = _setting(False, "Leave the latent caches in the run folder")
     meter: Literal["auto", "full"] = _setting(
         "auto", "``full``: measure every step, not only the first two of each kind"
     )
     checkpoint_every: float | None = _setting(
-        None, "Seconds between commits; by default a minute or 5% of the run, whichever is longer"
+        None, "Seconds between checkpoints; by default a minute or 5% of the run, whichever is longer"
     )
-    time_limit: float | None = _setting(None, "Seconds after which the run commits and stops, to be resumed later")
+    time_limit: float | None = _setting(
+        None, "Seconds after which the run saves a checkpoint and stops, to be resumed later"
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for setting in fields(self):
             _check_type(setting.name, getattr(self, setting.name), hints[setting.name])
-        for name in ("epochs", "batch_size", "classifier_epochs", "threads", "cells", "views", "ranges"):
+        for name in ("epochs", "batch_size", "classifier_epochs", "threads", "cells", "views"):
             _check_least(name, getattr(self, name), 1)
         for name, asked in (("micro_batch", self.micro_batch), ("tiles", self.tiles)):
             for value in asked if isinstance(asked, list) else [asked]:
@@ -230,11 +225,23 @@ def resolve(flags: Mapping[str, Any], profile: str | None, environment: Mapping[
         path = find_profile(profile)
         values = read_profile(path)
         try:
-            settings = settings.with_values(values)
+            settings = settings.with_values(_as_decided(values))
         except InputError as error:
             raise InputError(f"profile {path}: {error}") from None
     settings = settings.with_values(_from_environment(os.environ if environment is None else environment))
     return settings.with_values(flags)
+
+
+def _as_decided(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a profile; those of a run's ``config.toml`` ask for what its plan decided, for the same bits."""
+    settings = {name: value for name, value in values.items() if name not in TABLES}
+    plan = values.get("plan", {})
+    if not isinstance(plan, Mapping):
+        raise InputError(f"plan is {shown(plan)}; expected a table, as in a run's config.toml")
+    decided = {name: plan[name] for name in ("micro_batch", "tiles") if name in plan}
+    if plan.get("placement") == "resident":
+        decided["placement"] = "resident"
+    return {**settings, **decided}
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class DivergedError(EdgetrainError):
 
 
 class Stopped(BaseException):
-    """Training was asked to stop, by a signal or a time limit; what was done is committed.
+    """Training was asked to stop, by a signal or a time limit; what was done is in a checkpoint.
 
     Like ``KeyboardInterrupt`` it is no ``Exception``: code that goes on after errors must not go on after this.
     """

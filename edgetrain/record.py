@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from types import NoneType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from copy import copy
+from typing import Annotated, Any
 
-T = TypeVar("T")
-_LARGEST = 1 << 62
+from msgspec import Meta, Struct, to_builtins
+
+Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 KINDS = ("weights", "optimizer state", "gradients", "activations", "latents", "workspace")
 
 _TRAINED = (
@@ -23,8 +22,21 @@ _TRAINED = (
 )
 
 
-@dataclass
-class CellRecord:
+class Sums(Struct, frozen=True):
+    """Sums over a visit's steps: loss over ``samples``, and correct predictions among ``scored``."""
+
+    loss: float = 0.0
+    samples: Count = 0
+    correct: Count = 0
+    scored: Count = 0
+
+    @property
+    def means(self) -> tuple[float, float | None]:
+        """Mean loss, and accuracy where there are scores."""
+        return self.loss / max(self.samples, 1), self.correct / self.scored if self.scored else None
+
+
+class CellRecord(Struct, forbid_unknown_fields=True):
     """Of one cell. Memory in MiB, times in seconds; ``None`` is unknown or does not apply.
 
     Attributes:
@@ -33,8 +45,8 @@ class CellRecord:
     """
 
     name: str
-    params: int
-    epochs: int = 0
+    params: Count
+    epochs: Count = 0
     train_loss: float | None = None
     train_accuracy: float | None = None
     test_accuracy: float | None = None
@@ -42,25 +54,15 @@ class CellRecord:
     predicted_peak_mb: float | None = None
     seconds: float = 0.0
     waited_seconds: float = 0.0
-    tiles: int = 1
-    micro_batch: int = 0
-    losses: list[float] = field(default_factory=list)
-    accuracies: list[float | None] = field(default_factory=list)
+    tiles: Count = 1
+    micro_batch: Count = 0
+    losses: list[float] = []
+    accuracies: list[float | None] = []
 
-    def restore(self, values: dict[str, Any]) -> None:
-        """Take up what training had measured when it was committed.
-
-        Raises:
-            KeyError: something is missing.
-            TypeError: it is no number, or no list of them.
-        """
+    def restore(self, saved: CellRecord) -> None:
+        """Take over what training had measured by a checkpoint."""
         for name in _TRAINED:
-            value = values[name]
-            numbers = value if isinstance(value, list) else [value]
-            of_list = name in ("losses", "accuracies")
-            if isinstance(value, list) != of_list or any(type(n) not in (int, float, NoneType) for n in numbers):
-                raise TypeError(f"{name} is {str(value)[:40]}")
-            setattr(self, name, value)
+            setattr(self, name, copy(getattr(saved, name)))
 
     def add(self, epoch: int, share_before: float, loss: float, accuracy: float | None) -> None:
         """Take in a visit's mean loss and accuracy.
@@ -76,13 +78,12 @@ class CellRecord:
             before = self.train_accuracy
             known = accuracy is not None and before is not None
             accuracy = share_before * (before or 0.0) + (1 - share_before) * (accuracy or 0.0) if known else None
-        rounded = None if accuracy is None else float(f"{accuracy:.6g}")  # these stand in every commit
+        rounded = None if accuracy is None else float(f"{accuracy:.6g}")  # these are in every checkpoint
         self.losses[epoch:], self.accuracies[epoch:] = [float(f"{loss:.6g}")], [rounded]
         self.epochs, self.train_loss, self.train_accuracy = epoch + 1, loss, accuracy
 
 
-@dataclass
-class MemorySeries:
+class MemorySeries(Struct, forbid_unknown_fields=True):
     """What lives on the device in the course of a visit, as the dry run of its first steps foresees it.
 
     Attributes:
@@ -94,19 +95,18 @@ class MemorySeries:
     """
 
     name: str
-    count: int
+    count: Count
     peak_mb: float
     peak_at: str
     mb: list[list[float]]
-    first: int = 1
+    first: Count = 1
 
     def __post_init__(self) -> None:
         if not self.mb or any(len(row) != len(KINDS) for row in self.mb):
             raise TypeError(f"{self.name[:40]!r} holds no MiB by kind")
 
 
-@dataclass
-class RunRecord:
+class RunRecord(Struct, forbid_unknown_fields=True):
     """Of a whole run; see ``CellRecord`` for units.
 
     Attributes:
@@ -118,8 +118,8 @@ class RunRecord:
         disk_mb: the most that the run folder held; of that, ``latents_mb`` the caches between cells.
         written_mb: bytes written in all (flash wears out).
         energy_j: joules that the device took, as ``energy_source`` told.
-        waited_seconds: time in which the device waited for data; ``commit_seconds``: for commits.
-        readout: the trained classifier, if there is one.
+        waited_seconds: time in which the device waited for data; ``checkpoint_seconds``: for checkpoints.
+        classifier: the trained classifier, if there is one.
         edits: what was changed after the run was first finished (``edgetrain cells``).
         plan: its choices, in sentences.
         bp_predicted_peak_mb: of backpropagation on the same net, batch and optimizer, for local rules.
@@ -132,11 +132,11 @@ class RunRecord:
     schedule: str | None
     device: str
     seed: int
-    rows: int = 0
+    rows: Count = 0
     input: str = ""
-    epochs: int = 0
+    epochs: Count = 0
     test_accuracy: float | None = None
-    votes: dict[str, Any] = field(default_factory=dict)
+    votes: dict[str, Any] = {}
     budget_mb: float | None = None
     peak_gpu_mb: float | None = None
     predicted_peak_mb: float | None = None
@@ -147,18 +147,23 @@ class RunRecord:
     written_mb: float | None = None
     seconds: float = 0.0
     waited_seconds: float = 0.0
-    commit_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
     energy_j: float | None = None
     energy_source: str | None = None
     placement: str = "stream"
-    cells: list[CellRecord] = field(default_factory=list)
-    readout: CellRecord | None = None
-    citations: list[str] = field(default_factory=list)
-    edits: list[str] = field(default_factory=list)
-    plan: list[str] = field(default_factory=list)
+    cells: list[CellRecord] = []
+    classifier: CellRecord | None = None
+    citations: list[str] = []
+    edits: list[str] = []
+    plan: list[str] = []
     bp_predicted_peak_mb: float | None = None
-    memory: list[MemorySeries] = field(default_factory=list)
+    memory: list[MemorySeries] = []
     bp_memory: MemorySeries | None = None
+
+    @property
+    def visits(self) -> list[CellRecord]:
+        """All cells and, last, the classifier if there is one."""
+        return [*self.cells, *([] if self.classifier is None else [self.classifier])]
 
     @property
     def joules_per_epoch(self) -> float | None:
@@ -173,38 +178,4 @@ class RunRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
-
-
-def parsed(kind: type[T], values: Any) -> T:
-    """A record from plain JSON values; what is not there has its default.
-
-    Raises:
-        TypeError: a value is not of its field's type, or a field is missing or unknown.
-        ValueError: a text or a number is none that can be shown.
-    """
-    if not isinstance(values, dict):
-        raise TypeError(f"{str(values)[:40]!r} for a {kind.__name__}")
-    hints = get_type_hints(kind)
-    if unknown := set(values) - {each.name for each in fields(kind)}:  # type: ignore[arg-type]
-        raise TypeError(f"unknown: {str(min(unknown))[:40]!r}")
-    return kind(**{name: _parsed(name, hints[name], value) for name, value in values.items()})
-
-
-def _parsed(name: str, hint: Any, value: Any) -> Any:
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if NoneType in get_args(hint) else [hint]
-    if value is None and kinds != [hint]:
-        return None
-    kind = kinds[0]
-    if is_dataclass(kind):
-        return parsed(kind, value)  # type: ignore[arg-type]
-    if get_origin(kind) is list and isinstance(value, list):
-        return [_parsed(name, get_args(kind)[0], each) for each in value]
-    if isinstance(value, str) and not value.isascii():
-        value.encode()  # a UnicodeEncodeError is a ValueError
-    number = type(value) in (int, float)
-    if number and not (abs(value) <= _LARGEST if type(value) is int else math.isfinite(value)):
-        raise TypeError(f"{name} is {str(value)[:40]}")
-    if kind is Any or type(value) is (get_origin(kind) or kind) or (kind is float and number):
-        return value
-    raise TypeError(f"{name} is {str(value)[:40]!r}")
+        return to_builtins(self)  # type: ignore[no-any-return]

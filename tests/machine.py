@@ -20,6 +20,7 @@ from edgetrain.keys import seeded
 from edgetrain.memory.meter import meter_of
 from edgetrain.objectives.base import Batch
 from edgetrain.objectives.mf import MonoForward
+from edgetrain.store.entries import FORMAT, Begin
 from edgetrain.store.run import RunFolder
 from edgetrain.stream.cell import OptimizerRecipe, Setup
 from edgetrain.stream.classifier import Classifier, ClassifierRecipe
@@ -28,6 +29,7 @@ from edgetrain.stream.executor import Executor
 from edgetrain.stream.latents import DeviceLatents
 from edgetrain.stream.outputs import Outputs, Tally
 from edgetrain.stream.reader import Reader
+from edgetrain.stream.state import CellState
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job
 from edgetrain.training.stopping import Stop
@@ -61,10 +63,10 @@ def stopping_after(questions):
     return asked
 
 
-def stopped_after(questions, asked, path, rows, resume=False, watcher=None):
+def stopped_after(questions, asked, path, rows, resume=False, callback=None):
     """Let a run end early; what it says."""
     with mock.patch.object(Stop, "asked", stopping_after(questions)), pytest.raises(Stopped) as told:
-        fit(asked, path, data=rows, resume=resume, watcher=watcher)
+        fit(asked, path, data=rows, resume=resume, callback=callback)
     return str(told.value)
 
 
@@ -128,14 +130,38 @@ def settings(method, **values):
     return Settings().with_values({"method": method, **standard, **values})
 
 
+def begin(config=""):
+    """A run's first journal entry."""
+    return Begin(format=FORMAT, config=config, net=[])
+
+
 def units(path):
-    """All committed tensors of a run, weights and optimizer state, by unit and name."""
+    """All saved tensors of a run, weights and optimizer state, by unit and name."""
     folder = RunFolder(path)
     return {
         f"{unit}/{name}": value
         for unit, kinds in folder.files().items()
-        for name, value in folder.read_unit(kinds).items()
+        for name, value in named(folder.units.read(kinds)).items()
     }
+
+
+def named(kinds):
+    """A unit's tensors by one name each, its optimizer state as ``optim.*``."""
+    return {**kinds["weights"], **{f"optim.{name}": value for name, value in kinds.get("optim", {}).items()}}
+
+
+def flat(state):
+    """A cell's tensors by one name each."""
+    return named(state.to_kinds())
+
+
+def state_of(tensors):
+    """The state of a cell whose tensors ``flat`` gave."""
+    kinds = {"weights": {}, "optim": {}}
+    for name, value in tensors.items():
+        kind = "optim" if name.startswith("optim.") else "weights"
+        kinds[kind][name.removeprefix("optim.")] = value
+    return CellState.of_kinds(kinds)
 
 
 def finished(path, method, kind="pixels", **values):
@@ -258,7 +284,7 @@ def classifier_of(widths, optimizer, state=None, resident=True, rule=None, seed=
 def classifier_blocks(widths, dtype=torch.float32):
     """The first blocks of the classifier, by their names in files."""
     state = classifier_of(widths, OptimizerRecipe("adamw", LR)).state_dict()
-    return {name: value.to(dtype) for name, value in state.to_tensors().items()}
+    return {name: value.to(dtype) for name, value in flat(state).items()}
 
 
 def joined_of(blocks, pattern="head.{}.weight"):

@@ -136,6 +136,7 @@ class SimulatedCuda:
         self.host_reads: Counter[str] = Counter()
         self.seeds: list[int] = []
         self.peak = 0  # reserved on any device, whatever peaks were begun anew
+        self.workspaces: set[tuple[int, bool]] = set()  # by device and thread, kept until the process ends
         self._numbers = 0
         self._main = [Queue(self, self.next_number(), torch.device("cuda", index)) for index in range(devices)]
         self._queues = list(self._main)
@@ -193,7 +194,16 @@ class SimulatedCuda:
         self.checker._handle_device_synchronization()
 
     def warm_up(self, device: torch.device) -> None:
-        """Nothing is loaded."""
+        """See ``memory.device.Cuda``."""
+        for backward in (False, True):
+            self.hold_workspaces(device.index, backward)
+
+    def hold_workspaces(self, index: int, backward: bool) -> None:
+        """What the matrix products of a thread take for good."""
+        if (index, backward) not in self.workspaces:
+            self.workspaces.add((index, backward))
+            for size in devices.workspace_requests()[:2]:
+                self.allocate(index, self.next_number(), size)
 
     def generator(self, device: torch.device) -> torch.Generator:
         return torch.Generator("cpu")
@@ -268,7 +278,6 @@ class _Mode(TorchDispatchMode):
         super().__init__()
         self.cuda, self.known = cuda, WeakIdKeyDictionary()
         self._graves: dict[int, weakref.ref[Any]] = {}
-        self._workspaces: set[tuple[int, bool]] = set()
         self._lock = threading.Lock()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -390,11 +399,7 @@ class _Mode(TorchDispatchMode):
         """Matrix products take their workspaces for good, and scratch for their duration."""
         if func._schema.name not in PRODUCTS:
             return
-        backward = torch._C._current_autograd_node() is not None
-        if (index, backward) not in self._workspaces:
-            self._workspaces.add((index, backward))
-            for size in devices.workspace_requests()[:2]:
-                self.cuda.allocate(index, self.cuda.next_number(), size)
+        self.cuda.hold_workspaces(index, torch._C._current_autograd_node() is not None)
         if self.cuda.scratch:
             key = self.cuda.next_number()
             self.cuda.allocate(index, key, self.cuda.scratch)
@@ -440,9 +445,26 @@ class _Devices(TorchFunctionMode):
             real = func(*args)
             place = self._mode._place(args[0]) if real.type == "cpu" else None
             return real if place is None or place.device is None else torch.device("cuda", place.device)
+        if func in _TO_HOST and (copy := self._on_host(func, args, kwargs or {})) is not None:
+            return copy
         if func is torch.nn.functional.one_hot and args[1] > 0:
             return args[0].new_zeros((*args[0].shape, args[1])).scatter_(-1, args[0].unsqueeze(-1), 1)
         return func(*args, **(kwargs or {}))
+
+    def _on_host(self, func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """A host copy of a tensor of the device, where one is asked for; in C++ it is on the host already."""
+        if type(args[0]) not in (torch.Tensor, torch.nn.Parameter) or self._mode._place(args[0]).device is None:
+            return None
+        if func is torch.Tensor.numpy:
+            raise TypeError("can't convert a tensor of a simulated GPU to numpy; copy it to the host first")
+        asked = "cpu" if func is torch.Tensor.cpu else kwargs.get("device", args[1] if len(args) > 1 else None)
+        if not isinstance(asked, str | torch.device) or torch.device(asked).type != "cpu":
+            return None
+        copy = torch.empty(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+        return copy.copy_(args[0])
+
+
+_TO_HOST = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.numpy)
 
 
 def _argument(func: Any, name: str) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from edgetrain.keys import seeded
 from edgetrain.nets.base import CellRecipe
+from edgetrain.store.entries import Fingerprint
 
 Change = Callable[[nn.Module], nn.Module]
 
@@ -23,7 +23,7 @@ class WholeNet(CellRecipe):
         """See ``CellRecipe.materialise``; each part starts from the weights that it would have alone."""
         return tied(self.parts, [self._part(seed, number) for number in range(len(self.parts))])
 
-    def fingerprints(self) -> list[list[Any]]:
+    def fingerprints(self) -> list[Fingerprint]:
         """See ``CellRecipe.fingerprints``."""
         return [each for part in self.parts for each in part.fingerprints()]
 

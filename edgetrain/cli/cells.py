@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+from msgspec import to_builtins
 
 from edgetrain.cli.options import chosen_options, output_options, stdout_for_results
 
@@ -41,25 +41,25 @@ def command(
     """Change a finished run's cells and leave the earlier ones untouched.
 
     list shows the cells and whether their files are whole. append trains new cells behind the others, from
-    what these hand on. drop removes cell NUMBER (the last, if none is named) and those behind it. retrain
-    trains cell NUMBER anew, and those behind it, as they learn from what it hands on.
+    what these emit. drop removes cell NUMBER (the last, if none is named) and those behind it. retrain
+    trains cell NUMBER anew, and those behind it, as they learn from what it emits.
     """
     changes = {name: value for name, value in flags.items() if value is not None}
     _check(action, number, net, changes)
     if action == "list":
         _list(run, net, method, as_json)
         return
-    from edgetrain.report.terminal import show_run, watcher
+    from edgetrain.report.terminal import progress_display, show_run
     from edgetrain.training import edits
 
-    with stdout_for_results(), watcher(quiet) as looking:
+    with stdout_for_results(), progress_display(quiet) as callback:
         if action == "append":
-            changed = edits.append(run, net, changes, watcher=looking, method=method)
+            changed = edits.append(run, net, changes, callback=callback, method=method)
         elif action == "drop":
-            changed = edits.drop(run, number, net, watcher=looking, method=method)
+            changed = edits.drop(run, number, net, callback=callback, method=method)
         else:
             assert number is not None
-            changed = edits.retrain(run, number, net, changes, watcher=looking, method=method)
+            changed = edits.retrain(run, number, net, changes, callback=callback, method=method)
     if as_json:
         click.echo(json.dumps(changed.record.as_dict()))
     else:
@@ -81,11 +81,11 @@ def _check(action: str, number: int | None, net: str | None, changes: dict[str, 
 def _list(run: Path, net: str | None, method: str | None, as_json: bool) -> None:
     from edgetrain.report.terminal import show_cells
     from edgetrain.training.edits import list_cells
-    from edgetrain.training.finished import Run
+    from edgetrain.training.run import Run
 
     with stdout_for_results():
         states = list_cells(Run.open(run, net, method))
     if as_json:
-        click.echo(json.dumps([asdict(state) for state in states]))
+        click.echo(json.dumps(to_builtins(states)))
     else:
         show_cells(states)

@@ -25,7 +25,7 @@ def command(
 ) -> None:
     """Measure the accuracy of a finished run by every vote it has."""
     from edgetrain.report.terminal import show_votes
-    from edgetrain.training.finished import Run
+    from edgetrain.training.run import Run
 
     with stdout_for_results():
         opened = Run.open(run, net, method)

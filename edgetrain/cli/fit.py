@@ -51,13 +51,13 @@ def command(
         click.echo(with_defaults(settings, method_of(settings)).to_toml(), nl=False)
         return
     from edgetrain.report.tensorboard import logged
-    from edgetrain.report.terminal import show_run, watcher
+    from edgetrain.report.terminal import progress_display, show_run
     from edgetrain.training.fit import fit
     from edgetrain.training.resuming import free_path
 
     path = run_dir or free_path(settings.data, settings.method)
-    with stdout_for_results(), watcher(quiet) as looking, logged(looking, tensorboard) as looking:
-        run = fit(settings, path, resume=resume, force=force, watcher=looking)
+    with stdout_for_results(), progress_display(quiet) as callback, logged(callback, tensorboard) as callback:
+        run = fit(settings, path, resume=resume, force=force, callback=callback)
     if as_json:
         click.echo(json.dumps(run.record.as_dict()))
     else:

@@ -29,7 +29,7 @@ COMMANDS = {
 EPILOG = """\b
 Exit codes: 0 done; 2 wrong input; 3 disk or I/O; 4 corrupt file; 5 run folder in use;
   6 the budget cannot hold it; 7 training diverged; 70 a bug of ours;
-  130, 143, 129 stopped by SIGINT, SIGTERM or --time-limit, SIGHUP, after committing.
+  130, 143, 129 stopped by SIGINT, SIGTERM or --time-limit, SIGHUP, after a checkpoint.
 
 Example: edgetrain fit --data mnist --net mlp:1000x2 --max-gpu-mb 64"""
 

@@ -38,7 +38,7 @@ def command(
 ) -> None:
     """Read labels off a finished run for new data: a CSV table, one line a row."""
     from edgetrain.store.atomic import check_target, write_text
-    from edgetrain.training.finished import Run
+    from edgetrain.training.run import Run
 
     for target in filter(None, (latents, out)):
         check_target(target)

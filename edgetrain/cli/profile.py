@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from msgspec import to_builtins
 
 from edgetrain.cli.options import chosen_options, given_settings, output_options
 
@@ -118,7 +119,7 @@ def command(
     if as_json:
         values: dict[str, Any] = {"rows": [asdict(point) for point in found], "slopes_mb_per_layer": steep}
         if timeline:
-            series = {name: [asdict(visit) for visit in visits] for name, visits in lived.items()}
+            series = {name: to_builtins(visits) for name, visits in lived.items()}
             values |= {"kinds": KINDS, "timelines": series}
         click.echo(json.dumps(values))
     else:

@@ -419,8 +419,13 @@ def cuda_name(device: torch.device) -> str:
 
 @contextmanager
 def running_on(device: torch.device, budget_bytes: int | None) -> Iterator[None]:
-    """A scope for work on a device: it is current, and its allocator refuses more than the budget."""
+    """A scope for work on a device: it is current, and its allocator refuses more than the budget.
+
+    The workspaces of matrix products, which stay until the process ends, are taken first, as the plan has it.
+    """
     with active(device):
+        if device.type == "cuda":
+            _cuda.warm_up(device)
         cap(device, budget_bytes)
         try:
             yield

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 import torch
 import xxhash
 from torch import nn
 
 from edgetrain.keys import seeded
+from edgetrain.store.entries import Fingerprint
 
 #: Option values of a net spec: what the user wrote after ``;``, else what the method prefers.
 Options = Mapping[str, str]
@@ -28,7 +28,7 @@ class CellRecipe:
     Attributes:
         name: shown to people, e.g. ``linear 784-1000``.
         in_shape: of one sample that the cell reads.
-        out_shape: of one sample of the latents that it hands on.
+        out_shape: of one sample of the latents that it emits.
         build: makes the module; draws its weights from torch's global CPU generator.
         signature: cells of equal signature take equal memory and time.
         draws: whether the module draws random numbers when it runs (dropout).
@@ -72,12 +72,9 @@ class CellRecipe:
         with torch.device("meta"):
             return self.build()
 
-    def fingerprints(self) -> list[list[Any]]:
-        """By what the cell is known again: name, digest of the signature, and ``behaviour``.
-
-        A recipe of several cells gives one for each.
-        """
-        return [[self.name, xxhash.xxh3_64_hexdigest(repr(self.signature).encode()), *self.behaviour]]
+    def fingerprints(self) -> list[Fingerprint]:
+        """By what the cell is known again; a recipe of several cells gives one for each."""
+        return [Fingerprint(self.name, xxhash.xxh3_64_hexdigest(repr(self.signature).encode()), self.behaviour)]
 
     def parameters(self) -> int:
         """Learned numbers in the cell."""

@@ -24,7 +24,7 @@ from edgetrain.store.rows import RowFormat
 def latents_held(work: Workload, cut: Cut) -> int:
     """The most bytes of training latents that are on disk at once.
 
-    Under ``sequence`` the newest commit keeps its latents while those that follow are written.
+    Under ``sequence`` the newest checkpoint keeps its latents while those that follow are written.
     """
     if work.schedule == "separate" and cut.cached is not None:
         return _held_again(work, cut.cached, work.range_rows(cut))

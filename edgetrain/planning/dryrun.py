@@ -41,6 +41,7 @@ class Bench:
 
     Attributes:
         requests: what CUDA's allocator was asked for, in order; elsewhere ``None``.
+        device: where tensors are.
     """
 
     tracker: LiveBytes
@@ -48,6 +49,7 @@ class Bench:
     timeline: Timeline
     allocator: CachingAllocatorModel | None
     requests: Requests | None
+    device: torch.device = _CPU
 
     @property
     def peak(self) -> int:
@@ -154,23 +156,33 @@ def cell_peak(work: Workload, index: int, micro_batch: int, tiles: int = 1, resi
 def visited(work: Workload, index: int, micro_batch: int, tiles: int = 1, resident: bool = False) -> Bench:
     """The bench after a visit to node ``index``, streamed; see ``cell_peak``."""
     with bench(work.device, work.needs_values(index)) as table:
-        cell = place(work, index, table, tiles, resident)
-        _visit(work, index, micro_batch, table, cell, _reader(work, index, table), _NoFile(work.latent_dtype))
+        visit(work, index, micro_batch, table, tiles, resident)
     return table
+
+
+def visit(work: Workload, index: int, micro_batch: int, table: Bench, tiles: int = 1, resident: bool = False) -> None:
+    """Train node ``index`` for a few steps, streamed, and let it emit."""
+    cell = place(work, index, table, tiles, resident)
+    _visit(work, index, micro_batch, table, cell, _reader(work, index, table), _NoFile(work.latent_dtype))
 
 
 def _evaluated(work: Workload, index: int, micro_batch: int, tiles: int) -> Bench:
     """The bench after looking for the classes with cell ``index``, as the predictor does."""
     with bench(work.device, work.needs_values(index)) as table:
-        cell = place(work, index, table, tiles)
-        names = ("x",) if index == 0 else work.objective.unlabelled_names
-        formats = dict.fromkeys(names, work.inputs if index == 0 else RowFormat(work.nodes[index - 1].shape))
-        prepare = evaluation_inputs(work.objective) if index == 0 else None
-        reader = Reader([_NoRows(formats)], _LABELS, _CPU, table.meter.host, 0, prepare, slots_on(work.device))
-        size = work.objective.evaluation_batch(micro_batch)
-        span = Span(_STEPS * size, size, size, 0, _STEPS)
-        Executor(table.meter, work.seed).run("evaluate", cell, reader, span, Outputs(sink=_NoFile("float32")))
+        evaluate(work, index, micro_batch, table, tiles)
     return table
+
+
+def evaluate(work: Workload, index: int, micro_batch: int, table: Bench, tiles: int = 1) -> None:
+    """Look for the classes of a few batches with cell ``index``, as the predictor does."""
+    cell = place(work, index, table, tiles)
+    names = ("x",) if index == 0 else work.objective.unlabelled_names
+    formats = dict.fromkeys(names, work.inputs if index == 0 else RowFormat(work.nodes[index - 1].shape))
+    prepare = evaluation_inputs(work.objective) if index == 0 else None
+    reader = Reader([_NoRows(formats)], _LABELS, table.device, table.meter.host, 0, prepare, slots_on(work.device))
+    size = work.objective.evaluation_batch(micro_batch)
+    span = Span(_STEPS * size, size, size, 0, _STEPS)
+    Executor(table.meter, work.seed).run("evaluate", cell, reader, span, Outputs(sink=_NoFile("float32")))
 
 
 def evaluation_seeds(work: Workload, micro_batches: list[int], tiles: list[int]) -> list[int]:
@@ -203,11 +215,11 @@ def place(work: Workload, index: int, table: Bench, tiles: int = 1, resident: bo
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     shapes = None
-    if index < work.depth and not work.needs_values(index):
+    if index < work.depth and not work.needs_values(index) and table.device == _CPU:
         with unset_fake_temporarily():  # modules with buffers cannot be made on two pretended devices at once
             shapes = shapes_of(work.nodes[index], work.objective)
     with table.meter.watch():
-        return work.builder(_CPU, table.meter.host, resident).build(index, tiles, shapes=shapes)
+        return work.builder(table.device, table.meter.host, resident).build(index, tiles, shapes=shapes)
 
 
 def _reader(work: Workload, index: int, table: Bench, sources: list[Source] | None = None) -> Reader:
@@ -219,14 +231,14 @@ def _reader(work: Workload, index: int, table: Bench, sources: list[Source] | No
     prepare = training_inputs(work.objective, work.augmentation) if index == 0 else None
     slots = slots_on(work.device) if sources is None else 1
     labels = _LABELS if sources is None else sources.pop()
-    return Reader(sources or in_files, labels, _CPU, table.meter.host, 0, prepare, slots)
+    return Reader(sources or in_files, labels, table.device, table.meter.host, 0, prepare, slots)
 
 
 def _visit(work: Workload, index: int, micro_batch: int, table: Bench, cell: Cell, reader: Reader, sink: Sink) -> None:
     executor = Executor(table.meter, work.seed)
     emits = index < work.depth and work.emits(index)
     with table.meter.watch():
-        tally = Tally(_CPU)
+        tally = Tally(table.device)
     while_training = sink if emits and work.emits_in_training else None
     executor.run("train", cell, reader, _excerpt(work, micro_batch), Outputs(tally, while_training))
     del tally

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
 
 from edgetrain.planning.schedule import WHOLE, Cut
+from edgetrain.record import Count
 from edgetrain.units import ceil_mb, show_mb, to_mb
+
+Size = Annotated[int, Meta(ge=1, le=1 << 62)]
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,29 @@ class CellPlan:
     evaluation_seed: int = 0
 
 
+class Decisions(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a plan decided and a resumed run keeps, so that it continues to the same bits.
+
+    Attributes:
+        placement: ``stream`` or ``resident``.
+        micro_batch: samples on the device at once; a list gives one for each cell and for the classifier.
+        tiles: of each cell; likewise.
+        ranges: parts of an epoch of which latents are on disk at once.
+        cached: latents that ``separate`` caches whole, the others being emitted again; ``None``: all.
+    """
+
+    placement: Literal["stream", "resident"]
+    micro_batch: Size | list[Size]
+    tiles: Size | list[Size] = 1
+    ranges: Size = 1
+    cached: list[Count] | None = None
+
+    @property
+    def cut(self) -> Cut:
+        """How much of the latents is on disk at once."""
+        return Cut(self.ranges, None if self.cached is None else frozenset(self.cached))
+
+
 @dataclass(frozen=True)
 class Plan:
     """Of a whole run.
@@ -80,7 +108,7 @@ class Plan:
 
     cells: tuple[CellPlan, ...]
     classifier: CellPlan | None
-    placement: str
+    placement: Literal["stream", "resident"]
     classifier_resident: bool
     budget: int | None
     least: Callable[[], int] = field(repr=False, compare=False)
@@ -148,6 +176,14 @@ class Plan:
         """Of each cell and of the classifier."""
         return [cell.micro_batch for cell in self.visits]
 
+    @property
+    def decisions(self) -> Decisions:
+        """What a resumed run keeps."""
+        cached = None if self.cut.cached is None else sorted(self.cut.cached)
+        return Decisions(
+            self.placement, one_if_equal(self.micro_batches), one_if_equal(self.tiles), self.cut.ranges, cached
+        )
+
     def as_dict(self, bp_peak: int | None, times: Sequence[VisitTime] | None = None) -> dict[str, Any]:
         """What ``plan --json`` prints; times are unknown where the machine's rates are."""
         total = None if times is None else round(sum(time.seconds for time in times), 1)
@@ -169,6 +205,11 @@ class Plan:
             "seconds": total,
             "cells": [_as_dict(cell, time) for cell, time in zip(self.visits, each, strict=True)],
         }
+
+
+def one_if_equal(sizes: list[int]) -> int | list[int]:
+    """A single number where all are the same."""
+    return sizes[0] if len(set(sizes)) == 1 else sizes
 
 
 def _as_dict(cell: CellPlan, time: VisitTime | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby, islice
 from math import prod
+from typing import Literal
 
 import torch
 
@@ -22,6 +23,7 @@ from edgetrain.objectives.base import nodes
 from edgetrain.planning import storage
 from edgetrain.planning.dryrun import Peak, cell_peak, refusal_of_one_row, resident_peak
 from edgetrain.planning.plan import CellPlan, Plan
+from edgetrain.planning.probe import Probe
 from edgetrain.planning.schedule import Cut
 from edgetrain.planning.workload import Workload
 from edgetrain.stream.tiles import ranges_of
@@ -41,6 +43,7 @@ def make_plan(
     disk_budget: int | None = None,
     cut: Cut | None = None,
     outside: int = 0,
+    probe: Probe | None = None,
 ) -> Plan:
     """The plan of a run; it may say that the run does not fit.
 
@@ -54,15 +57,16 @@ def make_plan(
         disk_budget: disk bytes, or ``None``.
         cut: of the latents, as a run was begun; ``None``: whatever fits the disk.
         outside: bytes that the stated budget holds besides ``budget``.
+        probe: measures a cell of each kind on the device; ``None``: the dry run alone predicts.
 
     Raises:
         InputError: micro-batches or tiles were asked for where they cannot be, or the last batch is a single row
             from which a cell cannot learn.
     """
 
-    def attempt(size: int, cut: Cut | None = None) -> Plan:
+    def attempt(size: int, cut: Cut | None = None, probe: Probe | None = None) -> Plan:
         return _attempt(replace(work, batch_size=size), budget, placement, micro_batch, tiles, host_budget,
-                        disk_budget, cut, outside)  # fmt: skip
+                        disk_budget, cut, outside, probe)  # fmt: skip
 
     size = min(work.batch_size, work.rows)
     last_row = _LastRow(work)
@@ -73,7 +77,7 @@ def make_plan(
             f"--batch-size {work.batch_size} leaves a last batch of one of the {work.rows} rows, from which"
             f" {refusal}; {advice}"
         )
-    plan = attempt(work.batch_size, cut)
+    plan = attempt(work.batch_size, cut, probe)
     if plan.fits or plan.splits:
         return plan
     return replace(plan, whole_batch=next((each for each in last_row.smaller(size) if _fits_all(attempt(each))), None))
@@ -89,14 +93,15 @@ def _attempt(
     disk_budget: int | None,
     cut: Cut | None,
     outside: int,
+    probe: Probe | None,
 ) -> Plan:
     """The plan of a run of this batch size; see ``make_plan``."""
-    chooser = _Chooser(work, budget, _asked(work, micro_batch), _asked_tiles(work, tiles))
+    chooser = _Chooser(work, budget, _asked(work, micro_batch), _asked_tiles(work, tiles), probe)
     cells = tuple(chooser.cell(index) for index in range(work.depth))
     classifier, classifier_resident = chooser.classifier(lean=placement == "stream")
     visits = cells if classifier is None else (*cells, classifier)
     peak = max(cell.peak for cell in visits)
-    chosen = "stream"
+    chosen: Literal["stream", "resident"] = "stream"
     tiled = any(cell.tiles > 1 for cell in cells)
     if placement == "resident" and tiled:
         raise InputError("--placement resident: cells in tiles come from the host; leave one of the two out")
@@ -104,6 +109,7 @@ def _attempt(
         placement == "auto" and work.device.type == "cuda" and work.depth <= _RESIDENT_CELLS and not tiled
     ):
         whole, peaks = resident_peak(work, [cell.micro_batch for cell in visits])
+        whole, peaks = whole + chooser.scratch, [each + chooser.scratch for each in peaks]
         if placement == "resident" or budget is None or whole <= budget:
             chosen, peak, classifier_resident = "resident", whole, True
             cells = tuple(replace(cell, peak=peaks[index], seed=0) for index, cell in enumerate(cells))
@@ -297,6 +303,7 @@ class _Choice:
     micro: int
     tiles: int
     peak: Peak
+    scratch: int = 0
 
 
 class _Chooser:
@@ -305,8 +312,16 @@ class _Chooser:
     A cell that does not fit in any micro-batch is cut into tiles: as few as allow the largest micro-batch.
     """
 
-    def __init__(self, work: Workload, budget: int | None, asked: list[int] | None, tiles: list[int] | None):
-        self._work, self._budget, self._asked, self._tiles = work, budget, asked, tiles
+    def __init__(
+        self,
+        work: Workload,
+        budget: int | None,
+        asked: list[int] | None,
+        tiles: list[int] | None,
+        probe: Probe | None = None,
+    ):
+        self._work, self._budget, self._asked, self._tiles, self._probe = work, budget, asked, tiles, probe
+        self._scratch: dict[tuple[int, int, int], int] = {}  # bytes by node, micro-batch and tiles; see ``Probe``
         self._known: dict[Hashable, _Choice] = {}
         self._nodes: dict[Hashable, int] = {}  # one of each kind
         self._peaks: dict[tuple[int, int, int, bool], Peak] = {}  # by node, micro-batch, tiles and residency
@@ -324,7 +339,7 @@ class _Chooser:
         )
         if kind not in self._known:
             self._nodes[kind] = index
-            self._known[kind] = self._choose(index)
+            self._known[kind] = self._choose_and_probe(index)
         found = self._known[kind]
         latents, tileable = storage.latent_bytes(work, index), work.objective.tileable(node)
         return CellPlan(
@@ -332,17 +347,21 @@ class _Chooser:
             found.peak.seed, found.peak.evaluation_seed,
         )  # fmt: skip
 
+    @property
+    def scratch(self) -> int:
+        """The most bytes that kernels were found to take in the chosen cells beyond the dry run's."""
+        return max((choice.scratch for choice in self._known.values()), default=0)
+
     def least(self) -> int:
         """The smallest budget that would do, all cells streamed."""
-        peaks = [
-            min(
-                self._bytes(index, size, tiles) for tiles in self._extremes(index) for size in _ends(self._sizes(index))
-            )
-            for index in self._nodes.values()
-        ]
+        peaks = [self._leanest(index) + self._known[kind].scratch for kind, index in self._nodes.items()]
         if self._work.classifier is not None:
             peaks.append(min(self._bytes(self._work.depth, size, 1) for size in _ends(self._sizes(self._work.depth))))
         return max(peaks)
+
+    def _leanest(self, index: int) -> int:
+        sizes = _ends(self._sizes(index))
+        return min(self._dry_peak(index, size, tiles).bytes for tiles in self._extremes(index) for size in sizes)
 
     def classifier(self, lean: bool) -> tuple[CellPlan | None, bool]:
         """The plan of the trained classifier, and whether it stays on the device as a whole."""
@@ -363,6 +382,15 @@ class _Chooser:
     def fits(self, peak: int) -> bool:
         """Whether the budget holds it."""
         return self._budget is None or peak <= self._budget
+
+    def _choose_and_probe(self, index: int) -> _Choice:
+        """The choice by the dry run; if more is reserved on the device and that does not fit, the next choice."""
+        while True:
+            found = self._choose(index)
+            key = index, found.micro, found.tiles
+            if self._probe is None or key in self._scratch or not self.fits(found.peak.bytes):
+                return replace(found, scratch=self._scratch.get(key, 0))
+            self._scratch[key] = self._probe.unforeseen(self._work, *key, found.peak)
 
     def _choose(self, index: int) -> _Choice:
         work, node = self._work, self._work.nodes[index]
@@ -399,6 +427,10 @@ class _Chooser:
         return self._peak(index, size, tiles, resident).bytes
 
     def _peak(self, index: int, size: int, tiles: int, resident: bool = False) -> Peak:
+        found, scratch = self._dry_peak(index, size, tiles, resident), self._scratch.get((index, size, tiles), 0)
+        return replace(found, bytes=found.bytes + scratch) if scratch else found
+
+    def _dry_peak(self, index: int, size: int, tiles: int, resident: bool = False) -> Peak:
         key = index, size, tiles, resident
         if key not in self._peaks:
             self._peaks[key] = cell_peak(self._work, *key)

@@ -35,7 +35,7 @@ class Visit:
             order, for the next cell to go on with; ``cached``: into the latents of all samples.
         frees: latents that nobody reads after this visit, until they are emitted anew.
         final: whether this visit finishes the cell's training.
-        frontier: whether the run can go on from here with committed cells alone, without any latents
+        frontier: whether the run can go on from here with the cells of a checkpoint alone, without any latents
             that only unfinished cells could have emitted.
     """
 

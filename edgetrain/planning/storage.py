@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from itertools import pairwise
 from math import prod
 
+from msgspec import json
+
+from edgetrain.memory.queues import copies_async
 from edgetrain.objectives.base import Node
 from edgetrain.planning.cut import choose_cut, latents_held, latents_written, least_room
 from edgetrain.planning.schedule import WHOLE, Cut
@@ -36,15 +38,20 @@ def host_bytes(work: Workload, params: list[int]) -> int:
 
 def staging_bytes(work: Workload) -> int:
     """Host memory for batches on their way to the device and back."""
-    size = min(work.batch_size, work.rows)
-    nodes = range(work.depth)
-    readers = (work.prefetch + 2) * size * (_LABEL_BYTES + max(work.row_bytes_into(index) for index in nodes))
-    return readers + 3 * size * max(_float_bytes(work, index + 1) for index in nodes)
+    size, nodes = min(work.batch_size, work.rows), range(work.depth)
+    buffer = _page_locked_bytes if copies_async(work.device) else int
+
+    def batch(row_bytes: Iterable[int]) -> int:
+        return sum(buffer(size * each) for each in row_bytes)
+
+    reads = max(batch(layout.row_bytes for layout in work.formats_into(index).values()) for index in nodes)
+    writes = max(batch(4 * layout.elements for layout in work.formats_into(index + 1).values()) for index in nodes)
+    return (work.prefetch + 2) * (reads + batch([_LABEL_BYTES])) + 3 * writes
 
 
-def _float_bytes(work: Workload, index: int) -> int:
-    """Bytes of one sample that node ``index`` reads, all streams together, as float32."""
-    return 4 * sum(layout.elements for layout in work.formats_into(index).values())
+def _page_locked_bytes(size: int) -> int:
+    """What a page-locked buffer takes: PyTorch rounds it up to a power of two."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def input_bytes(work: Workload) -> int:
@@ -60,7 +67,7 @@ def evaluation_bytes(work: Workload) -> int:
 
 def fixed_disk_bytes(work: Workload, params: int) -> int:
     """Disk that a run needs beside its training latents: inputs, cells, and the model."""
-    # While a commit replaces cells, both generations exist; then the model joins the last one.
+    # While a checkpoint replaces cells, both generations exist; then the model joins the last one.
     return input_bytes(work) + 2 * STATE_BYTES_PER_PARAMETER * params + bookkeeping_bytes(work)
 
 
@@ -74,7 +81,7 @@ def bookkeeping_bytes(work: Workload) -> int:
     for node in work.nodes:
         kind = node.recipe.signature, node.parent.shape
         if kind not in known:
-            known[kind] = (*_beside_parameters(work, node), len(json.dumps(node.recipe.fingerprints())) + 8)
+            known[kind] = (*_beside_parameters(work, node), len(json.encode(node.recipe.fingerprints())) + 8)
         state, optimizer, fingerprint = known[kind]
         prints += fingerprint
         cells, model = cells + state + optimizer, model + state
@@ -106,8 +113,8 @@ def _beside_parameters(work: Workload, node: Node) -> tuple[int, int]:
 def disk_bytes(work: Workload, params: int, placement: str, cut: Cut = WHOLE, budget: int | None = None) -> int:
     """The most that the run folder holds: inputs, the latents needed at once, cells, the model, and the rest.
 
-    Latents on the device are written by commits within an epoch; where a ``budget`` has no room for that, the run
-    does without such commits.
+    Latents on the device are written by checkpoints within an epoch; where a ``budget`` has no room for that, the run
+    does without such checkpoints.
     """
     on_device = placement == "resident" and (budget is not None or not work.emits_in_training)
     latents = 0 if on_device else latents_held(work, cut)
@@ -115,7 +122,7 @@ def disk_bytes(work: Workload, params: int, placement: str, cut: Cut = WHOLE, bu
 
 
 def written_bytes(work: Workload, params: int, placement: str, cut: Cut = WHOLE) -> int:
-    """What the run writes in all when the host tier has room for its cells and it commits twice."""
+    """What the run writes in all when the host tier has room for its cells and it saves two checkpoints."""
     latents = 0 if placement == "resident" else latents_written(work, cut)
     return input_bytes(work) + latents + 2 * STATE_BYTES_PER_PARAMETER * params + 4 * params
 

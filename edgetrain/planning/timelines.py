@@ -65,7 +65,7 @@ def _series(name: str, count: int, table: Bench, points: int, first: int = 1) ->
 
 def _of(name: str, count: int, live: NDArray[Any], at: str, points: int, first: int) -> MemorySeries:
     kept = thinned(live, points)
-    return MemorySeries(name, count, to_mb(live.sum(1).max()) or 0.0, at, (kept / MIB).round(4).tolist(), first)
+    return MemorySeries(name, count, to_mb(int(live.sum(1).max())) or 0.0, at, (kept / MIB).round(4).tolist(), first)
 
 
 def _kind(work: Workload, plan: Plan, node: int) -> Hashable:

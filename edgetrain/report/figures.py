@@ -306,15 +306,15 @@ def _waits(runs: Named) -> Drawing | None:
                 for number, cell in enumerate(visits):
                     rows.append((_label(record, number), cell.seconds - cell.waited_seconds, cell.waited_seconds, 0, 0))
                 spent = sum(cell.seconds for cell in visits)
-                rest = max(0.0, record.seconds - spent - record.commit_seconds)
-                rows.append(("the rest", 0, 0, record.commit_seconds, rest))
+                rest = max(0.0, record.seconds - spent - record.checkpoint_seconds)
+                rows.append(("the rest", 0, 0, record.checkpoint_seconds, rest))
             else:
                 trained, waited = sum(cell.seconds for cell in visits), record.waited_seconds
-                rest = max(0.0, record.seconds - trained - record.commit_seconds)
-                rows.append((name, trained - waited, waited, record.commit_seconds, rest))
+                rest = max(0.0, record.seconds - trained - record.checkpoint_seconds)
+                rows.append((name, trained - waited, waited, record.checkpoint_seconds, rest))
         left = np.zeros(len(rows))
         places = np.arange(len(rows))
-        kinds = ("computing", "waiting for data", "commits", "preparing, evaluating")
+        kinds = ("computing", "waiting for data", "checkpoints", "preparing, evaluating")
         for column, (kind, colour) in enumerate(
             zip(kinds, (COLOURS[0], COLOURS[1], COLOURS[3], COLOURS[7]), strict=True)
         ):
@@ -419,7 +419,7 @@ def _profile(
 
 
 def _visits(record: RunRecord) -> list[CellRecord]:
-    return [*record.cells, *([record.readout] if record.readout else [])]
+    return record.visits
 
 
 def _with_names(runs: Named) -> tuple[float, float]:

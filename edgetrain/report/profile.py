@@ -201,7 +201,7 @@ def _point(settings: Settings, depth: int, width: int, batch: int, dry: bool, da
         epochs = 1 if work.rows >= 2 * work.batch_size else 2  # the second full batch finds the optimizer's state there
         with TemporaryDirectory(prefix="edgetrain-") as folder:
             run = fit(settings.with_values({"epochs": epochs}), Path(folder) / "run", data=data)
-        cells = [*run.record.cells, *([run.record.readout] if run.record.readout else [])]
+        cells = run.record.visits
         peak, seconds = run.record.peak_gpu_mb, round(math.fsum(cell.seconds for cell in cells) / epochs, 3)
     return Point(settings.method, depth, width, batch, peak, to_mb(plan.predicted_peak), seconds, to_mb(_moved(work)))
 

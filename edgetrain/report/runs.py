@@ -11,12 +11,13 @@ from typing import TypeVar
 from edgetrain.config import Settings
 from edgetrain.data.arrays import ARRAYS
 from edgetrain.errors import CorruptError, EdgetrainError, InputError, StorageError
-from edgetrain.record import CellRecord, RunRecord, parsed
+from edgetrain.record import RunRecord
 from edgetrain.store.atomic import checksum, storage_errors
-from edgetrain.store.journal import Entry
+from edgetrain.store.entries import Checkpoint
 from edgetrain.store.run import MODEL, RECORD, RunFolder
-from edgetrain.training.finished import parse_record, read_record, settings_of
+from edgetrain.training.config_file import settings_of
 from edgetrain.training.resuming import resuming_command
+from edgetrain.training.run import parse_record, read_record
 from edgetrain.units import to_mb
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ class ShownRun:
 
     Attributes:
         path: its folder.
-        record: what it measured; of an unfinished run what its newest commit knows; ``None`` if nothing is known.
+        record: what it measured; of an unfinished run what its newest checkpoint knows; ``None`` if nothing is known.
         finished: whether it came to its end.
         settings: as it was begun, or ``None``.
         config: the same as text.
@@ -92,7 +93,7 @@ def open_shown(path: Path) -> ShownRun:
         shown.record = shown.tried(lambda: read_record(path)[0], None)
         shown.tried(lambda: _verify_model(folder), None)
     for files in (shown.tried(folder.files, None) or {}).values():
-        shown.tried(partial(folder.read_unit, files), None)
+        shown.tried(partial(folder.units.read, files), None)
     if shown.record is None:
         shown.record = shown.tried(lambda: _so_far(shown, folder.last()), None)
     return shown
@@ -130,40 +131,35 @@ def _verify_model(folder: RunFolder) -> None:
         raise CorruptError(f"{path}: checksum {found}, expected {known.checksum}: the file is damaged")
 
 
-def _so_far(shown: ShownRun, last: Entry | None) -> RunRecord | None:
-    """What the newest commit of an unfinished run knows."""
+def _so_far(shown: ShownRun, last: Checkpoint | None) -> RunRecord | None:
+    """What the newest checkpoint of an unfinished run knows."""
     settings = shown.settings
     if not shown.finished:
         again = resuming_command(shown.path, settings) if settings else "edgetrain fit --resume"
-        shown.tell(f"{shown.path}: is not finished; what its newest commit knows is shown. Go on with: {again}")
+        shown.tell(f"{shown.path}: is not finished; what its newest checkpoint knows is shown. Resume it with: {again}")
     if last is None or settings is None:
         return None
-    try:
-        cells = [parsed(CellRecord, cell) for cell in last["cells"]]
-        readout = cells.pop() if settings.classifier_epochs and len(cells) > 1 else None
-        visits = [*cells, *([readout] if readout else [])]
-        return RunRecord(
-            run=str(shown.path),
-            method=settings.method,
-            schedule=settings.schedule,
-            device="unknown",
-            seed=settings.seed,
-            epochs=settings.epochs,
-            budget_mb=settings.max_gpu_mb,
-            peak_gpu_mb=_most([cell.peak_gpu_mb for cell in visits]),
-            predicted_peak_mb=_most([cell.predicted_peak_mb for cell in visits]),
-            written_mb=to_mb(float(last["written"])),
-            energy_j=None if last.get("energy") is None else float(last["energy"]),
-            seconds=float(last["seconds"]),
-            waited_seconds=sum(cell.waited_seconds for cell in visits),
-            commit_seconds=float(last["commit_seconds"]),
-            placement=settings.placement,
-            cells=cells,
-            readout=readout,
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        shown.tell(f"{shown.path}: its newest commit is no run's ({error})")
-        return None
+    cells = list(last.cells)
+    classifier = cells.pop() if settings.classifier_epochs and len(cells) > 1 else None
+    return RunRecord(
+        run=str(shown.path),
+        method=settings.method,
+        schedule=settings.schedule,
+        device="unknown",
+        seed=settings.seed,
+        epochs=settings.epochs,
+        budget_mb=settings.max_gpu_mb,
+        peak_gpu_mb=_most([cell.peak_gpu_mb for cell in last.cells]),
+        predicted_peak_mb=_most([cell.predicted_peak_mb for cell in last.cells]),
+        written_mb=to_mb(last.totals.written),
+        energy_j=last.totals.energy,
+        seconds=last.totals.seconds,
+        waited_seconds=sum(cell.waited_seconds for cell in last.cells),
+        checkpoint_seconds=last.totals.checkpoint_seconds,
+        placement=settings.placement,
+        cells=cells,
+        classifier=classifier,
+    )
 
 
 def shown_path(path: Path) -> str:

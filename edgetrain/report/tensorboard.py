@@ -13,30 +13,30 @@ from edgetrain.planning.plan import Plan
 from edgetrain.record import RunRecord
 from edgetrain.store.atomic import storage_errors
 from edgetrain.store.run import TENSORBOARD
-from edgetrain.training.watcher import Progress, Several, Watcher
+from edgetrain.training.callbacks import Callback, CallbackList, Progress
 from edgetrain.units import MIB, to_mb
 
 
 @contextmanager
-def logged(watcher: Watcher, asked: bool = True) -> Iterator[Watcher]:
-    """A watcher that tells the given one and, if asked, TensorBoard; what is left is written at the end.
+def logged(callback: Callback, asked: bool = True) -> Iterator[Callback]:
+    """A callback that tells the given one and, if asked, TensorBoard; what is left is written at the end.
 
     Raises:
         InputError: the package is not installed.
     """
     if not asked:
-        yield watcher
+        yield callback
         return
     if find_spec("tensorboard") is None:
         raise InputError("--tensorboard needs a package that is not installed; pip install 'edgetrain[tensorboard]'")
-    logs = TensorBoardWatcher()
+    logs = TensorBoardCallback()
     try:
-        yield Several([watcher, logs])
+        yield CallbackList([callback, logs])
     finally:
         logs.close()
 
 
-class TensorBoardWatcher:
+class TensorBoardCallback(Callback):
     """Writes scalars: loss, training accuracy and peak memory of each cell by its epochs; accuracies at the end."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class TensorBoardWatcher:
                 self._writer.close()
 
     def planned(self, plan: Plan, record: RunRecord) -> None:
-        """See ``Watcher``."""
+        """See ``Callback``."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = Path(record.run) / TENSORBOARD
@@ -61,14 +61,8 @@ class TensorBoardWatcher:
             if plan.budget is not None:
                 self._writer.add_scalar("memory/budget, MiB", to_mb(plan.stated_budget), 0)
 
-    def note(self, text: str) -> None:
-        """See ``Watcher``."""
-
-    def stepped(self, progress: Progress) -> None:
-        """See ``Watcher``."""
-
     def visited(self, progress: Progress) -> None:
-        """See ``Watcher``."""
+        """See ``Callback``."""
         name, epoch = f"{progress.node + 1:03} {progress.name}", progress.epoch + 1
         with storage_errors(self._folder):
             self._writer.add_scalar(f"loss/{name}", progress.loss, epoch)
@@ -77,7 +71,7 @@ class TensorBoardWatcher:
             self._writer.add_scalar(f"memory/{name}, MiB", progress.peak / MIB, epoch)
 
     def finished(self, record: RunRecord) -> None:
-        """See ``Watcher``."""
+        """See ``Callback``."""
         with storage_errors(self._folder):
             for vote, accuracy in record.votes.items():
                 if isinstance(accuracy, float):

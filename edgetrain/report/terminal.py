@@ -19,10 +19,10 @@ from edgetrain.planning.plan import CellPlan, Plan, VisitTime
 from edgetrain.planning.words import counted, plan_in_words
 from edgetrain.record import KINDS, CellRecord, MemorySeries, RunRecord
 from edgetrain.report.profile import Point
-from edgetrain.training import watcher as watching
-from edgetrain.training.edits import CellState
-from edgetrain.training.finished import Run
+from edgetrain.training import callbacks
+from edgetrain.training.edits import CellStatus
 from edgetrain.training.predictor import Predictions
+from edgetrain.training.run import Run
 from edgetrain.units import show_mb, show_seconds
 
 _PLAIN_EVERY_S = 2.0
@@ -30,21 +30,21 @@ _POINT = "{:>13} {:>6} {:>6} {:>6} {:>12} {:>12} {:>8} {:>12}"  # a profile's ro
 
 
 @contextmanager
-def watcher(quiet: bool) -> Iterator[watching.Watcher]:
+def progress_display(quiet: bool) -> Iterator[callbacks.Callback]:
     """What shows a run's progress on stderr: a live display on a terminal, else plain lines."""
     if quiet:
-        yield watching.Silent()
+        yield callbacks.Callback()
     elif sys.stderr.isatty():
-        with LiveWatcher() as live:
+        with LiveProgress() as live:
             yield _Undisturbed(live)
     else:
-        yield _Undisturbed(PlainWatcher())
+        yield _Undisturbed(PlainProgress())
 
 
-class _Undisturbed:
+class _Undisturbed(callbacks.Callback):
     """Shows what another shows; a terminal that was closed, or a pipe that nobody reads, does not end the run."""
 
-    def __init__(self, shown: watching.Watcher):
+    def __init__(self, shown: callbacks.Callback):
         self._shown = shown
 
     def planned(self, plan: Plan, record: RunRecord) -> None:
@@ -55,11 +55,11 @@ class _Undisturbed:
         with suppress(OSError):
             self._shown.note(text)
 
-    def stepped(self, progress: watching.Progress) -> None:
+    def stepped(self, progress: callbacks.Progress) -> None:
         with suppress(OSError):
             self._shown.stepped(progress)
 
-    def visited(self, progress: watching.Progress) -> None:
+    def visited(self, progress: callbacks.Progress) -> None:
         with suppress(OSError):
             self._shown.visited(progress)
 
@@ -68,40 +68,40 @@ class _Undisturbed:
             self._shown.finished(record)
 
 
-class PlainWatcher:
+class PlainProgress(callbacks.Callback):
     """A line for a cell's epoch, at most one every two seconds, and always for its last."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
     def planned(self, plan: Plan, record: RunRecord) -> None:
-        """See ``Watcher``."""
+        """See ``Callback``."""
         print(f"{_headline(plan, record)}\ndata: {record.input}", file=sys.stderr)
 
     def note(self, text: str) -> None:
-        """See ``Watcher``."""
+        """See ``Callback``."""
         print(text, file=sys.stderr)
 
-    def stepped(self, progress: watching.Progress) -> None:
-        """See ``Watcher``."""
+    def stepped(self, progress: callbacks.Progress) -> None:
+        """See ``Callback``."""
         if time.monotonic() - self._last >= 5 * _PLAIN_EVERY_S:
             self._print(progress)
 
-    def visited(self, progress: watching.Progress) -> None:
-        """See ``Watcher``."""
+    def visited(self, progress: callbacks.Progress) -> None:
+        """See ``Callback``."""
         if time.monotonic() - self._last >= _PLAIN_EVERY_S or progress.epoch == progress.epochs - 1:
             self._print(progress)
 
     def finished(self, record: RunRecord) -> None:
-        """See ``Watcher``."""
+        """See ``Callback``."""
 
-    def _print(self, progress: watching.Progress) -> None:
+    def _print(self, progress: callbacks.Progress) -> None:
         self._last = time.monotonic()
         parts = [f"{label}: {value}" for label, value in _figures(progress).items()]
         print(f"{_where(progress)}  {', '.join(parts)}", file=sys.stderr)
 
 
-class LiveWatcher:
+class LiveProgress(callbacks.Callback):
     """A bar for the run and one for the epoch, with loss, accuracy, memory and time left."""
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ class LiveWatcher:
         self._run: TaskID | None = None
         self._epoch: TaskID | None = None
 
-    def __enter__(self) -> LiveWatcher:
+    def __enter__(self) -> LiveProgress:
         self._bars.start()
         return self
 
@@ -126,17 +126,17 @@ class LiveWatcher:
             self._bars.stop()
 
     def planned(self, plan: Plan, record: RunRecord) -> None:
-        """See ``Watcher``."""
+        """See ``Callback``."""
         self._console.print(f"{_headline(plan, record)}\ndata: {record.input}", highlight=False)
         self._run = self._bars.add_task("run", figures="", total=1.0)
         self._epoch = self._bars.add_task("preparing the data", figures="", total=None)
 
     def note(self, text: str) -> None:
-        """See ``Watcher``."""
+        """See ``Callback``."""
         self._console.print(text, highlight=False)
 
-    def stepped(self, progress: watching.Progress) -> None:
-        """See ``Watcher``."""
+    def stepped(self, progress: callbacks.Progress) -> None:
+        """See ``Callback``."""
         if self._run is None or self._epoch is None:
             return
         figures = _figures(progress)
@@ -152,12 +152,12 @@ class LiveWatcher:
             figures=text,
         )
 
-    def visited(self, progress: watching.Progress) -> None:
-        """See ``Watcher``."""
+    def visited(self, progress: callbacks.Progress) -> None:
+        """See ``Callback``."""
         self.stepped(progress)
 
     def finished(self, record: RunRecord) -> None:
-        """See ``Watcher``."""
+        """See ``Callback``."""
 
 
 def show_run(record: RunRecord) -> None:
@@ -266,7 +266,7 @@ def show_votes(run: Run, found: Predictions, per_cell: bool) -> None:
     console.print(table)
 
 
-def show_cells(states: list[CellState]) -> None:
+def show_cells(states: list[CellStatus]) -> None:
     """A run's cells and their files, on stdout."""
     console = _stdout()
     table = Table("cell", "name", "parameters", "epochs", "test accuracy", "file", "state", box=None)
@@ -300,11 +300,11 @@ def _shown_folder(run: str) -> str:
     return str(Path(run).relative_to(here) if Path(run).is_relative_to(here) else run)
 
 
-def _where(progress: watching.Progress) -> str:
+def _where(progress: callbacks.Progress) -> str:
     return f"cell {progress.node + 1}/{progress.nodes} {progress.name}  epoch {progress.epoch + 1}/{progress.epochs}"
 
 
-def _figures(progress: watching.Progress) -> dict[str, str]:
+def _figures(progress: callbacks.Progress) -> dict[str, str]:
     figures = {"loss": f"{progress.loss:.4f}"}
     if progress.accuracy is not None:
         figures["accuracy"] = f"{progress.accuracy:.4f}"
@@ -320,7 +320,7 @@ def _cell_table(record: RunRecord) -> Table:
     table.header_style = "bold"
     for column in table.columns[1:]:
         column.justify = "right"
-    rows = [*record.cells, *([record.readout] if record.readout else [])]
+    rows = record.visits
     for cell in rows:
         table.add_row(*_cells_row(cell))
     return table

@@ -8,13 +8,13 @@ journal last. A crash in between is made good by the next process that opens the
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from msgspec import structs
 
 from edgetrain.store.atomic import storage_errors, sync_file, sync_folder
-from edgetrain.store.journal import FORMAT, Entry
-from edgetrain.store.run import ADOPTED, EDIT, MODEL, RECORD, REPORT, RunFolder, as_entries
+from edgetrain.store.entries import Begin, Checkpoint, Edit
+from edgetrain.store.run import ADOPTED, EDIT, MODEL, RECORD, REPORT, RunFolder
 
 
 def open_folder(path: Path) -> RunFolder:
@@ -31,48 +31,33 @@ def open_folder(path: Path) -> RunFolder:
     return folder
 
 
-def begin(
-    folder: RunFolder,
-    units: Sequence[str],
-    entry: Entry,
-    config: str,
-    requested: Mapping[str, Any],
-    net: Sequence[Any],
-    method: Mapping[str, Any],
-) -> RunFolder:
-    """The folder of an edit; one that was begun in the same way and then stopped is resumed.
+def start(folder: RunFolder, begin: Begin, words: str, checkpoint: Checkpoint) -> RunFolder:
+    """The folder of an edit; one that was started in the same way and then stopped is resumed.
 
     Args:
         folder: of the finished run.
-        units: to begin with; their files are linked, not copied, where the file system can.
-        entry: to remember in the journal line.
-        config: the edited run's ``config.toml``.
-        requested: see ``Journal.requested``.
-        net: fingerprints of its cells.
-        method: see ``Journal.method``.
+        begin: the edited run; files of the units that it keeps are linked, not copied, where the file system can.
+        words: what is changed.
+        checkpoint: where the edit starts from.
 
     Raises:
         StorageError: the disk refused.
     """
     edit = RunFolder(folder.path / EDIT)
     edit.home = folder.path
-    kept = {unit: kinds for unit, kinds in folder.files().items() if unit in units}
-    files = {unit: as_entries(kinds) for unit, kinds in kept.items()}
-    begun = {"format": FORMAT, "config": config, "requested": dict(requested), "net": list(net), "begins_with": files}
-    begun |= {"method": dict(method)} if method else {}
-    if next(edit.journal.entries(), None) == begun and edit.last() is not None:
+    if next(edit.journal.entries(), None) == begin and edit.last() is not None:
         return edit
     with storage_errors(edit.path):
         shutil.rmtree(edit.path, ignore_errors=True)
         (edit.path / "cells").mkdir(parents=True)
-        for file in (file for kinds in kept.values() for file in kinds.values()):
-            _link(folder.cell_path(file), edit.path / "cells" / file.name)
+        for file in (file for kinds in begin.kept.values() for file in kinds.values()):
+            _link(folder.units.path_of(file), edit.units.path / file.name)
         sync_folder(edit.path / "cells")
-    history = [{"edit": old["edit"]} for old in folder.journal.entries() if "edit" in old]
-    for each in (begun, *history):
+    edit.journal.append(begin)
+    for each in (*folder.journal.history().edits, Edit(words)):
         edit.journal.append(each)
-    edit.write_config(config)
-    edit.append(folder.commits() + 1, kept, entry)
+    edit.write_config(begin.config)
+    edit.journal.append(structs.replace(checkpoint, files=begin.kept))
     return edit
 
 
@@ -109,7 +94,7 @@ def _move_adopted(folder: RunFolder) -> None:
         (target / REPORT).unlink(missing_ok=True)  # it shows the run before
         sync_folder(target / "cells")
         sync_folder(target)
-    folder.sweep(RunFolder(target).files())
+    folder.units.keep_only(RunFolder(target).files())
     shutil.rmtree(source, ignore_errors=True)
 
 

@@ -1,31 +1,68 @@
 """The journal: one line for each thing that became durable; what is not in it did not happen.
 
-Lines are JSON with a check of their own. A torn last line (the power failed while it was written) is
+Lines are JSON with a checksum of their own. A torn last line (the power failed while it was written) is
 ignored; damage anywhere else is an error.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, count
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Any
 
 import xxhash
+from msgspec import Raw, Struct, json, structs
 
 from edgetrain.errors import CorruptError, InputError
 from edgetrain.store.atomic import CHUNK, storage_errors, sync_folder, write_bytes
-from edgetrain.store.tensors import FileEntry
+from edgetrain.store.entries import FORMAT, Begin, Checkpoint, Configure, Edit, Entry, FileEntry, Results
 
-Entry = dict[str, Any]
 BEGINNING = b'{"check": "'
 SLACK = 64 << 10  # bytes
-FORMAT = 2  # of the run folder; it changes when an older edgetrain's runs cannot be read any more
 _VERSIONS = {1: "edgetrain 0.1"}  # that wrote older formats
-_SETTINGS = ("format", "config", "requested", "net", "method", "begins_with")  # of which the newest count
-_LONGEST_LINE = 128 << 20  # bytes; a commit of 100,000 cells of 40 epochs takes less
+_LONGEST_LINE = 128 << 20  # bytes; a checkpoint of 100,000 cells of 40 epochs takes less
+
+
+@dataclass
+class History:
+    """What the entries of a journal come to.
+
+    Attributes:
+        begin: how the run began, with the newest configuration; ``None``: it did not.
+        edits: what was changed later.
+        last: the newest checkpoint, if any.
+        results: files of the model and the record of a finished run; empty while it is unfinished.
+    """
+
+    begin: Begin | None = None
+    edits: list[Edit] = field(default_factory=list)
+    last: Checkpoint | None = None
+    results: dict[str, FileEntry] = field(default_factory=dict)
+
+    def add(self, entry: Entry) -> None:
+        """Take in the next entry."""
+        if isinstance(entry, Begin):
+            self.begin = entry
+        elif isinstance(entry, Configure):
+            self.begin = None if self.begin is None else structs.replace(self.begin, config=entry.config)
+        elif isinstance(entry, Edit):
+            self.edits.append(entry)
+        elif isinstance(entry, Checkpoint):
+            self.last, self.results = entry, {}
+        else:
+            self.results = entry.files
+
+    def entries(self) -> Iterator[Entry]:
+        """The fewest entries with the same history."""
+        if self.begin is not None:
+            yield self.begin
+        yield from self.edits
+        if self.last is not None:
+            yield self.last
+        if self.results:
+            yield Results(self.results)
 
 
 class Journal:
@@ -40,7 +77,7 @@ class Journal:
 
     def __init__(self, path: Path, on_space: Callable[[int], None] = lambda size: None):
         self.path, self._on_space = path, on_space
-        self._newest: tuple[tuple[int, int], Entry | None] | None = None  # with the version that it was read from
+        self._known: tuple[tuple[int, int], History] | None = None  # with the version that it was read from
 
     def append(self, entry: Entry) -> None:
         """Make an entry durable; a torn line before it is cut off first.
@@ -53,7 +90,10 @@ class Journal:
             fresh = not self.path.exists()
             size = len(line) + (0 if fresh else self._whole())
         if size > SLACK + 2 * len(line):  # what is needed holds at least this line
-            needed = b"".join(map(_line, _needed(chain(self.entries(), [entry]))))
+            history = History()
+            for each in (*self.entries(), entry):
+                history.add(each)
+            needed = b"".join(map(_line, history.entries()))
             if size > SLACK + 2 * len(needed):
                 self._replace(needed)
                 return
@@ -85,7 +125,8 @@ class Journal:
         """All entries, oldest first, one at a time; none if there is no journal.
 
         Raises:
-            CorruptError: a line that was written whole is damaged.
+            CorruptError: a line that was written whole is damaged, or is not an entry.
+            InputError: the run folder has another format, of an older or a newer version.
         """
         if not self.path.exists():
             return
@@ -95,99 +136,47 @@ class Journal:
                 torn = not line.endswith(b"\n")
                 if torn and len(line) < _LONGEST_LINE:
                     return
-                entry = None if torn else _parse(line)
-                if entry is None:
+                content = None if torn else _content(line)
+                if content is None:
                     raise CorruptError(f"{self.path}: line {number} is damaged")
+                if number == 1:
+                    self._check_format(content)
+                try:
+                    entry = _ENTRY.decode(content)
+                except (ValueError, RecursionError) as error:
+                    raise CorruptError(f"{self.path}: line {number} is not an entry of a journal ({error})") from error
                 yield entry
 
-    def check_format(self) -> None:
-        """Refuse a run folder that another version of edgetrain wrote in another format.
+    def history(self) -> History:
+        """What all entries come to; see ``entries`` for what it raises. It is not to be changed."""
+        version = self.version()
+        if self._known is None or self._known[0] != version:
+            history = History()
+            for entry in self.entries():
+                history.add(entry)
+            self._known = version, history
+        return self._known[1]
+
+    def last(self) -> Checkpoint | None:
+        """The newest checkpoint, or ``None``."""
+        return self.history().last
+
+    def _check_format(self, content: bytes) -> None:
+        """Refuse a run folder of another format, by its journal's first entry.
 
         Raises:
             InputError: the message names both formats.
         """
-        if self.config() is None:  # nothing was begun
-            return
-        found = self._newest_of("format") or 1
+        try:
+            found = json.decode(content, type=_Format).format
+        except (ValueError, RecursionError):
+            found = 0
         if found != FORMAT:
-            known = _VERSIONS.get(found) if isinstance(found, int) else None
+            known = _VERSIONS.get(found)
             raise InputError(
                 f"{self.path.parent}: was written by {known or 'another version of edgetrain'} (run format {found});"
                 f" this version reads format {FORMAT}: train it again, or use {known or 'that version'}"
             )
-
-    def config(self) -> str | None:
-        """The run's ``config.toml`` as it was written, or ``None`` if there is no run."""
-        config = self._newest_of("config")
-        if config is not None and not isinstance(config, str):
-            raise CorruptError(f"{self.path}: its configuration is no text")
-        return config
-
-    def requested(self) -> dict[str, Any]:
-        """The settings that the plan replaced in ``config.toml``, as they were asked for.
-
-        Raises:
-            CorruptError: the journal names none.
-        """
-        found = self._newest_of("requested")
-        if not isinstance(found, dict | None):
-            raise CorruptError(f"{self.path}: the requested settings are not a table")
-        return found or {}
-
-    def net(self) -> list[Any] | None:
-        """Fingerprints of the cells that the run was begun with; ``None``: there are none.
-
-        Raises:
-            CorruptError: they are not a list.
-        """
-        found = self._newest_of("net")
-        if not isinstance(found, list | None):
-            raise CorruptError(f"{self.path}: the description of the net is not a list")
-        return found
-
-    def method(self) -> dict[str, Any]:
-        """What the run's method is known by, if it is the user's own; empty otherwise.
-
-        Raises:
-            CorruptError: it is not a table.
-        """
-        found = self._newest_of("method")
-        if not isinstance(found, dict | None):
-            raise CorruptError(f"{self.path}: the description of the method is not a table")
-        return found or {}
-
-    def last(self) -> Entry | None:
-        """The newest commit's entry, or ``None``."""
-        version = self.version()
-        if self._newest is None or self._newest[0] != version:
-            newest = None
-            for entry in self.entries():
-                newest = entry if "files" in entry else newest
-            self._newest = version, newest
-        return self._newest[1]
-
-    def results(self) -> dict[str, FileEntry]:
-        """The model and the record of a finished run; empty while it is unfinished.
-
-        Raises:
-            CorruptError: the journal's entry does not name files in this folder.
-        """
-        found: Entry = {}
-        for entry in self.entries():
-            if "files" in entry:
-                found = {}
-            if "results" in entry:
-                found = entry["results"]
-        try:
-            return {name: FileEntry(**file) for name, file in found.items()}
-        except (TypeError, AttributeError) as error:
-            raise CorruptError(f"{self.path}: names no results ({error})") from error
-
-    def _newest_of(self, key: str) -> Any:
-        found = None
-        for entry in self.entries():
-            found = entry.get(key, found)
-        return found
 
     def _replace(self, content: bytes) -> None:
         before = self.version()[1]
@@ -208,39 +197,32 @@ class Journal:
         return 0
 
 
-def _check(text: str) -> str:
-    return xxhash.xxh3_64_hexdigest(text.encode())
+class _Line(Struct):
+    check: str
+    entry: Raw
+
+
+class _Format(Struct):
+    format: int = 1
+
+
+_ENTRY = json.Decoder(Entry)
 
 
 def _line(entry: Entry) -> bytes:
-    text = json.dumps(entry, sort_keys=True)
-    return json.dumps({"check": _check(text), "entry": entry}, sort_keys=True).encode() + b"\n"
+    content = json.encode(entry)
+    return b'{"check": "%s", "entry": %s}\n' % (_check(content), content)
 
 
-def _needed(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """What readers still need of a journal: the newest settings, all edits, the newest commit and its results."""
-    settings: Entry = {}
-    edits: list[Entry] = []
-    newest: list[Entry] = []
-    for entry in entries:
-        settings |= {name: entry[name] for name in _SETTINGS if name in entry}
-        if "edit" in entry:
-            edits.append({"edit": entry["edit"]})
-        if "files" in entry:
-            newest = [{name: value for name, value in entry.items() if name not in (*_SETTINGS, "edit")}]
-        elif "results" in entry:
-            newest = [*(known for known in newest if "files" in known), entry]
-    if settings:
-        yield settings
-    yield from edits
-    yield from newest
-
-
-def _parse(line: bytes) -> Entry | None:
+def _content(line: bytes) -> bytes | None:
+    """The entry of a line, as it was written; ``None``: it is damaged."""
     try:
-        wrapped = json.loads(line)
-        entry = wrapped["entry"]
-        good = isinstance(entry, dict) and wrapped["check"] == _check(json.dumps(entry, sort_keys=True))
-    except (ValueError, KeyError, TypeError, RecursionError):
+        found = json.decode(line, type=_Line)
+    except (ValueError, RecursionError):
         return None
-    return entry if good else None
+    content = bytes(found.entry)
+    return content if found.check == _check(content).decode() else None
+
+
+def _check(content: bytes) -> bytes:
+    return xxhash.xxh3_64_hexdigest(content).encode()

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from edgetrain.errors import CorruptError, DamagedLatentsError, StorageError
 from edgetrain.store.atomic import checksum, reserve, storage_errors, write_bytes
+from edgetrain.store.entries import FileEntry
 from edgetrain.store.rows import RowFormat
-from edgetrain.store.tensors import FileEntry
 
 DEFAULT_WINDOW = 16 << 20  # bytes of the largest file that is mapped
 BLOCK_BYTES = 256 << 10  # of the rows that share a checksum, unless one row is larger
@@ -77,11 +77,11 @@ class LatentFile:
                 raise
         return self
 
-    def commit(self, number: int) -> FileEntry:
+    def save(self, number: int) -> FileEntry:
         """Make the rows written so far durable, and their checksums in a file beside them.
 
         Args:
-            number: of the commit; the checksums of the one before stay until ``settle``.
+            number: of the checkpoint; the checksums of the one before stay until ``settle``.
 
         Raises:
             StorageError: the disk refused.
@@ -95,7 +95,7 @@ class LatentFile:
         return FileEntry(path.name, xxhash.xxh3_128_hexdigest(content), len(content))
 
     def settle(self) -> None:
-        """Remove the checksums of all commits but the newest."""
+        """Remove the checksums of all checkpoints but the newest."""
         *old, newest = self._sums_files
         for path in old:
             with storage_errors(path):
@@ -103,10 +103,10 @@ class LatentFile:
         self._sums_files = [newest]
 
     def reopen(self, written: int, sums: FileEntry) -> LatentFile:
-        """Open and verify a file that was committed with so many rows.
+        """Open and verify a file of a checkpoint, with so many rows.
 
         Raises:
-            CorruptError: it does not hold what was committed.
+            CorruptError: it does not hold what was saved.
             StorageError: it is missing or unreadable.
         """
         path, self.written = self.path.with_name(sums.name), written
@@ -123,7 +123,9 @@ class LatentFile:
         try:
             self._verify(np.arange(self._blocks()))
         except DamagedLatentsError as error:
-            raise CorruptError(f"{error}; they belong to the newest commit, and no cell can emit them again") from None
+            raise CorruptError(
+                f"{error}; they belong to the newest checkpoint, and no cell can emit them again"
+            ) from None
         if written % self._block:
             self._running.update(self._rows_of(self._blocks() - 1))
         return self

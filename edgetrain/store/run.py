@@ -1,23 +1,21 @@
-"""A run's folder: who may work in it, what is committed, and what it costs on disk.
+"""A run's folder: who may work in it, what its checkpoints hold, and what it takes on disk.
 
 ``config.toml``, ``journal.jsonl``, ``cells/``, ``latents/``, ``record.json``, ``model.safetensors``.
-A commit writes cells under the number of the commit (``cells/003@7.safetensors``), then its journal
-line, and only then removes the generation before; a finished run's cells carry plain names.
+A checkpoint writes cells under its number (``cells/003@7.safetensors``), then its journal line, and only
+then removes the files that these replace.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from filelock import FileLock, Timeout
+from msgspec import json, structs
 
 from edgetrain.errors import BusyError, CorruptError, InputError, StorageError
 from edgetrain.store.atomic import (
@@ -31,17 +29,11 @@ from edgetrain.store.atomic import (
     write_bytes,
     write_text,
 )
-from edgetrain.store.journal import BEGINNING, FORMAT, Entry, Journal
-from edgetrain.store.tensors import (
-    FileEntry,
-    Spilled,
-    join,
-    move_durably,
-    plain_name,
-    read_tensors,
-    write_plain,
-    write_tensors,
-)
+from edgetrain.store.entries import Begin, Checkpoint, Configure, FileEntry, Files, Results
+from edgetrain.store.journal import BEGINNING, Journal
+from edgetrain.store.tensors import Spilled, join
+from edgetrain.store.units import Kinds, UnitFiles
+from edgetrain.store.usage import DiskUsage
 
 RECORD, MODEL = "record.json", "model.safetensors"
 REPORT = "report.html"
@@ -50,17 +42,24 @@ _MEMBERS = ("config.toml", "journal.jsonl", "lock", *_RESULTS)
 TENSORBOARD = "tensorboard"
 EDIT, ADOPTED = "edit", "adopted"  # see ``store.edit``
 _FOLDERS = ("cells", "latents", "scratch", "figures", EDIT, ADOPTED, TENSORBOARD)
-Files = dict[str, dict[str, FileEntry]]  # by unit ("000", "readout"), then kind ("weights", "optim")
 
 
 class RunFolder:
-    """A folder that holds one run. Implements ``stream.cells.Shelf``."""
+    """A folder that holds one run.
+
+    Attributes:
+        path: the folder.
+        home: the run's folder, also of an edit within it.
+        journal: what became durable.
+        units: the files of cells.
+        usage: bytes on disk.
+    """
 
     def __init__(self, path: Path):
-        self.path = self.home = path  # home: the run's folder, also of an edit within it
-        self.journal = Journal(path / "journal.jsonl", self.space)
-        self.written = 0
-        self.peak_space = self._space = 0
+        self.path = self.home = path
+        self.usage = DiskUsage()
+        self.journal = Journal(path / "journal.jsonl", self.usage.took)
+        self.units = UnitFiles(path, self.usage)
         self._lock = FileLock(path / "lock", timeout=0)  # may be taken again by who holds it
 
     @property
@@ -68,30 +67,9 @@ class RunFolder:
         """Where latents are cached."""
         return self.path / "latents"
 
-    @property
-    def scratch(self) -> Path:
-        """Where cells wait that the host tier has no room for."""
-        return self.path / "scratch"
-
-    def space(self, size: int) -> None:
-        """Count bytes allocated on disk (negative: freed)."""
-        self._space += size
-        self.peak_space = max(self.peak_space, self._space)
-
     def measure(self) -> None:
-        """Count anew: what is there takes space, and nothing was written yet."""
-        counted = ("cells", "scratch", *_MEMBERS)  # latents are counted when they are opened
-        self._space = self.peak_space = sum(size_of(self.path / name) for name in counted)
-        self.written = 0
-
-    @property
-    def occupied(self) -> int:
-        """Bytes that are allocated on disk now."""
-        return self._space
-
-    def wrote(self, size: int) -> None:
-        """Count bytes written to disk."""
-        self.written += size
+        """Count bytes anew; latents are counted when they are opened."""
+        self.usage.begin(sum(size_of(self.path / name) for name in ("cells", "scratch", *_MEMBERS)))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -118,20 +96,8 @@ class RunFolder:
         finally:
             self._lock.release()  # the file stays: removing it could take it from under the next holder
 
-    def create(
-        self,
-        config: str,
-        net: Sequence[Any],
-        requested: Mapping[str, Any] | None = None,
-        method: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Begin a run in the folder: its ``config.toml``, and in the journal that and the net's fingerprints.
-
-        Args:
-            config: with what was planned.
-            net: see ``training.identity``.
-            requested: see ``Journal.requested``.
-            method: see ``Journal.method``.
+    def create(self, begin: Begin) -> None:
+        """Begin a run in the folder: in its journal, and with its ``config.toml``.
 
         Raises:
             StorageError: the disk refused; nothing is left behind.
@@ -141,25 +107,26 @@ class RunFolder:
             with storage_errors(self.path):
                 (self.path / "cells").mkdir(parents=True, exist_ok=True)
                 sync_folder(self.path.parent)
-            about = {"requested": dict(requested or {}), "net": list(net)} | (
-                {"method": dict(method)} if method else {}
-            )
-            self.journal.append({"format": FORMAT, "config": config, **about})
-            self.write_config(config)
+            self.journal.append(begin)
+            self.write_config(begin.config)
         except BaseException:
             self.clear()
             self.remove_if_free(created)
             raise
 
-    def reconfigure(self, config: str) -> None:
-        """Write ``config.toml`` anew; what the journal says of it counts."""
-        self.journal.append({"config": config})
-        self.write_config(config)
+    def begin(self) -> Begin | None:
+        """How the run began, with its newest configuration; ``None``: there is no run."""
+        return self.journal.history().begin
 
     def config(self) -> str | None:
-        """See ``Journal.config`` and ``Journal.check_format``."""
-        self.journal.check_format()
-        return self.journal.config()
+        """The run's ``config.toml`` as it was written, or ``None`` if there is no run."""
+        begin = self.begin()
+        return None if begin is None else begin.config
+
+    def configure(self, config: str) -> None:
+        """Write ``config.toml`` anew; what the journal says of it counts."""
+        self.journal.append(Configure(config))
+        self.write_config(config)
 
     def restore_config(self) -> bool:
         """Write ``config.toml`` again if it is not as it was written; whether it was not."""
@@ -169,6 +136,13 @@ class RunFolder:
                 return False
         self.write_config(config)
         return True
+
+    def write_config(self, config: str) -> None:
+        """Write ``config.toml``, durably."""
+        path = self.path / "config.toml"
+        self.usage.took(len(config.encode()))
+        self.usage.replaces(path)
+        write_text(path, config)
 
     def is_run(self) -> bool:
         """Whether the folder holds a run of ours: one that its journal knows, damaged though it may be."""
@@ -211,7 +185,7 @@ class RunFolder:
 
     def clear_working_files(self, keep: Container[str] = ()) -> None:
         """Remove scratch cells and all latents but ``keep``, by file name."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        shutil.rmtree(self.units.scratch, ignore_errors=True)
         for path in self.latents.glob("*"):
             if path.name not in keep:
                 with storage_errors(path):
@@ -219,85 +193,55 @@ class RunFolder:
         with contextlib.suppress(OSError):
             self.latents.rmdir()
 
-    def commit(
-        self, number: int, units: Iterable[tuple[str, Mapping[str, torch.Tensor] | Spilled]], entry: Entry
-    ) -> Files:
-        """Make units durable together with everything committed before; returns all files.
+    def save(self, checkpoint: Checkpoint, units: Iterable[tuple[str, Kinds | Spilled]]) -> Files:
+        """Make units durable together with everything in the checkpoint before; returns all files.
 
         Args:
-            number: of this commit.
-            units: each changed unit's name and named tensors, taken one at a time; tensors named
-                ``optim.*`` go to a file of their own. What is spilled already is moved, not written again.
-            entry: more to remember in the journal line.
+            checkpoint: without files.
+            units: each changed unit's name and content, taken one at a time. What is spilled is moved, not written
+                again.
 
         Raises:
-            StorageError: the disk refused; the commit before still holds.
+            StorageError: the disk refused; the checkpoint before still holds.
         """
         before = self.files()
-        files = {unit: dict(kinds) for unit, kinds in before.items()}
-        changed = []
+        files, changed = {unit: dict(kinds) for unit, kinds in before.items()}, []
         for unit, content in units:
-            if isinstance(content, Spilled):
-                files[unit] = self._adopt_unit(unit, number, content)
-            else:
-                files[unit] = self._write_unit(unit, number, content)
+            write = self.units.adopt if isinstance(content, Spilled) else self.units.write
+            files[unit] = write(unit, checkpoint.number, content)  # type: ignore[arg-type]
             changed.append(unit)
-        self.append(number, files, entry)
+        self.journal.append(structs.replace(checkpoint, files=files))
         for unit in changed:
-            self._remove(before.get(unit, {}))
+            self.units.remove(before.get(unit, {}))
         return files
 
-    def finish(self, number: int, entry: Entry) -> Files:
-        """Give the committed files their plain names and close the journal."""
-        files: Files = {}
-        for unit, kinds in self.files().items():
-            files[unit] = {}
-            for kind, file in kinds.items():
-                plain = _name(unit, kind)
-                with storage_errors(self.path / "cells" / plain):
-                    self.cell_path(file).rename(self.path / "cells" / plain)
-                files[unit][kind] = FileEntry(plain, file.checksum, file.size)
-        with storage_errors(self.path / "cells"):
-            sync_folder(self.path / "cells")
+    def finish(self, checkpoint: Checkpoint) -> Files:
+        """Give the files of the newest checkpoint their final names, in a last checkpoint."""
+        files = self.units.name_finally(self.files())
+        with storage_errors(self.path):
             (self.path / REPORT).unlink(missing_ok=True)  # it says that the run is unfinished
-        self.append(number, files, {**entry, "finished": True})
-        self.sweep(files)
+        self.journal.append(structs.replace(checkpoint, files=files, finished=True))
+        self.units.keep_only(files)
         return files
 
-    def last(self) -> Entry | None:
-        """The newest commit's entry, or ``None``."""
+    def last(self) -> Checkpoint | None:
+        """The newest checkpoint, or ``None``."""
         return self.journal.last()
 
-    def commits(self) -> int:
-        """The number of the newest commit; 0: there is none.
-
-        Raises:
-            CorruptError: it has no number.
-        """
+    @property
+    def next_number(self) -> int:
+        """Of the next checkpoint."""
         last = self.last()
-        number = 0 if last is None else last.get("commit")
-        if type(number) is not int or number < 0:
-            raise CorruptError(f"{self.journal.path}: the newest commit has no number")
-        return number
+        return 1 if last is None else last.number + 1
 
     def files(self) -> Files:
-        """The files of the newest commit.
-
-        Raises:
-            CorruptError: the journal's entry does not name files in this folder.
-        """
+        """The files of the newest checkpoint."""
         last = self.last()
-        try:
-            return {
-                plain_name(unit): {plain_name(kind): FileEntry(**file) for kind, file in kinds.items()}
-                for unit, kinds in (last["files"] if last else {}).items()
-            }
-        except (TypeError, AttributeError) as error:
-            raise CorruptError(f"{self.journal.path}: the newest commit names no files ({error})") from error
+        return {} if last is None else last.files
 
     def results(self) -> dict[str, FileEntry]:
-        """See ``Journal.results``."""
-        return self.journal.results()
+        """The model and the record of a finished run; empty while it is unfinished."""
+        return self.journal.history().results
 
     def is_finished(self) -> bool:
         """Whether the run is finished, and model and record are as they were written."""
@@ -314,7 +258,6 @@ class RunFolder:
             CorruptError: it is damaged.
             InputError: the run is unfinished, or there is none.
         """
-        self.journal.check_format()
         known, path = self.results().get(RECORD), self.path / RECORD
         if known is not None and not path.exists():
             raise InputError(f"{path}: is missing; fit --resume --run-dir {self.path} makes it again")
@@ -329,39 +272,6 @@ class RunFolder:
         with storage_errors(path):
             return path.read_text(encoding="utf-8")
 
-    def cell_path(self, file: FileEntry) -> Path:
-        """Where a committed file is: under its own name, or its plain one if finishing was cut short."""
-        path = self.path / "cells" / file.name
-        if not path.exists():
-            stem, _, rest = file.name.partition("@")
-            plain = self.path / "cells" / f"{stem}.{rest.partition('.')[2]}"
-            if rest and plain.exists():
-                return plain
-        return path
-
-    def _verified(self, file: FileEntry) -> Path:
-        """Where a committed file is, which is as it was written.
-
-        Raises:
-            CorruptError: it is not.
-        """
-        path = self.cell_path(file)
-        if (found := checksum(path)) != file.checksum:
-            raise CorruptError(f"{path}: checksum {found}, expected {file.checksum}: the file is damaged")
-        return path
-
-    def read_unit(self, files: Mapping[str, FileEntry], optimizer: bool = True) -> dict[str, torch.Tensor]:
-        """The tensors of a unit, verified.
-
-        Raises:
-            CorruptError: a file does not hold what was written.
-        """
-        tensors: dict[str, torch.Tensor] = {}
-        for kind, file in files.items():
-            if kind == "weights" or optimizer:
-                tensors |= read_tensors(self.cell_path(file), file.checksum)
-        return tensors
-
     def write_results(self, model: Mapping[str, Any], record: Callable[[], Mapping[str, Any]]) -> None:
         """Write ``model.safetensors`` from the cells' files without gathering it in memory, then ``record.json``.
 
@@ -370,112 +280,22 @@ class RunFolder:
             record: what the run measured, asked for when the model is written.
 
         Raises:
-            CorruptError: a cell's file is not as it was committed.
+            CorruptError: a cell's file is not as it was checkpointed.
             StorageError: the disk refused; the run is then not finished.
         """
         weights = [(unit, kinds["weights"]) for unit, kinds in sorted(self.files().items())]
-        parts = [(f"{unit}.", self._verified(file)) for unit, file in weights]
-        files = [join(self.path / MODEL, parts, model)]
-        self._took(files[0].size)
-        self._took(len(_json(record())))
+        parts = [(f"{unit}.", self.units.verified(file)) for unit, file in weights]
+        model_file = join(self.path / MODEL, parts, model)
+        self.usage.stored(model_file.size)
+        self.usage.stored(len(_json(record())))
         content = _json(record())  # the size of the record itself is now a part of what it says
         write_bytes(self.path / RECORD, content)
-        files.append(FileEntry(RECORD, xxhash.xxh3_128_hexdigest(content), len(content)))
-        self.journal.append({"results": {file.name: asdict(file) for file in files}})
-
-    def spill(self, unit: str, tensors: Mapping[str, torch.Tensor]) -> Spilled:
-        """Put a unit on disk for a while, as it would be committed but without waiting for the medium.
-
-        Raises:
-            StorageError: the disk refused.
-        """
-        paths, checksums = {}, {}
-        with storage_errors(self.scratch):
-            self.scratch.mkdir(exist_ok=True)
-        for kind, group in _by_kind(tensors):
-            paths[kind] = self.scratch / _name(unit, kind)
-            self._replaced(paths[kind])
-            with storage_errors(paths[kind]):
-                self._took(write_plain(paths[kind], group, {"unit": unit, "format": 1}))
-            checksums[kind] = checksum(paths[kind])
-        return Spilled(paths, checksums)
-
-    def unspill(self, spilled: Spilled) -> dict[str, torch.Tensor]:
-        """The tensors of a spilled unit; its files stay.
-
-        Raises:
-            CorruptError: a file does not hold what was written.
-        """
-        tensors: dict[str, torch.Tensor] = {}
-        for kind, path in spilled.paths.items():
-            tensors |= read_tensors(path, spilled.checksums[kind])
-        return tensors
-
-    def discard(self, spilled: Spilled) -> None:
-        """Remove a spilled unit that was not committed."""
-        for path in spilled.paths.values():
-            with storage_errors(path):
-                self._replaced(path)
-                path.unlink(missing_ok=True)
-
-    def _write_unit(self, unit: str, number: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, FileEntry]:
-        entries = {}
-        for kind, group in _by_kind(tensors):
-            path = self.path / "cells" / _name(f"{unit}@{number}", kind)
-            entries[kind] = write_tensors(path, group, {"unit": unit, "format": 1})
-            self._took(entries[kind].size)
-        return entries
-
-    def _adopt_unit(self, unit: str, number: int, spilled: Spilled) -> dict[str, FileEntry]:
-        """Make a spilled unit durable under the commit's number."""
-        return {
-            kind: move_durably(path, self.path / "cells" / _name(f"{unit}@{number}", kind), spilled.checksums[kind])
-            for kind, path in spilled.paths.items()
-        }
-
-    def write_config(self, config: str) -> None:
-        """Write ``config.toml``, durably."""
-        path = self.path / "config.toml"
-        self.space(len(config.encode()))
-        self._replaced(path)
-        write_text(path, config)
-
-    def _took(self, size: int) -> None:
-        self.space(size)
-        self.wrote(size)
-
-    def _replaced(self, path: Path) -> None:
-        if path.exists():
-            self.space(-path.stat().st_size)
-
-    def append(self, number: int, files: Files, entry: Entry) -> None:
-        """Make an entry durable that names the files of all units."""
-        plain = {unit: as_entries(kinds) for unit, kinds in files.items()}
-        self.journal.append({**entry, "commit": number, "files": plain})
-
-    def sweep(self, files: Files) -> None:
-        """Remove files of cells that the run no longer has."""
-        known = {file.name for kinds in files.values() for file in kinds.values()}
-        with storage_errors(self.path / "cells"):
-            for path in (self.path / "cells").iterdir():
-                if path.name not in known:
-                    path.unlink()
-
-    def _remove(self, kinds: Mapping[str, FileEntry]) -> None:
-        """Remove files that the newest commit replaced; what cannot be removed goes when the run is finished."""
-        for file in kinds.values():
-            with contextlib.suppress(OSError):
-                (self.path / "cells" / file.name).unlink(missing_ok=True)
-            self.space(-file.size)
-
-
-def as_entries(kinds: Mapping[str, FileEntry]) -> dict[str, Any]:
-    """A unit's files as the journal has them."""
-    return {kind: asdict(file) for kind, file in kinds.items()}
+        record_file = FileEntry(RECORD, xxhash.xxh3_128_hexdigest(content), len(content))
+        self.journal.append(Results({MODEL: model_file, RECORD: record_file}))
 
 
 def _json(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, indent=2).encode() + b"\n"
+    return json.format(json.encode(record), indent=2) + b"\n"
 
 
 def _is_bare(member: Path) -> bool:
@@ -483,16 +303,3 @@ def _is_bare(member: Path) -> bool:
     if member.is_dir():
         return member.name == "cells" and not member.is_symlink() and not any(member.iterdir())
     return member.name in ("lock", "journal.jsonl") and member.stat().st_size < len(BEGINNING)
-
-
-def _by_kind(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """A unit's tensors file by file; there is always one of weights, if only an empty one."""
-    optimizer = {name: value for name, value in tensors.items() if name.startswith("optim.")}
-    weights = {name: value for name, value in tensors.items() if name not in optimizer}
-    for kind, group in (("weights", weights), ("optim", optimizer)):
-        if group or kind == "weights":
-            yield kind, group
-
-
-def _name(unit: str, kind: str) -> str:
-    return f"{unit}.safetensors" if kind == "weights" else f"{unit}.{kind}.safetensors"

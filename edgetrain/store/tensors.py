@@ -23,43 +23,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from edgetrain.errors import CorruptError, StorageError, shown
+from edgetrain.errors import CorruptError, StorageError
 from edgetrain.store.atomic import CHUNK, checksum, replacing, storage_errors, sync_file, sync_folder
+from edgetrain.store.entries import FileEntry
 
 _METADATA = "edgetrain"
-_PLAIN_NAME = re.compile(r"\w[\w@.-]{0,200}", re.ASCII)
 _HEADER_LIMIT = 100 << 20
 # Mapping a file doubles its memory on unified RAM, and dies of SIGBUS if the file shrinks.
 _PREAD = {"backend": "pread"} if "backend" in str(inspect.signature(safe_open)) else {}
-
-
-def plain_name(name: Any) -> str:
-    """A name from a journal, if it leads nowhere else.
-
-    Raises:
-        TypeError: it could.
-    """
-    if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-        raise TypeError(f"{shown(name)} is no plain file name")
-    return name
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """A file as the journal remembers it.
-
-    Raises:
-        TypeError: these are no such fields; a name that leads out of its folder is none either.
-    """
-
-    name: str
-    checksum: str
-    size: int
-
-    def __post_init__(self) -> None:
-        if not (type(self.name) is type(self.checksum) is str and type(self.size) is int and self.size >= 0):
-            raise TypeError(f"{shown(self.name)} is no entry of a file")
-        plain_name(self.name)
 
 
 @dataclass(frozen=True)

@@ -255,8 +255,8 @@ class ResidentCell:
             InputError: they differ.
         """
         own = CellState(saved_tensors(self.module), saved_tensors(self.head))
-        expected = {name: _kind(value) for name, value in own.weights().items()}
-        found = {name: _kind(value) for name, value in state.weights().items()}
+        expected = {name: _kind(value) for name, value in own.to_kinds()["weights"].items()}
+        found = {name: _kind(value) for name, value in state.to_kinds()["weights"].items()}
         if expected == found:
             return
         lacking, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())

@@ -22,13 +22,13 @@ from edgetrain.stream.state import CellState
 
 
 class Shelf(Protocol):
-    """Where cells go that the host tier has no room for (a ``RunFolder``)."""
+    """Where cells go that the host tier has no room for (``store.units.UnitFiles``)."""
 
-    def spill(self, unit: str, tensors: Mapping[str, torch.Tensor]) -> Spilled:
+    def spill(self, unit: str, kinds: Mapping[str, Mapping[str, torch.Tensor]]) -> Spilled:
         """Put a cell on disk for a while."""
         ...
 
-    def unspill(self, spilled: Spilled) -> dict[str, torch.Tensor]:
+    def unspill(self, spilled: Spilled) -> Mapping[str, Mapping[str, torch.Tensor]]:
         """Read it."""
         ...
 
@@ -39,12 +39,12 @@ class Shelf(Protocol):
 
 @dataclass
 class _Held:
-    """Where a cell is while it is away: in the host tier, spilled, or committed."""
+    """Where a cell is while it is away: in the host tier, spilled, or in a checkpoint."""
 
     host: CellState | None = None
     spilled: Spilled | None = None
-    committed: Callable[[], CellState] | None = None
-    dirty: bool = True  # changed since it was committed
+    saved: Callable[[], CellState] | None = None
+    dirty: bool = True  # changed since the newest checkpoint
 
 
 class CellStream:
@@ -120,11 +120,11 @@ class CellStream:
             self._coming = (index, self._reader.submit(self._read, held))
 
     def dirty(self) -> list[int]:
-        """Cells that changed since they were committed."""
+        """Cells that changed since the newest checkpoint."""
         return sorted(index for index, held in self._held.items() if held.dirty)
 
     def content(self, index: int) -> CellState | Spilled:
-        """What to commit of a cell: host tensors, or its files if it was spilled; it stays where it is."""
+        """What to save of a cell: host tensors, or its files if it was spilled; it stays where it is."""
         if index in self._live:
             return self._live[index].state_dict()
         held = self._held[index]
@@ -134,17 +134,17 @@ class CellStream:
         assert found is not None, "a dirty cell is on the device, in the host tier, or spilled"
         return found
 
-    def committed(self, index: int, read: Callable[[], CellState], needed: bool) -> None:
+    def saved(self, index: int, read: Callable[[], CellState], needed: bool) -> None:
         """A cell is safe on disk, where ``read`` finds it; one no longer needed leaves the host tier."""
         held = self._held.setdefault(index, _Held())
         if held.spilled is not None:
-            self._shelf.discard(held.spilled)  # unless it was moved to be the commit
-        held.spilled, held.committed, held.dirty = None, read, False
+            self._shelf.discard(held.spilled)  # unless it was moved into the checkpoint
+        held.spilled, held.saved, held.dirty = None, read, False
         if not needed:
             self._drop_host(held)
 
     def changes_on(self, index: int) -> None:
-        """The current cell goes on being trained after it was committed."""
+        """The current cell is trained further after a checkpoint."""
         if index in self._held:
             self._held[index].dirty = True
 
@@ -172,10 +172,10 @@ class CellStream:
 
     def _read(self, held: _Held) -> CellState:
         if held.spilled is not None:
-            state = CellState.of_tensors(self._shelf.unspill(held.spilled))
+            state = CellState.of_kinds(self._shelf.unspill(held.spilled))
         else:
-            assert held.committed is not None
-            state = held.committed()
+            assert held.saved is not None
+            state = held.saved()
         return state.map(self._staged) if queues.copies_async(self._device) else state
 
     def _staged(self, value: torch.Tensor) -> torch.Tensor:
@@ -190,5 +190,5 @@ class CellStream:
                 self._shelf.discard(held.spilled)
                 held.spilled = None
             return
-        if held.dirty:  # otherwise the commit has it
-            held.spilled = self._shelf.spill(f"{index:03}", state.to_tensors())
+        if held.dirty:  # otherwise the checkpoint has it
+            held.spilled = self._shelf.spill(f"{index:03}", state.to_kinds())

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from edgetrain.memory import queues
 from edgetrain.memory.timeline import making
+from edgetrain.store.entries import LatentStream
 from edgetrain.store.latents import LatentFile, Rows
 from edgetrain.store.rows import RowFormat
-from edgetrain.store.tensors import FileEntry
 from edgetrain.stream.state import Host
 
 if TYPE_CHECKING:
@@ -74,25 +73,6 @@ class Sink(Protocol):
     def close(self) -> None:
         """Wait until all rows are written; raises what went wrong."""
         ...
-
-
-@dataclass(frozen=True)
-class CommittedStream:
-    """One stream's latents as a commit left them.
-
-    Attributes:
-        stream: its name.
-        file: of its rows.
-        shape: of a row.
-        written: rows that are there.
-        sums: the file of their checksums.
-    """
-
-    stream: str
-    file: str
-    shape: list[int]
-    written: int
-    sums: FileEntry
 
 
 class FileLatents:
@@ -173,27 +153,27 @@ class FileLatents:
         self._name, self.step_order, self.first, self._alive = name, step_order, first, False
         return self
 
-    def commit(self, number: int) -> list[CommittedStream]:
-        """Make what was written durable, as part of the commit of that number.
+    def save(self, number: int) -> list[LatentStream]:
+        """Make what was written durable, as part of the checkpoint of that number.
 
         Raises:
             StorageError: the disk refused.
         """
         return [
-            CommittedStream(stream, file.path.name, list(file.format.shape), file.written, file.commit(number))
+            LatentStream(stream, file.path.name, list(file.format.shape), file.written, file.save(number))
             for stream, file in self.files.items()
         ]
 
     def settle(self) -> None:
-        """The newest commit counts; what only the one before it needed may go."""
+        """The newest checkpoint counts; what only the one before it needed may go."""
         for file in self.files.values():
             file.settle()
 
-    def reopen(self, streams: Iterable[CommittedStream]) -> FileLatents:
-        """Open and verify files that were committed.
+    def reopen(self, streams: Iterable[LatentStream]) -> FileLatents:
+        """Open and verify the files of a checkpoint.
 
         Raises:
-            CorruptError: a file does not hold what was committed.
+            CorruptError: a file does not hold what was saved.
             StorageError: one is missing or unreadable.
         """
         for known in streams:

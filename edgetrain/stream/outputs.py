@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from edgetrain.errors import DivergedError
 from edgetrain.objectives.base import Streams
+from edgetrain.record import Sums
 from edgetrain.stream.latents import Sink
 
 _KEPT_STEPS = 1024  # losses that stay on the device before they are read, so that no step waits
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums over a visit's steps: loss over ``samples``, and right answers among ``scored``."""
-
-    loss: float = 0.0
-    samples: int = 0
-    correct: int = 0
-    scored: int = 0
-
-    @property
-    def means(self) -> tuple[float, float | None]:
-        """Mean loss, and accuracy where there are scores."""
-        return self.loss / max(self.samples, 1), self.correct / self.scored if self.scored else None
 
 
 _NO_SUMS = Sums()

@@ -14,8 +14,6 @@ Slot = tuple[str, str, str]
 #: A scope in which the meter takes tensors for the host's.
 Host = Callable[[], AbstractContextManager[object]]
 
-_PREFIX = "optim."
-
 
 @dataclass
 class CellState:
@@ -50,25 +48,26 @@ class CellState:
         """Bytes of all tensors."""
         return sum(value.numel() * value.element_size() for value in self.tensors())
 
-    def weights(self) -> Tensors:
-        """Tensors of module and head, named ``cell.*`` and ``head.*``, as they are stored."""
-        cell = {f"cell.{name}": value for name, value in self.module.items()}
-        return cell | {f"head.{name}": value for name, value in self.head.items()}
-
-    def to_tensors(self) -> Tensors:
-        """All tensors by one name each, as they are stored."""
-        return self.weights() | {_PREFIX + ".".join(slot): value for slot, value in self.optimizer.items()}
+    def to_kinds(self) -> dict[str, Tensors]:
+        """As it is stored, by kind of file: ``weights``, named ``cell.*`` and ``head.*``, and ``optim``, if any."""
+        kinds = {"weights": _prefixed("cell.", self.module) | _prefixed("head.", self.head)}
+        if self.optimizer:
+            kinds["optim"] = {".".join(slot): value for slot, value in self.optimizer.items()}
+        return kinds
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> CellState:
-        """The state that ``to_tensors`` gave."""
+    def of_kinds(cls, kinds: Mapping[str, Mapping[str, Tensor]]) -> CellState:
+        """The state that ``to_kinds`` gave."""
         state = cls()
-        for name, value in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "optim":
-                phase, _, owner = rest.partition(".")
-                owner, _, key = owner.rpartition(".")
-                state.optimizer[phase, owner, key] = value
-            else:
-                (state.module if kind == "cell" else state.head)[rest] = value
+        for name, value in kinds.get("weights", {}).items():
+            owner, _, rest = name.partition(".")
+            (state.module if owner == "cell" else state.head)[rest] = value
+        for name, value in kinds.get("optim", {}).items():
+            phase, _, rest = name.partition(".")
+            owner, _, key = rest.rpartition(".")
+            state.optimizer[phase, owner, key] = value
         return state
+
+
+def _prefixed(prefix: str, tensors: Tensors) -> Tensors:
+    return {prefix + name: value for name, value in tensors.items()}

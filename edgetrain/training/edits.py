@@ -1,6 +1,6 @@
 """Hot-plugging: change one cell of a finished run and leave the earlier ones untouched.
 
-A cell learns from what the cells before it hand on, and from nothing behind it. So a run can be taken up
+A cell learns from what the cells before it emit, and from nothing behind it. So a run can be taken up
 again after any finished cell: the cells that stay emit their latents once more, and the new ones are trained
 as under the ``separate`` schedule, whatever schedule the run had. What is behind a changed cell has to go
 or to be trained again, and so has a classifier on all cells' latents.
@@ -14,6 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from msgspec import structs
+
 from edgetrain.config import Settings
 from edgetrain.data.arrays import ARRAYS
 from edgetrain.data.base import DataSet
@@ -26,24 +28,26 @@ from edgetrain.record import CellRecord, RunRecord
 from edgetrain.store import edit
 from edgetrain.store.atomic import size_of
 from edgetrain.store.edit import open_folder
-from edgetrain.store.journal import Entry
+from edgetrain.store.entries import Checkpoint
 from edgetrain.store.run import RunFolder
-from edgetrain.training.commits import INPUTS, ROWS, check_rows
-from edgetrain.training.finished import Run, digests_of, read_record, settings_of
-from edgetrain.training.fit import as_planned, carry_out, check_disk, described, requested
-from edgetrain.training.identity import check_net, fingerprints
+from edgetrain.training.callbacks import Callback
+from edgetrain.training.checkpointing import INPUTS
+from edgetrain.training.config_file import settings_of
+from edgetrain.training.fit import beginning, check_disk
+from edgetrain.training.identity import check_net
 from edgetrain.training.inputs import Shape
 from edgetrain.training.job import Job, open_job, plan_job
 from edgetrain.training.methods import check_method, given_again
 from edgetrain.training.process import process_state
-from edgetrain.training.watcher import Silent, Watcher
+from edgetrain.training.run import Run, digests_of, read_record
+from edgetrain.training.session import train_and_finish
 from edgetrain.units import show_mb
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class CellState:
+class CellStatus:
     """A finished run's cell and its file.
 
     Attributes:
@@ -59,17 +63,17 @@ class CellState:
     state: str
 
 
-def list_cells(run: Run) -> list[CellState]:
+def list_cells(run: Run) -> list[CellStatus]:
     """The cells of a finished run, each file read and compared with its checksum."""
     folder, found = open_folder(run.path), []
     files = folder.files()
     for index, record in enumerate(run.record.cells):
         state = "ok" if _unit(index) in files else "not in the journal"
         try:
-            folder.read_unit(files.get(_unit(index), {}))
+            folder.units.read(files.get(_unit(index), {}))
         except (CorruptError, StorageError) as error:
             state = str(error)
-        found.append(CellState(index + 1, record, f"cells/{_unit(index)}.safetensors", state))
+        found.append(CellStatus(index + 1, record, f"cells/{_unit(index)}.safetensors", state))
     return found
 
 
@@ -78,7 +82,7 @@ def append(
     net: Any = None,
     changes: Mapping[str, Any] = _NONE,
     data: DataSet | None = None,
-    watcher: Watcher | None = None,
+    callback: Callback | None = None,
     method: Any = None,
 ) -> Run:
     """Train more cells behind those of a finished run.
@@ -89,7 +93,7 @@ def append(
             which cells were dropped before.
         changes: settings for the new cells, such as ``epochs`` and ``lr``.
         data: the run's data set, if it was given in memory.
-        watcher: is told of progress.
+        callback: is told of progress.
         method: the run's method again, if it is your own class: the class or ``file.py:Class``.
 
     Raises:
@@ -98,7 +102,7 @@ def append(
     before = _Finished.of(path, method)
     stated = {} if net is None else {"net": net if isinstance(net, str) else "modules"}
     settings = replace(before.settings, cells=None).with_values({**stated, **changes})
-    return _Edit(before, settings, before.depth, before.depth + 1, "append").apply(net, data, watcher)
+    return _Edit(before, settings, before.depth, before.depth + 1, "append").apply(net, data, callback)
 
 
 def drop(
@@ -106,7 +110,7 @@ def drop(
     number: int | None = None,
     net: Any = None,
     data: DataSet | None = None,
-    watcher: Watcher | None = None,
+    callback: Callback | None = None,
     method: Any = None,
 ) -> Run:
     """Remove cell ``number`` (from 1; by default the last) and those behind it.
@@ -120,7 +124,7 @@ def drop(
     kept = before.checked(before.depth if number is None else number) - 1
     if kept == 0:
         raise InputError(f"{path}: cell 1 is the first, and a run without cells is none; remove the folder instead")
-    return _Edit(before, replace(before.settings, cells=kept), kept, kept, "drop").apply(net, data, watcher)
+    return _Edit(before, replace(before.settings, cells=kept), kept, kept, "drop").apply(net, data, callback)
 
 
 def retrain(
@@ -129,10 +133,10 @@ def retrain(
     net: Any = None,
     changes: Mapping[str, Any] = _NONE,
     data: DataSet | None = None,
-    watcher: Watcher | None = None,
+    callback: Callback | None = None,
     method: Any = None,
 ) -> Run:
-    """Train cell ``number`` (from 1) anew, and those behind it, which learn from what it hands on.
+    """Train cell ``number`` (from 1) anew, and those behind it, which learn from what it emits.
 
     Raises:
         InputError: there is no such cell.
@@ -140,7 +144,7 @@ def retrain(
     before = _Finished.of(path, method)
     kept = before.checked(number) - 1
     settings = before.settings.with_values(changes)
-    return _Edit(before, settings, kept, before.depth, f"retrain {number}").apply(net, data, watcher)
+    return _Edit(before, settings, kept, before.depth, f"retrain {number}").apply(net, data, callback)
 
 
 @dataclass(frozen=True)
@@ -162,13 +166,11 @@ class _Finished:
             InputError: there is none, it is unfinished, or it has no cells to change.
         """
         record, shape = read_record(path)
-        planned = settings_of(path)
-        asked = {"micro_batch": None, "tiles": None, "placement": "auto", **RunFolder(path).journal.requested()}
-        settings = planned.with_values({**asked, "ranges": None, "cached": None})  # planned anew for other cells
+        settings = settings_of(path)
         if settings.schedule is None:
             raise InputError(f"{path}: {settings.method} trains the whole net at once; it has no cells to change")
         own = settings.net == "modules" or ".py:" in (settings.net or "")
-        kind = given_again(path, planned, method)
+        kind = given_again(path, settings, method)
         if kind is not None:
             check_method(RunFolder(path), kind)
         return cls(path, settings, record, shape, own, kind)
@@ -203,14 +205,14 @@ class _Edit:
     least: int
     word: str
 
-    def apply(self, net: Any, data: DataSet | None, watcher: Watcher | None) -> Run:
+    def apply(self, net: Any, data: DataSet | None, callback: Callback | None) -> Run:
         """Check everything, then take the run up again and finish it."""
         path = self.before.path
         if net is None and self.before.own:
             raise InputError(f"{path}: this run's net is your own code; name it again (--net path/to/net.py:function)")
         if data is None and self.before.settings.data == ARRAYS:
             raise InputError(f"{path}: was trained on arrays in memory; give them again, in Python")
-        folder, looking = open_folder(path), watcher or Silent()
+        folder, looking = open_folder(path), callback or Callback()
         with process_state(self.settings):
             asked = self._within_disk(replace(self.settings, schedule="separate"), path)
             job = _listed(open_job(asked, net, data, self.before.method))
@@ -225,20 +227,20 @@ class _Edit:
                 self._carry_out(job, plan, folder, looking)
                 return Run.of_job(path, job)
 
-    def _carry_out(self, job: Job, plan: Plan, folder: RunFolder, watcher: Watcher) -> None:
+    def _carry_out(self, job: Job, plan: Plan, folder: RunFolder, callback: Callback) -> None:
         """Train the edited run beside the finished one, which it then replaces."""
-        config, net = as_planned(job, plan).to_toml(), fingerprints(job.work.nodes)
         units = [INPUTS, *map(_unit, range(self.kept))]
+        kept = {unit: files for unit, files in folder.files().items() if unit in units}
         try:
-            entry = self._entry(job, plan, folder)
-            edited = edit.begin(folder, units, entry, config, requested(job.settings), net, described(job))
-            carry_out(job, plan, edited, watcher)
+            words = f"{self.word}: kept {self.kept} cells of {self.before.depth}, net {job.net.spec}"
+            edited = edit.start(folder, beginning(job, plan, kept), words, self._checkpoint(job, plan, folder))
+            train_and_finish(job, plan, edited, callback)
         except BaseException as error:
             if isinstance(error, (CorruptError, DivergedError, InputError)):  # these would come again
                 edit.discard(folder)
-                watcher.note(f"{folder.path} is as it was before")
+                callback.note(f"{folder.path} is as it was before")
             else:
-                watcher.note(f"{folder.path} is as it was before; repeat the command to continue")
+                callback.note(f"{folder.path} is as it was before; repeat the command to continue")
             raise
         edit.adopt(folder)
 
@@ -262,27 +264,26 @@ class _Edit:
                 f"{before.path}: was trained on {before.shape.name!r}, not on {job.data.name!r}; give the same again"
             )
         before.shape.check(job.data)
-        check_rows(folder, job.data.name, digests_of(folder, job.data))
+        digests_of(folder, job.data).check(folder, job.data.name)
         if depth < self.least:
             raise InputError(f"net {job.net.spec!r} has {depth} cells; expected at least {self.least}")
         check_net(folder, job.work.nodes, training=True, kept=self.kept)
         for index in range(self.kept):
-            folder.read_unit(folder.files().get(_unit(index), {}))
+            folder.units.read(folder.files().get(_unit(index), {}))
 
-    def _entry(self, job: Job, plan: Plan, folder: RunFolder) -> Entry:
-        """What the journal remembers: that the kept cells' visits are done."""
-        kept = [vars(record) for record in self.before.record.cells[: self.kept]]
+    def _checkpoint(self, job: Job, plan: Plan, folder: RunFolder) -> Checkpoint:
+        """Where the edit starts from: the kept cells' visits are done."""
+        last = folder.last()
+        assert last is not None
         to_come = job.work.depth - self.kept + (job.work.classifier is not None)
-        return {
-            "visits": self._kept_visits(job.work.visits(plan.cut)),
-            "cells": [*kept, *(vars(CellRecord("", 0)) for _ in range(to_come))],
-            **{
-                name: value
-                for name, value in (folder.last() or {}).items()
-                if name in (*ROWS, "seconds", "commit_seconds", "written")
-            },
-            "edit": f"{self.word}: kept {self.kept} cells of {self.before.depth}, net {job.net.spec}",
-        }
+        return Checkpoint(
+            number=last.number + 1,
+            visits=self._kept_visits(job.work.visits(plan.cut)),
+            cells=[*self.before.record.cells[: self.kept], *(CellRecord("", 0) for _ in range(to_come))],
+            totals=structs.replace(last.totals, energy=None),
+            data=last.data,
+            test=last.test,
+        )
 
     def _kept_visits(self, visits: Sequence[Visit]) -> int:
         """How many visits are done if the kept cells are: those before the first that trains another."""

@@ -7,14 +7,12 @@ so that another activation, another order or a missing cell is found before any 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from edgetrain.errors import CorruptError, InputError
+from edgetrain.errors import InputError
 from edgetrain.nets.trial import same_behaviour
 from edgetrain.objectives.base import Node
+from edgetrain.store.entries import Fingerprint
 from edgetrain.store.run import RunFolder
-
-Fingerprint = list[Any]  # name, digest of the signature, numbers of its behaviour
 
 
 def fingerprints(nodes: Sequence[Node]) -> list[Fingerprint]:
@@ -34,20 +32,16 @@ def check_net(folder: RunFolder, nodes: Sequence[Node], training: bool, kept: in
 
     Raises:
         InputError: they differ.
-        CorruptError: the journal holds no fingerprints.
     """
-    known, found = folder.journal.net(), fingerprints(nodes)
-    if known is None:
+    begin, found = folder.begin(), fingerprints(nodes)
+    if begin is None:
         return
+    known = begin.net
     if kept is None and len(known) != len(found):
         raise InputError(f"{folder.path}: was trained with a net of {len(known)} cells; this one has {len(found)}")
     for number, (old, new) in enumerate(zip(known[:kept], found[:kept], strict=kept is None), 1):
-        try:
-            same = same_behaviour(old[2:], new[2:]) and (not training or old[1] == new[1])
-        except (TypeError, IndexError) as error:
-            raise CorruptError(f"{folder.path}: its journal does not describe cell {number} ({error})") from error
-        if not same:
+        if not same_behaviour(old.behaviour, new.behaviour) or (training and old.signature != new.signature):
             raise InputError(
-                f"{folder.path}: cell {number} of this net ({new[0]}) is not the one that the run was trained with"
-                f" ({old[0]}): its layers or what they compute differ; use the same net"
+                f"{folder.path}: cell {number} of this net ({new.name}) is not the one that the run was trained with"
+                f" ({old.name}): its layers or what they compute differ; use the same net"
             )

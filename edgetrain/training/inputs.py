@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,11 +43,6 @@ class Shape:
         """What to remember of a data set."""
         known = (data.name, data.shape, data.pixel_max, data.input, data.classes, data.names)
         return cls(*known, data.vocabulary, data.channels)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Shape:
-        """From its JSON form."""
-        return cls(**{**values, "shape": tuple(values["shape"]), "names": tuple(values["names"])})
 
     @property
     def reading(self) -> Reading:
@@ -124,7 +118,7 @@ def scaling_of(data: DataSet, part: Part, nonnegative: bool) -> Scaling | None:
 
 
 def pack(scaling: Scaling | None) -> dict[str, torch.Tensor]:
-    """A scaling as tensors, to be committed with the cells."""
+    """A scaling as tensors, to be saved with the cells."""
     if scaling is None:
         return {}
     return {

@@ -22,9 +22,9 @@ from edgetrain.nets.spec import open_net
 from edgetrain.objectives.base import Node, Objective, nodes
 from edgetrain.planning import storage
 from edgetrain.planning.cost import visit_times
-from edgetrain.planning.plan import Plan, VisitTime
+from edgetrain.planning.plan import Decisions, Plan, VisitTime
 from edgetrain.planning.planner import make_plan
-from edgetrain.planning.schedule import Cut
+from edgetrain.planning.probe import Probe
 from edgetrain.planning.workload import Workload
 from edgetrain.stream.cell import OptimizerRecipe
 from edgetrain.training.inputs import Shape, describe
@@ -43,6 +43,7 @@ class Job:
         shape: what of it the run remembers.
         net: the recipes, before a baseline joins them.
         work: what the planner and the trainer need.
+        decided: by the plan of a run that is resumed, and kept; ``None``: nothing yet.
     """
 
     settings: Settings
@@ -50,6 +51,7 @@ class Job:
     shape: Shape
     net: Net
     work: Workload
+    decided: Decisions | None = None
 
     @property
     def input(self) -> str:
@@ -299,22 +301,27 @@ def plan_job(job: Job, budget: int | None = None) -> Plan:
 
     Args:
         job: the run.
-        budget: bytes that PyTorch's allocator may reserve; ``None``: as the settings or the device say.
+        budget: bytes that PyTorch's allocator may reserve, of a run that holds memory now; ``None``: as the settings or
+            the device say, and nothing is held, so that cells can be tried on a GPU.
 
     Raises:
         InputError: a limit is larger than what there is.
     """
-    settings = job.settings
+    settings, decided, probe = job.settings, job.decided, None
+    if budget is None:
+        budget = budget_of(settings, job.work)
+        probe = Probe(budget) if job.work.device.type == "cuda" else None
     return make_plan(
         job.work,
-        budget_of(settings, job.work) if budget is None else budget,
-        settings.placement,
-        settings.micro_batch,
-        settings.tiles,
+        budget,
+        "resident" if decided is not None and decided.placement == "resident" else settings.placement,
+        settings.micro_batch if decided is None else decided.micro_batch,
+        settings.tiles if decided is None else decided.tiles,
         None if settings.max_host_mb is None else from_mb(settings.max_host_mb),
         None if settings.max_disk_gb is None else from_mb(settings.max_disk_gb * 1024),
-        None if settings.ranges is None else Cut(settings.ranges, _as_set(settings.cached)),
+        None if decided is None else decided.cut,
         sum(outside_of(settings, job.work).values()),
+        probe,
     )
 
 
@@ -323,10 +330,6 @@ def times_of(job: Job, plan: Plan) -> list[VisitTime] | None:
     with process_state(job.settings):
         known = rates.load(job.work.device)
         return None if known is None else visit_times(job.work, plan, known, psutil.virtual_memory().available // 2)
-
-
-def _as_set(numbers: list[int] | None) -> frozenset[int] | None:
-    return None if numbers is None else frozenset(numbers)
 
 
 def host_tier(job: Job, plan: Plan) -> int:

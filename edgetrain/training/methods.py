@@ -11,10 +11,11 @@ from typing import Any
 
 from edgetrain.baselines import BASELINES
 from edgetrain.config import Settings, did_you_mean
-from edgetrain.errors import CorruptError, InputError
+from edgetrain.errors import InputError
 from edgetrain.objectives import OBJECTIVES
 from edgetrain.objectives.base import Defaults, Objective
 from edgetrain.plugins import Registry, is_own, load
+from edgetrain.store.entries import MethodFingerprint
 from edgetrain.store.run import RunFolder
 
 METHODS: Registry[type[Objective]] = Registry("edgetrain.objectives", "method", {**OBJECTIVES, **BASELINES})
@@ -93,7 +94,7 @@ def given_again(path: Any, kept: Settings, method: Any) -> Any:
     return checked(method, load(method, "method")) if isinstance(method, str) else method
 
 
-def fingerprint(method: type[Objective]) -> dict[str, str]:
+def fingerprint(method: type[Objective]) -> MethodFingerprint:
     """Name and digest of a rule of the user's own: its source without comments and docstrings, with its bases'."""
     sources = []
     for kind in method.__mro__:
@@ -101,7 +102,7 @@ def fingerprint(method: type[Objective]) -> dict[str, str]:
             with suppress(OSError, TypeError, SyntaxError):  # typed into an interpreter
                 sources.append(ast.dump(_without_docstrings(ast.parse(textwrap.dedent(inspect.getsource(kind))))))
     digest = hashlib.blake2b("\n".join(sources).encode(), digest_size=16).hexdigest() if sources else ""
-    return {"name": method.name, "digest": digest}
+    return MethodFingerprint(method.name, digest)
 
 
 def check_method(folder: RunFolder, method: type[Objective]) -> None:
@@ -109,19 +110,15 @@ def check_method(folder: RunFolder, method: type[Objective]) -> None:
 
     Raises:
         InputError: they differ.
-        CorruptError: the journal does not describe it.
     """
-    known, found = folder.journal.method(), fingerprint(method)
-    if not known:
+    begin, found = folder.begin(), fingerprint(method)
+    known = None if begin is None else begin.method
+    if known is None:
         return
-    try:
-        differs = known["name"] != found["name"] or ("" not in (known["digest"], found["digest"]) and known != found)
-    except (KeyError, TypeError) as error:
-        raise CorruptError(f"{folder.path}: its journal does not describe its method ({error})") from error
-    if differs:
+    if known.name != found.name or ("" not in (known.digest, found.digest) and known != found):
         raise InputError(
-            f"{folder.path}: this method ({found['name']}) is not the one that the run was trained with"
-            f" ({known['name']}): its code differs; use the same"
+            f"{folder.path}: this method ({found.name}) is not the one that the run was trained with"
+            f" ({known.name}): its code differs; use the same"
         )
 
 

@@ -63,6 +63,14 @@ def process_state(settings: Settings) -> Iterator[None]:
         yield
 
 
+def described(device: str) -> dict[str, Any]:
+    """What of torch the bits of a run depend on beside its settings, for its ``config.toml``."""
+    about: dict[str, Any] = {"version": torch.__version__}
+    if devices.is_cuda(device):
+        about |= {"deterministic": True, "cudnn_benchmark": False, "tf32": False}
+    return about
+
+
 def _set(stack: ExitStack, get: Callable[[], Any], put: Callable[[Any], Any], value: Any) -> None:
     """Set a global of torch until the stack is closed."""
     before = get()

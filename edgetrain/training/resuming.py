@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgetrain.config import Settings, parse_profile
+from edgetrain.config import Settings
 from edgetrain.data.arrays import ARRAYS
 from edgetrain.data.specs import absolute, is_path
 from edgetrain.errors import InputError
 from edgetrain.plugins import is_own
 from edgetrain.store.edit import open_folder
+from edgetrain.training.config_file import settings_of
 from edgetrain.training.methods import CLASS, given_again
 
 # What may differ when a run is resumed, because it changes no bit of the result.
@@ -41,7 +42,7 @@ def resumed_settings(path: Path, given: dict[str, Any], settings: Settings, may_
                 f"{path}: no run to resume; check --run-dir, or state --data, --net or --profile to start one there"
             )
         return settings
-    kept = Settings().with_values(parse_profile(config, path / "config.toml"))
+    kept = settings_of(path)
     if _is_own(kept.net) and kept.net != "modules" and "net" not in given:
         raise InputError(f"{path}: this run's net is your own code; name it again: --net {kept.net}")
     if "method" not in given:
@@ -52,8 +53,6 @@ def resumed_settings(path: Path, given: dict[str, Any], settings: Settings, may_
     for name, value in given.items():
         if name == "data" and data == kept.data:
             continue
-        if name == "placement" and value == "auto":
-            continue  # what it came out as is kept
         if name == "net" and _is_own(value) and _is_own(kept.net):
             continue  # the user's code may have moved; its cells are compared with the run's
         if name == "method" and is_own(value) and is_own(kept.method):

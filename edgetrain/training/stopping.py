@@ -1,6 +1,6 @@
 """When a run is to end early: a signal, or the time that the user allowed.
 
-The first signal lets the step that is under way finish; the trainer then commits and raises ``Stopped``.
+The first signal lets the step that is under way finish; the trainer then saves a checkpoint and raises ``Stopped``.
 A second one ends the process at once, as it would have without us.
 """
 
@@ -36,7 +36,7 @@ class Stop:
         """Whether to end now."""
         if self._signal is not None and not self._said:
             self._said = True
-            self._say(f"{self._signal.name}: the step is finished and committed; once more ends at once")
+            self._say(f"{self._signal.name}: the step is finished and saved; a second signal ends at once")
         return self._signal is not None or (self._end is not None and time.monotonic() >= self._end)
 
     @property

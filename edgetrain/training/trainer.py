@@ -1,4 +1,4 @@
-"""Carries visits out: fetches the cell, reads its batches, trains it, keeps what it emits, commits.
+"""Carries visits out: fetches the cell, reads its batches, trains it, keeps what it emits, saves checkpoints.
 
 Read `_visit` first: it is the whole of training.
 """
@@ -6,7 +6,7 @@ Read `_visit` first: it is the whole of training.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NoReturn
@@ -18,7 +18,7 @@ from edgetrain.memory.meter import Meter
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.schedule import Visit, frontier_before
 from edgetrain.planning.workload import Workload
-from edgetrain.record import CellRecord
+from edgetrain.record import CellRecord, Sums
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.run import RunFolder
 from edgetrain.stream.cell import Cell
@@ -26,16 +26,16 @@ from edgetrain.stream.cells import CellStream
 from edgetrain.stream.executor import Executor
 from edgetrain.stream.inputs import training_inputs
 from edgetrain.stream.latents import DeviceLatents, FileLatents, Latents
-from edgetrain.stream.outputs import Outputs, Sums, Tally
+from edgetrain.stream.outputs import Outputs, Tally
 from edgetrain.stream.reader import LabelFile, Reader, Source
 from edgetrain.stream.span import Span
 from edgetrain.stream.state import CellState, Tensors
-from edgetrain.training.caches import Caches
-from edgetrain.training.commits import Commits, Position
-from edgetrain.training.conditions import Conditions
+from edgetrain.training.callbacks import Callback, Progress
+from edgetrain.training.checkpointing import Checkpoints, Digests, Position
+from edgetrain.training.diagnostics import Diagnostics
+from edgetrain.training.latent_cache import LatentCache
 from edgetrain.training.stopping import Stop
-from edgetrain.training.symptoms import Symptoms
-from edgetrain.training.watcher import Progress, Watcher
+from edgetrain.training.system_monitor import SystemMonitor
 from edgetrain.units import MIB, show_mb, to_mb
 
 _SHOW_EVERY_S = 0.25
@@ -49,7 +49,7 @@ class Choices:
         host_tier: bytes of host memory for cells between visits.
         prefetch: batches gathered ahead.
         keep_latents: leave latents that nobody needs any more.
-        checkpoint_every: seconds between commits, or ``None``.
+        checkpoint_every: seconds between checkpoints, or ``None``.
     """
 
     host_tier: int
@@ -59,17 +59,17 @@ class Choices:
 
 
 class Trainer:
-    """One run's training, from its newest commit to its end.
+    """One run's training, from its newest checkpoint to its end.
 
     Args:
         work: the run.
         plan: micro-batches and placement.
-        folder: where commits and latents go.
+        folder: where checkpoints and latents go.
         inputs: latents 0.
         labels: of the training rows.
-        input_state: how inputs were scaled, committed with the cells.
+        input_state: how inputs were scaled, saved with the cells.
         meter: watches the device side.
-        watcher: is told of progress.
+        callback: is told of progress.
         choices: see ``Choices``.
         stop: asked whether to end early.
         energy: joules of the device so far, or ``None``.
@@ -83,22 +83,21 @@ class Trainer:
         inputs: FileLatents,
         labels: LatentFile,
         input_state: Tensors,
-        digests: Mapping[str, str | None],
+        digests: Digests,
         meter: Meter,
-        watcher: Watcher,
+        callback: Callback,
         choices: Choices,
         stop: Stop,
         energy: Callable[[], float | None],
     ):
         self._work, self._plan, self._meter = work, plan, meter
-        self._labels, self._watcher, self._choices, self._stop = labels, watcher, choices, stop
-        conditions = Conditions(work.device, plan.budget, watcher.note)
+        self._labels, self._callback, self._choices, self._stop = labels, callback, choices, stop
         self._resident = plan.placement == "resident"
         self._executor = Executor(meter, work.seed)
         self._builder = work.builder(work.device, meter.host, plan.classifier_resident)
-        self._cells = CellStream(self._place, work.device, meter, folder, choices.host_tier, self._resident)
+        self._cells = CellStream(self._place, work.device, meter, folder.units, choices.host_tier, self._resident)
         self._files: FileLatents = inputs
-        self._caches = Caches(
+        self._latents = LatentCache(
             work, plan.cut, folder, self._resident, meter.host, choices.prefetch > 0, choices.keep_latents
         )
         self._label_source: Source = LabelFile(labels)
@@ -112,28 +111,29 @@ class Trainer:
             )
             for cell in plan.visits
         ]
-        self._conditions, self._symptoms = conditions, Symptoms(work, self.records, watcher.note)
-        self.commits = Commits(
-            folder, work.nodes, self._cells, self._caches, self.records, input_state, digests,
-            conditions, choices.checkpoint_every, stop.began, energy,
+        self._monitor = SystemMonitor(work.device, plan.budget, callback.note)
+        self._diagnostics = Diagnostics(work, self.records, callback.note)
+        self.checkpoints = Checkpoints(
+            folder, work.nodes, self._cells, self._latents, self.records, input_state, digests,
+            self._monitor, choices.checkpoint_every, stop.began, energy,
         )  # fmt: skip
         self._visits = work.visits(plan.cut)
         self._resumed = Position.before(0, self._visits)
-        self._commit_soon = False
+        self._checkpoint_soon = False
         self._started = self._last_shown = self._visit_began = time.monotonic()
 
     @property
     def latents_peak(self) -> int:
         """The most bytes of latents in files at once."""
-        return self._caches.peak
+        return self._latents.peak
 
     def run(self) -> None:
-        """Train from the newest commit to the end, and commit that.
+        """Train from the newest checkpoint to the end, and save that.
 
         Raises:
             DivergedError: a loss is not finite.
-            StorageError: the disk refused; the newest commit holds.
-            Stopped: it was asked for; what was done is committed.
+            StorageError: the disk refused; the newest checkpoint holds.
+            Stopped: it was asked for; what was done is in a checkpoint.
         """
         try:
             self._carry_out()
@@ -142,7 +142,7 @@ class Trainer:
 
     def _carry_out(self) -> None:
         visits = self._visits
-        position = self._resumed = self.commits.restore(visits)
+        position = self._resumed = self.checkpoints.restore(visits)
         if position.done == len(visits):
             return
         self._take_up(position)
@@ -152,24 +152,24 @@ class Trainer:
             assert visit is not None
             begun = position if number == position.visit else Position.before(number, visits)
             self._visit(begun, visit, None if following is None else following.node)
-            if following is not None and visit.frontier and self._commit_due(number + 1):
-                self._commit(Position.before(number + 1, visits))
+            if following is not None and visit.frontier and self._checkpoint_due(number + 1):
+                self._save(Position.before(number + 1, visits))
         self._cells.leave()
-        self._commit(Position.before(len(visits), visits))
+        self._save(Position.before(len(visits), visits))
 
     def _take_up(self, position: Position) -> None:
-        """Bring everything to where the newest commit stood."""
+        """Bring everything to where the newest checkpoint stood."""
         if position != Position.before(0, self._visits):
-            self._watcher.note(f"going on {self._where(position)}; finished cells emit their latents again")
+            self._callback.note(f"going on {self._where(position)}; finished cells emit their latents again")
         self._begin()
         for visit in self._visits[: position.done]:
             if not self._replay(visit):
                 raise self._stopped("while latents were emitted again")
         with self._meter.watch():
-            self._commit_soon = self.commits.restore_latents(self._work.device)
+            self._checkpoint_soon = self.checkpoints.restore_latents(self._work.device)
         read = self._visits[position.visit].node
-        if self._work.emits_in_training and read < self._work.depth and read not in self._caches:
-            raise CorruptError(f"the journal's newest commit lacks the latents that cell {read + 1} reads")
+        if self._work.emits_in_training and read < self._work.depth and read not in self._latents:
+            raise CorruptError(f"the journal's newest checkpoint lacks the latents that cell {read + 1} reads")
 
     # -- one visit ---------------------------------------------------------------------------------
 
@@ -177,23 +177,23 @@ class Trainer:
         self._visit_began = start = time.monotonic()
         if not visit.trains:
             if not self._emit_range(visit, following):
-                if begun.visit < self._resumed.visit:  # nothing was trained since the newest commit
+                if begun.visit < self._resumed.visit:  # nothing was trained since the newest checkpoint
                     raise self._stopped("while latents were emitted again")
                 self._halt(Position.before(self._frontier(begun.visit), self._visits))
-            self._caches.free(visit.frees)
+            self._latents.free(visit.frees)
             self._clock(visit)
             return
         sums, waited = self._train(begun, visit, following)
-        self._caches.free(visit.frees)
+        self._latents.free(visit.frees)
         loss, accuracy = sums.means
         record, size = self.records[visit.node], self._work.batch_size
         record.add(visit.epoch, visit.first * size / min(visit.last * size, self._work.rows), loss, accuracy)
         record.waited_seconds += waited
         self._clock(visit)
         if visit.last > begun.step:
-            self._conditions.visited(visit.node, visit.last - begun.step, time.monotonic() - start)
-        self._symptoms.visited(visit)
-        self._watcher.visited(self._progress(begun.visit, visit, visit.last, sums))
+            self._monitor.visited(visit.node, visit.last - begun.step, time.monotonic() - start)
+        self._diagnostics.visited(visit)
+        self._callback.visited(self._progress(begun.visit, visit, visit.last, sums))
 
     def _train(self, begun: Position, visit: Visit, following: int | None) -> tuple[Sums, float]:
         cell = self._cells.visit(visit.node)
@@ -201,8 +201,8 @@ class Trainer:
             self._cells.expect(following)
         reader = self._reader(visit.node)
         emits = visit.emit == "training"
-        out = self._caches.make(visit, goes_on=begun.step > visit.first) if emits else None
-        self._symptoms.begins(visit, cell, begun.step == visit.first)
+        out = self._latents.make(visit, goes_on=begun.step > visit.first) if emits else None
+        self._diagnostics.begins(visit, cell, begun.step == visit.first)
 
         def train(first: int, tally: Tally, pause: Callable[[int], bool]) -> int:
             sink = None if out is None else out.sink()
@@ -214,20 +214,20 @@ class Trainer:
                     sink.close()
 
         sums = self._between_checkpoints(begun, visit, train)
-        self._symptoms.trained(visit, cell)
+        self._diagnostics.trained(visit, cell)
         if visit.emit == "finished":
-            out = self._caches.make(visit)
+            out = self._latents.make(visit)
             if not self._emit(cell, reader, out):
                 self._halt(Position(self._frontier(begun.visit), begun.visit, visit.last, sums))
         if out is not None:
-            self._symptoms.emitted(visit, out)
+            self._diagnostics.emitted(visit, out)
         self._note_peak(visit.node)
         return sums, reader.waited_s
 
     def _between_checkpoints(
         self, begun: Position, visit: Visit, train: Callable[[int, Tally, Callable[[int], bool]], int]
     ) -> Sums:
-        """Train all steps of a visit, with commits between them when they are due.
+        """Train all steps of a visit, with checkpoints between them when they are due.
 
         Args:
             begun: where the visit begins, or goes on.
@@ -235,23 +235,23 @@ class Trainer:
             train: does steps from one on until the visit ends or it is told to pause; returns where it stands.
 
         Raises:
-            Stopped: it was asked for; the steps that were done are committed.
+            Stopped: it was asked for; the steps that were done are in a checkpoint.
         """
         step, tally = begun.step, self._tally(visit, begun.sums)
 
         def pause(done: int) -> bool:
             self._show(begun.visit, visit, done + 1, tally)
-            return self._stop.asked() or self._commit_due_within(begun.visit, visit, done + 1)
+            return self._stop.asked() or self._checkpoint_due_within(begun.visit, visit, done + 1)
 
         while step < visit.last:
             step = train(step, tally, pause)
             stopping, unfinished = self._stop.asked(), step < visit.last or visit.emit == "finished"
-            if stopping or (unfinished and self._commit_due_within(begun.visit, visit, step)):
+            if stopping or (unfinished and self._checkpoint_due_within(begun.visit, visit, step)):
                 self._clock(visit)
                 position = Position(self._frontier(begun.visit), begun.visit, step, self._read(tally, visit))
                 if stopping:
                     self._halt(position)
-                self._commit(position)
+                self._save(position)
                 self._cells.changes_on(visit.node)
         return self._read(tally, visit)
 
@@ -264,7 +264,7 @@ class Trainer:
         order = epoch_order(work.seed, visit.epoch, work.rows) if visit.emit == "again" else None
         micro = self._plan.micro_batches[node]
         span = Span(work.rows, work.batch_size, micro, visit.first, visit.last, order)
-        whole = self._emit_span(cell, self._reader(node), self._caches.make(visit), span)
+        whole = self._emit_span(cell, self._reader(node), self._latents.make(visit), span)
         self._note_peak(node)
         return whole
 
@@ -303,7 +303,7 @@ class Trainer:
 
     def _reader(self, index: int) -> Reader:
         work, streams = self._work, self._work.streams_of(index)
-        sources = [self._caches[number].source(streams) for number in work.sources_of(index)]
+        sources = [self._latents[number].source(streams) for number in work.sources_of(index)]
         prepare = training_inputs(work.objective, work.augmentation) if index == 0 else None
         ahead = self._choices.prefetch
         return Reader(sources, self._label_source, work.device, self._meter.host, ahead, prepare)
@@ -313,14 +313,14 @@ class Trainer:
         with self._meter.watch():
             return Tally(self._work.device, f"cell {visit.node + 1} ({name}), epoch {visit.epoch + 1},", before)
 
-    # -- beginning, commits, end -------------------------------------------------------------------
+    # -- beginning, checkpoints, end -------------------------------------------------------------------
 
     def _begin(self) -> None:
         if not self._resident:
-            self._caches.begin(self._files)
+            self._latents.begin(self._files)
             return
         with self._meter.watch():
-            self._caches.begin(DeviceLatents.copied(self._files, self._work.device, self._meter.host))
+            self._latents.begin(DeviceLatents.copied(self._files, self._work.device, self._meter.host))
             labels = DeviceLatents.copied(
                 FileLatents.of_files({"y": self._labels}, self._meter.host),
                 self._work.device,
@@ -329,41 +329,43 @@ class Trainer:
             self._label_source = labels.source()
 
     def _replay(self, visit: Visit) -> bool:
-        """Make again what a committed visit left behind, the latents of a finished cell; whether it came to the end."""
+        """Emit again the latents that a finished cell left behind before the checkpoint; whether it came to the end."""
         whole = True
         if visit.emit == "finished":
             cell = self._cells.visit(visit.node, changes=False)
-            whole = self._emit(cell, self._reader(visit.node), self._caches.make(visit))
+            whole = self._emit(cell, self._reader(visit.node), self._latents.make(visit))
         elif visit.lasting:
             whole = self._emit_range(visit, None)
-        self._caches.free(tuple(index for index in visit.frees if index in self._caches))
+        self._latents.free(tuple(index for index in visit.frees if index in self._latents))
         return whole
 
-    def _commit_due(self, number: int) -> bool:
-        """Whether to commit before a visit: soon if the run was taken up within one, as it then holds latents twice."""
-        return self._commit_soon or self.commits.due(self._share(number, 0.0))
+    def _checkpoint_due(self, number: int) -> bool:
+        """Whether to save before a visit: soon if the run was resumed within one, as it then holds latents twice."""
+        return self._checkpoint_soon or self.checkpoints.due(self._share(number, 0.0))
 
-    def _commit_due_within(self, number: int, visit: Visit, step: int) -> bool:
-        """Whether to commit within a visit; latents that must then be kept need room on the disk."""
+    def _checkpoint_due_within(self, number: int, visit: Visit, step: int) -> bool:
+        """Whether to save within a visit; latents that must then be kept need room on the disk."""
         share = self._share(number, (step - visit.first) / (visit.last - visit.first))
-        if not self.commits.due(share):
+        if not self.checkpoints.due(share):
             return False
-        return not self._work.emits_in_training or self._caches.has_room(self._plan.spare_disk)
+        return not self._work.emits_in_training or self._latents.has_room(self._plan.spare_disk)
 
-    def _commit(self, position: Position) -> None:
+    def _save(self, position: Position) -> None:
         """Make the run durable as it stands; between frontiers, latents that cannot be emitted again too."""
         at_frontier = position == Position.before(position.done, self._visits) and (
             position.done == 0 or self._visits[position.done - 1].frontier
         )
-        self.commits.commit(position, self._visits, self._work.emits_in_training and not at_frontier)
-        self._commit_soon = False
+        self.checkpoints.save(position, self._visits, self._work.emits_in_training and not at_frontier)
+        self._checkpoint_soon = False
 
     def _halt(self, position: Position) -> NoReturn:
-        """Commit, because the run is to stop, and stop."""
-        if self._resident and self._work.emits_in_training and not self._caches.has_room(self._plan.spare_disk):
-            self._watcher.note("the disk has no room for what is on the device; the run stops at its newest commit")
+        """Save a checkpoint, because the run is to stop, and stop."""
+        if self._resident and self._work.emits_in_training and not self._latents.has_room(self._plan.spare_disk):
+            self._callback.note(
+                "the disk has no room for what is on the device; the run stops at its newest checkpoint"
+            )
         else:
-            self._commit(position)
+            self._save(position)
         raise self._stopped(self._where(position))
 
     def _clock(self, visit: Visit) -> None:
@@ -373,7 +375,7 @@ class Trainer:
         self._visit_began = now
 
     def _frontier(self, number: int) -> int:
-        """Where to take up a run that ends within a visit; latents that cannot be emitted again are committed."""
+        """Where to take up a run that ends within a visit; latents that cannot be emitted again are saved."""
         return number if self._work.emits_in_training else frontier_before(self._visits, number)
 
     def _share(self, number: int, of_visit: float) -> float:
@@ -389,7 +391,7 @@ class Trainer:
         return f"at step {position.step} of epoch {visit.epoch + 1} of cell {visit.node + 1} ({name})"
 
     def _end(self) -> None:
-        self._caches.close()
+        self._latents.close()
         self._label_source = LabelFile(None)
         self._cells.close()
 
@@ -414,7 +416,7 @@ class Trainer:
         now = time.monotonic()
         if now - self._last_shown >= _SHOW_EVERY_S:
             self._last_shown = now
-            self._watcher.stepped(self._progress(number, visit, step, self._read(tally, visit)))
+            self._callback.stepped(self._progress(number, visit, step, self._read(tally, visit)))
 
     def _progress(self, number: int, visit: Visit, step: int, sums: Sums) -> Progress:
         elapsed = time.monotonic() - self._started

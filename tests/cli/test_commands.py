@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from machine import begin
 
 from edgetrain import api
 from edgetrain.config import Settings
@@ -276,7 +277,7 @@ def test_resume_starts_a_run_where_the_command_says_what_to_train(edgetrain: Com
 
 
 def test_resume_starts_a_run_without_a_checkpoint_again(edgetrain: Command, tmp_path: Path) -> None:
-    RunFolder(tmp_path / "r").create(Settings(net="mlp:8", epochs=1).to_toml(), [])
+    RunFolder(tmp_path / "r").create(begin(Settings(net="mlp:8", epochs=1).to_toml()))
     done = edgetrain("fit", "--resume", "--run-dir", "r", "--json")
     assert done.returncode == 0, done.stderr
     assert [cell["name"] for cell in json.loads(done.stdout)["cells"]] == ["linear 64-8"]

@@ -33,10 +33,10 @@ def _heard() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def once_it_trains(child: subprocess.Popen[str], run: Path, at_commit: bool = False) -> None:
+def once_it_trains(child: subprocess.Popen[str], run: Path, at_checkpoint: bool = False) -> None:
     """Wait until the run's training is under way."""
     limit = time.monotonic() + 60
-    while not (list(run.glob("latents/001*.rows")) and (not at_commit or RunFolder(run).last())):
+    while not (list(run.glob("latents/001*.rows")) and (not at_checkpoint or RunFolder(run).last())):
         assert child.poll() is None, child.communicate()
         assert time.monotonic() < limit
         time.sleep(0.02)
@@ -59,7 +59,7 @@ def cells(run: Path) -> bytes:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_commits_says_how_to_go_on_and_the_code_is_the_shells(
+def test_a_signal_checkpoints_says_how_to_go_on_and_the_code_is_the_shells(
     number: signal.Signals, code: int, whole: bytes, tmp_path: Path
 ) -> None:
     child = started(tmp_path)
@@ -68,7 +68,7 @@ def test_a_signal_commits_says_how_to_go_on_and_the_code_is_the_shells(
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out) == (code, "")
     *_, note, last = err.strip().splitlines()
-    assert note == "what was committed is kept; go on with: edgetrain fit --resume --run-dir run"
+    assert note == "the newest checkpoint is kept; resume with: edgetrain fit --resume --run-dir run"
     assert last.startswith(f"edgetrain: stopped by {number.name} at step ")
     assert RunFolder(tmp_path / "run").last() is not None
     child = started(tmp_path, "--resume", words=["--run-dir", "run"])
@@ -78,7 +78,7 @@ def test_a_signal_commits_says_how_to_go_on_and_the_code_is_the_shells(
 
 
 @pytest.mark.parametrize("gone", ["terminal", "pipe"])
-def test_a_run_whose_terminal_is_gone_still_commits(gone: str, whole: bytes, tmp_path: Path) -> None:
+def test_a_run_whose_terminal_is_gone_still_checkpoints(gone: str, whole: bytes, tmp_path: Path) -> None:
     ours, theirs = os.openpty() if gone == "terminal" else os.pipe()
     env = {name: value for name, value in os.environ.items() if not name.startswith("EDGETRAIN_")}
     child = subprocess.Popen(
@@ -114,7 +114,7 @@ def test_the_time_limit_stops_as_sigterm_does(whole: bytes, tmp_path: Path) -> N
 
 def test_a_second_process_is_refused_at_once_and_a_dead_one_holds_no_lock(tmp_path: Path) -> None:
     child = started(tmp_path, "--checkpoint-every", "0.1")
-    once_it_trains(child, tmp_path / "run", at_commit=True)
+    once_it_trains(child, tmp_path / "run", at_checkpoint=True)
     os.kill(child.pid, signal.SIGSTOP)  # it holds the lock for as long as we like
     try:
         for words in (["--run-dir", "run", "--resume"], [*RUN, "--force"]):
@@ -158,7 +158,7 @@ def test_a_disk_that_fills_up_in_mid_run_is_a_line_and_the_run_goes_on_when_ther
     small_disk: Path, whole: bytes
 ) -> None:
     child = started(small_disk, "--checkpoint-every", "0.1")
-    once_it_trains(child, small_disk / "run", at_commit=True)
+    once_it_trains(child, small_disk / "run", at_checkpoint=True)
     fill = small_disk / "somebody else's"
     with fill.open("wb", buffering=0) as file:
         try:
@@ -171,7 +171,7 @@ def test_a_disk_that_fills_up_in_mid_run_is_a_line_and_the_run_goes_on_when_ther
     assert child.returncode == 3, err
     assert "no space left on device" in last
     assert last.startswith("edgetrain: run/")
-    assert "go on with: edgetrain fit --resume" in note
+    assert "resume with: edgetrain fit --resume" in note
     fill.unlink()
     child = started(small_disk, "--resume", words=["--run-dir", "run"])
     _, err = child.communicate(timeout=120)

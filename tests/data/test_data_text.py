@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_files import fuzzing, rows_of, small_chunks
+from msgspec import convert
 
 from edgetrain.data import text as module
 from edgetrain.data.arrays import from_arrays
@@ -227,12 +228,12 @@ def test_a_run_remembers_the_vocabulary():
     shape = text_shape()
     assert shape.vocabulary == 5
     assert shape.format == RowFormat((LENGTH,), "tokens")
-    assert Shape.from_dict({**vars(shape), "shape": [LENGTH], "names": list(CLASSES)}) == shape
+    assert convert({**vars(shape), "shape": [LENGTH], "names": list(CLASSES)}, Shape) == shape
 
 
 def test_records_without_a_vocabulary_still_open():
     values = {name: value for name, value in vars(text_shape()).items() if name != "vocabulary"}
-    shape = Shape.from_dict(values)
+    shape = convert(values, Shape)
     assert shape.vocabulary is None
     assert shape.format == RowFormat((LENGTH,), "float32")
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from machine import reader_of, train_steps
+from machine import flat, reader_of, state_of, train_steps
+from machine import named as units_named
 from reference.batches import as_they_lie, shuffled
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -37,11 +38,10 @@ from edgetrain.stream.draws import StepDraws
 from edgetrain.stream.inputs import training_inputs
 from edgetrain.stream.latents import DeviceLatents
 from edgetrain.stream.span import Span
-from edgetrain.stream.state import CellState
 from edgetrain.training import job
+from edgetrain.training.callbacks import Callback
 from edgetrain.training.fit import fit
 from edgetrain.training.methods import METHODS
-from edgetrain.training.watcher import Silent
 
 ALL = {**OBJECTIVES, **BASELINES}
 CLASSES, ROWS, BATCH, SEED, LR = 3, 38, 16, 4, 3e-3
@@ -688,7 +688,7 @@ def test_the_machine_shows_a_rule_inputs_that_have_no_history(tmp_path, monkeypa
 # -- learning and coming back --------------------------------------------------------------------------
 
 
-class Losses(Silent):
+class Losses(Callback):
     """Keeps the training losses of each node."""
 
     def __init__(self):
@@ -717,11 +717,11 @@ def test_the_loss_of_every_cell_falls_on_a_toy(tmp_path, monkeypatch, name, trai
     values = {"epochs": 6, "lr": 1e-2, "net": SUITED.get(name, ("mlp:12x2",))[0], **LEARNING.get(name, {})}
     if trained:
         values |= {"classifier_lr": 3e-2, "classifier_epochs": values["epochs"]}
-    watcher, shape = Losses(), SUITED.get(name, (NET, WIDE))[1]
+    callback, shape = Losses(), SUITED.get(name, (NET, WIDE))[1]
     data = from_arrays(toy(150, shape), toy(60, shape), reading=Reading("image"))
-    run = fit(given(name, **values), tmp_path / "run", data=data, watcher=watcher)
-    assert len(watcher.found) == len(run.nodes) + trained
-    assert all(found[-1] < 0.9 * found[0] for found in watcher.found.values())
+    run = fit(given(name, **values), tmp_path / "run", data=data, callback=callback)
+    assert len(callback.found) == len(run.nodes) + trained
+    assert all(found[-1] < 0.9 * found[0] for found in callback.found.values())
     assert run.record.test_accuracy > 0.6  # 1 / 3 by chance
     assert run.record.votes.get("classifier", 0.0) > 0.6 or not trained
 
@@ -738,15 +738,15 @@ def test_a_cell_that_left_the_device_goes_on_as_if_it_had_stayed(name, trained):
     def steps(cell, first, last):
         reader = reader_of(latents, labels(), prepare=None if node.index else training_inputs(objective))
         train_steps(cell, reader, Span(ROWS, BATCH, BATCH, first, last, order))
-        return cell.state_dict().to_tensors()
+        return flat(cell.state_dict())
 
     stayed = steps(ResidentCell(node, setup), 0, 3)
     left = steps(ResidentCell(node, setup), 0, 2)
-    returned = steps(ResidentCell(node, setup, CellState.of_tensors(left)), 2, 3)
+    returned = steps(ResidentCell(node, setup, state_of(left)), 2, 3)
     assert sorted(returned) == sorted(stayed)
     assert all(torch.equal(returned[key], stayed[key]) for key in stayed)
     bare = {key: value for key, value in left.items() if not key.startswith("optim.")}
-    forgetful = steps(ResidentCell(node, setup, CellState.of_tensors(bare)), 2, 3)
+    forgetful = steps(ResidentCell(node, setup, state_of(bare)), 2, 3)
     assert any(not torch.equal(forgetful[key], stayed[key]) for key in bare)
 
 
@@ -761,7 +761,9 @@ def trained(path, name, **values):
     """Final tensors of a run on the toy data, by unit and name."""
     folder = RunFolder(fit(given(name, **values), path / "run", data=from_arrays(toy(), reading=Reading("image"))).path)
     files = folder.files()
-    return {f"{unit}/{key}": value for unit in files for key, value in folder.read_unit(files[unit]).items()}
+    return {
+        f"{unit}/{key}": value for unit in files for key, value in units_named(folder.units.read(files[unit])).items()
+    }
 
 
 def learned(unit, optimizer, parameters, phase):

@@ -282,7 +282,7 @@ def run_of(method: str, placement: Any, path: Path) -> Any:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_streamed_run_measures_what_was_predicted_for_each_cell(method: str, tmp_path: Path) -> None:
     record = run_of(method, "stream", tmp_path / "run")
-    visits = [*record.cells, *([record.readout] if record.readout else [])]
+    visits = record.visits
     found = [cell.peak_gpu_mb for cell in visits]
     assert found == [cell.predicted_peak_mb for cell in visits]
     assert record.peak_gpu_mb == record.predicted_peak_mb == max(found)

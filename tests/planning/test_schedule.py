@@ -17,23 +17,25 @@ from edgetrain.planning.schedule import SCHEDULES, Cut, Visit
 ROOT = Path(edgetrain.__file__).parents[1]
 INPUTS = 0
 
-Run = tuple[str, int, int, int, int, tuple[int, ...]]  # schedule, depth, epochs, steps, readout epochs, what it reads
+Run = tuple[
+    str, int, int, int, int, tuple[int, ...]
+]  # schedule, depth, epochs, steps, classifier epochs, what it reads
 
 
 @st.composite
 def runs(draw: st.DrawFn) -> Run:
     name = draw(st.sampled_from(sorted(SCHEDULES)))
     epochs = draw(st.integers(1, 4))
-    readout = draw(st.sampled_from([0, epochs]) if name == "sequence" else st.integers(0, 4))
+    classifier = draw(st.sampled_from([0, epochs]) if name == "sequence" else st.integers(0, 4))
     depth = draw(st.integers(1, 7))
     some = st.sets(st.integers(0, depth - 1), min_size=1).map(lambda nodes: tuple(sorted(nodes)))
-    read = draw(st.sampled_from([tuple(range(depth)), (depth - 1,)]) | some) if readout else ()
-    return name, depth, epochs, draw(st.integers(1, 9)), readout, read
+    read = draw(st.sampled_from([tuple(range(depth)), (depth - 1,)]) | some) if classifier else ()
+    return name, depth, epochs, draw(st.integers(1, 9)), classifier, read
 
 
 def visits(run: Run) -> list[Visit]:
-    name, depth, epochs, steps, readout, read = run
-    return list(SCHEDULES[name](depth, epochs, steps, readout, read))
+    name, depth, epochs, steps, classifier, read = run
+    return list(SCHEDULES[name](depth, epochs, steps, classifier, read))
 
 
 def reads(visit: Visit, run: Run) -> list[int]:
@@ -53,13 +55,13 @@ def test_importing_the_schedules_does_not_import_torch() -> None:
 @checked
 @given(run=runs())
 def test_every_step_of_every_node_is_done_once_and_in_order(run: Run) -> None:
-    _, depth, epochs, steps, readout, _ = run
+    _, depth, epochs, steps, classifier, _ = run
     done: dict[int, list[tuple[int, int]]] = {}
     for visit in visits(run):
         done.setdefault(visit.node, []).extend((visit.epoch, step) for step in range(visit.first, visit.last))
     for node in range(depth):
         assert done.pop(node) == [(epoch, step) for epoch in range(epochs) for step in range(steps)]
-    expected = [(epoch, step) for epoch in range(readout) for step in range(steps)]
+    expected = [(epoch, step) for epoch in range(classifier) for step in range(steps)]
     assert done.pop(depth, []) == expected
     assert done == {}
 
@@ -125,9 +127,9 @@ def test_no_cache_is_left_at_the_end(run: Run) -> None:
 @checked
 @given(run=runs())
 def test_each_node_is_finished_once_and_by_its_last_visit(run: Run) -> None:
-    _, depth, _, _, readout, _ = run
+    _, depth, _, _, classifier, _ = run
     order = visits(run)
-    for node in range(depth + (readout > 0)):
+    for node in range(depth + (classifier > 0)):
         own = [visit.final for visit in order if visit.node == node]
         assert own == [False] * (len(own) - 1) + [True]
 
@@ -150,7 +152,7 @@ def test_at_a_frontier_nothing_is_needed_that_only_an_unfinished_cell_could_have
 
 
 def is_last_epoch(visit: Visit, order: list[Visit]) -> bool:
-    """In the last epoch of a sequence all cells before are finished; a commit there is not asked for."""
+    """In the last epoch of a sequence all cells before are finished; a checkpoint there is not asked for."""
     return visit.final and order[-1].epoch == visit.epoch
 
 
@@ -179,8 +181,8 @@ def cut_runs() -> st.SearchStrategy[tuple[Run, Cut]]:
 
 
 def cut_visits(run: Run, cut: Cut) -> list[Visit]:
-    name, depth, epochs, steps, readout, read = run
-    return list(SCHEDULES[name](depth, epochs, steps, readout, read, cut))
+    name, depth, epochs, steps, classifier, read = run
+    return list(SCHEDULES[name](depth, epochs, steps, classifier, read, cut))
 
 
 class Disk:
@@ -215,7 +217,7 @@ class Disk:
 @given(given=cut_runs())
 def test_with_a_cut_every_step_is_trained_once_in_order_from_latents_that_are_there(given: tuple[Run, Cut]) -> None:
     run, cut = given
-    _, depth, epochs, steps, readout, _ = run
+    _, depth, epochs, steps, classifier, _ = run
     done: dict[int, list[tuple[int, int]]] = {}
     disk = Disk(run)
     for visit in cut_visits(run, cut):
@@ -224,7 +226,7 @@ def test_with_a_cut_every_step_is_trained_once_in_order_from_latents_that_are_th
             done.setdefault(visit.node, []).extend((visit.epoch, step) for step in range(visit.first, visit.last))
     for node in range(depth):
         assert done.pop(node) == [(epoch, step) for epoch in range(epochs) for step in range(steps)]
-    assert done.pop(depth, []) == [(epoch, step) for epoch in range(readout) for step in range(steps)]
+    assert done.pop(depth, []) == [(epoch, step) for epoch in range(classifier) for step in range(steps)]
     assert set(disk.held) <= {INPUTS}
 
 

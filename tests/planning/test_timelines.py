@@ -15,9 +15,10 @@ from edgetrain.planning import timelines
 from edgetrain.planning.planner import backprop_peak
 from edgetrain.record import KINDS, MemorySeries
 from edgetrain.training import fit as fitting
-from edgetrain.training.finished import read_record
+from edgetrain.training import session
 from edgetrain.training.job import Job, open_job, plan_job
 from edgetrain.training.methods import METHODS
+from edgetrain.training.run import read_record
 from edgetrain.units import MIB, to_mb
 
 
@@ -91,7 +92,7 @@ def test_the_real_run_s_timeline_is_the_dry_run_s(
     method: str, given: dict[str, Any], placement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timeline = Timeline()
-    monkeypatch.setattr(fitting, "meter_of", lambda device, full: LiveMeter(True, LiveBytes(timeline)))
+    monkeypatch.setattr(session, "meter_of", lambda device, full: LiveMeter(True, LiveBytes(timeline)))
     asked = settings(method=method, net="mlp:24x2", placement=placement, epochs=2, **given)
     fitting.fit(asked, tmp_path / "run", data=data("pixels").set)
     record, _ = read_record(tmp_path / "run")

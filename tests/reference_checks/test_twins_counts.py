@@ -12,7 +12,7 @@ def count(values):
     return sum(value.numel() for value in values)
 
 
-def readout(classes, features):
+def classifier(classes, features):
     classifier = lbp.Classifier(torch.zeros(classes, features), torch.zeros(classes), 0.0, 0.0)
     return count(classifier.layer.parameters())
 
@@ -30,7 +30,7 @@ def test_cae_lbp():
         features += z[0].numel()
         x = z
     assert features == 31_744
-    assert total + readout(100, features) == 12_232_103
+    assert total + classifier(100, features) == 12_232_103
 
 
 def test_ae_lbp():
@@ -38,7 +38,7 @@ def test_ae_lbp():
     for d, n in pairwise(widths):
         cell = lbp.Cell(0, [torch.zeros(shape) for shape in [(n, d), (n,), (d, n), (d,)]], 0.0, 0.0)
         total += count([cell.w, cell.b, cell.v, cell.c])
-    assert total + readout(100, sum(widths[1:])) == 7_889_572
+    assert total + classifier(100, sum(widths[1:])) == 7_889_572
 
 
 def test_fedfwd():

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from edgetrain.record import KINDS, CellRecord, MemorySeries, RunRecord
 from edgetrain.report import figures
@@ -41,9 +42,9 @@ def record(**values: Any) -> RunRecord:
         series(name="bp"),
     )
     run.budget_mb, run.peak_gpu_mb, run.predicted_peak_mb, run.bp_predicted_peak_mb = 8.0, 3.0, 3.25, 12.0
-    run.seconds, run.waited_seconds, run.commit_seconds = 20.0, 1.5, 0.75
+    run.seconds, run.waited_seconds, run.checkpoint_seconds = 20.0, 1.5, 0.75
     run.test_accuracy, run.votes = 0.9, {"sum": 0.9, "last": 0.85, "cells": [0.81, 0.82, 0.83]}
-    return RunRecord(**{**vars(run), **values})
+    return structs.replace(run, **values)
 
 
 def drawn(drawing: Drawing) -> Any:
@@ -81,7 +82,7 @@ def test_figures_hold_the_record_s_numbers() -> None:
     parts = {bar.get_label(): [patch.get_width() for patch in bar] for bar in drawn(found["time"]).axes[0].containers}
     assert parts["computing"] == [1.5, 3.5, 5.5, 0.0]
     assert parts["waiting for data"] == [0.5, 0.5, 0.5, 0.0]
-    assert parts["commits"] == [0.0, 0.0, 0.0, 0.75]
+    assert parts["checkpoints"] == [0.0, 0.0, 0.0, 0.75]
     assert parts["preparing, evaluating"] == [0.0, 0.0, 0.0, 20.0 - 12.0 - 0.75]
     assert sum(map(sum, parts.values())) == record().seconds
 

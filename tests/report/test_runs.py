@@ -58,7 +58,7 @@ def test_a_finished_run_is_shown_whole(finished: Path) -> None:
     assert 'method = "lbp-ae"' in shown.config
 
 
-def test_of_an_unfinished_run_the_newest_commit_is_shown(stopped: Path, tmp_path: Path) -> None:
+def test_of_an_unfinished_run_the_newest_checkpoint_is_shown(stopped: Path, tmp_path: Path) -> None:
     shown = open_shown(stopped)
     assert not shown.finished
     assert [problem for problem in shown.problems if "is not finished" in problem and "--resume" in problem]
@@ -77,12 +77,12 @@ def test_an_unfinished_run_s_classifier_is_no_cell(tmp_path: Path) -> None:
     record = open_shown(path).record
     assert record is not None
     assert [cell.name for cell in record.cells] == ["linear 21-24", "linear 24-24"]
-    assert record.readout is not None
+    assert record.classifier is not None
     assert record.written_mb
     assert any(f"--resume --run-dir '{path}'" in problem for problem in open_shown(path).problems)
 
 
-def test_an_unfinished_run_tells_the_energy_of_its_newest_commit(tmp_path: Path) -> None:
+def test_an_unfinished_run_tells_the_energy_of_its_newest_checkpoint(tmp_path: Path) -> None:
     told = Sensor("made up", 1000.0, lambda: 5.0)
     with mock.patch.object(energy, "sensor_of", return_value=told):
         stopped_after(25, settings("mf", net="mlp:24x2"), tmp_path / "run", ROWS)

@@ -12,8 +12,8 @@ from edgetrain.errors import InputError
 from edgetrain.report import tensorboard
 from edgetrain.report.tensorboard import logged
 from edgetrain.store.run import RunFolder
+from edgetrain.training.callbacks import Callback
 from edgetrain.training.fit import fit
-from edgetrain.training.watcher import Silent
 
 pytest.importorskip("tensorboard")
 ROWS = data("pixels").set
@@ -30,8 +30,8 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_scalars_are_the_record_s(tmp_path: Path) -> None:
     asked = settings("mf", net="mlp:24x2", max_gpu_mb=4.0)
-    with logged(Silent()) as watcher:
-        record = fit(asked, tmp_path / "run", data=ROWS, watcher=watcher).record
+    with logged(Callback()) as callback:
+        record = fit(asked, tmp_path / "run", data=ROWS, callback=callback).record
     found = scalars(tmp_path / "run")
     for number, cell in enumerate(record.cells, start=1):
         told = found[f"loss/{number:03} {cell.name}"]
@@ -49,11 +49,11 @@ def test_scalars_are_the_record_s(tmp_path: Path) -> None:
 
 def test_a_run_that_ends_early_keeps_what_it_told(tmp_path: Path) -> None:
     asked = settings("mf", net="mlp:24x2")
-    with logged(Silent()) as watcher:
-        stopped_after(25, asked, tmp_path / "run", ROWS, watcher=watcher)
+    with logged(Callback()) as callback:
+        stopped_after(25, asked, tmp_path / "run", ROWS, callback=callback)
     assert scalars(tmp_path / "run")["loss/001 linear 21-24"]
-    with logged(Silent()) as watcher:
-        fit(asked, tmp_path / "run", data=ROWS, resume=True, watcher=watcher)
+    with logged(Callback()) as callback:
+        fit(asked, tmp_path / "run", data=ROWS, resume=True, callback=callback)
     assert len(scalars(tmp_path / "run")["loss/002 linear 24-24"]) == asked.epochs
 
 
@@ -74,5 +74,5 @@ def test_logs_change_no_bit_and_go_with_the_run(tmp_path: Path) -> None:
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"edgetrain\[tensorboard\]"), logged(Silent()):
+    with pytest.raises(InputError, match=r"edgetrain\[tensorboard\]"), logged(Callback()):
         raise AssertionError

@@ -43,12 +43,12 @@ def read(file: LatentFile, rows: slice | np.ndarray) -> np.ndarray:
 
 @st.composite
 def programs(draw: st.DrawFn) -> tuple[int, int, int, list]:
-    """Rows, elements, window, and what is done: rows written behind the last, reads of runs, gathers, commits."""
+    """Rows, elements, window, and what is done: rows written behind the last, reads of runs, gathers, checkpoints."""
     rows, elements = draw(st.integers(1, 300)), draw(st.integers(1, 9000))
     steps: list = []
     written = 0
     for _ in range(draw(st.integers(1, 12))):
-        kinds = ["write"] * (written < rows) + ["read", "gather", "distrust", "commit", "restart"] * (written > 0)
+        kinds = ["write"] * (written < rows) + ["read", "gather", "distrust", "checkpoint", "restart"] * (written > 0)
         kind = draw(st.sampled_from(kinds))
         if kind == "write":
             last = draw(st.integers(written + 1, rows))
@@ -86,8 +86,8 @@ def test_a_latent_file_behaves_as_an_array(program: tuple[int, int, int, list], 
                 file.distrust()
             elif kind == "restart":
                 file.restart(tmp_path / "x.rows", 0)
-            else:  # another process goes on with what was committed
-                sums, written, digest = file.commit(number), file.written, file.digest()
+            else:  # another process goes on with what was saved
+                sums, written, digest = file.save(number), file.written, file.digest()
                 file.settle()
                 file.close()
                 file = LatentFile(tmp_path / "x.rows", rows, layout, window).reopen(written, sums)
@@ -119,10 +119,10 @@ def test_a_small_window_drops_pages_behind_the_reader(tmp_path: Path) -> None:
     assert mapped[1 << 18] < 3000  # one batch of 30 rows touches at most 30 * 68 KiB
 
 
-def committed(path: Path, rows: int = 40, elements: int = 5) -> tuple[np.ndarray, FileEntry]:
-    """A committed file's rows and its checksums' file."""
+def saved(path: Path, rows: int = 40, elements: int = 5) -> tuple[np.ndarray, FileEntry]:
+    """A saved file's rows and its checksums' file."""
     file, model = filled(path, rows, elements)
-    sums = file.commit(1)
+    sums = file.save(1)
     file.close()
     return model, sums
 
@@ -131,18 +131,18 @@ def reopened(path: Path, sums: FileEntry, rows: int = 40, elements: int = 5) -> 
     return LatentFile(path, rows, RowFormat((elements,), "pixels")).reopen(rows, sums)
 
 
-def test_a_file_committed_is_found_again(tmp_path: Path) -> None:
-    model, sums = committed(tmp_path / "x.rows")
+def test_a_file_saved_is_found_again(tmp_path: Path) -> None:
+    model, sums = saved(tmp_path / "x.rows")
     again = reopened(tmp_path / "x.rows", sums)
     assert np.array_equal(read(again, np.arange(40)[::-1].copy()), model[::-1])
     again.close()
 
 
-def test_a_file_committed_in_part_goes_on_with_its_next_row(tmp_path: Path) -> None:
+def test_a_file_saved_in_part_goes_on_with_its_next_row(tmp_path: Path) -> None:
     layout, model = RowFormat((70_000,), "pixels"), np.random.default_rng(0).integers(0, 256, (11, 70_000), np.uint8)
     file = LatentFile(tmp_path / "x.rows", 11, layout).allocate()
     file.write(0, torch.from_numpy(model[:5]))
-    sums = file.commit(1)  # three rows are a block, so that one is begun
+    sums = file.save(1)  # three rows are a block, so that one is begun
     file.write(5, torch.from_numpy(model[5:8]))  # lost: the process ends
     file.close()
     again = LatentFile(tmp_path / "x.rows", 11, layout).reopen(5, sums)
@@ -160,21 +160,21 @@ def filled_with(path: Path, model: np.ndarray) -> LatentFile:
 @pytest.mark.parametrize("size", [0, 199, 201])
 def test_a_file_of_another_size_is_corrupt(size: int, tmp_path: Path) -> None:
     path = tmp_path / "x.rows"
-    _, sums = committed(path)
+    _, sums = saved(path)
     path.write_bytes(bytes(size))
     with pytest.raises(CorruptError, match=rf"x\.rows: holds {size} bytes, expected 200"):
         reopened(path, sums)
 
 
 def test_a_missing_file_is_a_storage_error_that_names_it(tmp_path: Path) -> None:
-    _, sums = committed(tmp_path / "x.rows")
+    _, sums = saved(tmp_path / "x.rows")
     (tmp_path / "x.rows").unlink()
     with pytest.raises(StorageError, match=r"x\.rows: no such file"):
         reopened(tmp_path / "x.rows", sums)
 
 
 def test_damaged_checksums_are_named(tmp_path: Path) -> None:
-    _, sums = committed(tmp_path / "x.rows")
+    _, sums = saved(tmp_path / "x.rows")
     flip(tmp_path / sums.name, 3)
     with pytest.raises(CorruptError, match=r"x\.1\.sums: the checksums of x\.rows are damaged"):
         reopened(tmp_path / "x.rows", sums)
@@ -189,10 +189,10 @@ def flip(path: Path, at: int) -> None:
 
 @pytest.mark.parametrize("at", [0, 99, 199])
 def test_a_flipped_bit_is_found_when_a_file_is_taken_up_again(at: int, tmp_path: Path) -> None:
-    _, sums = committed(tmp_path / "x.rows")
+    _, sums = saved(tmp_path / "x.rows")
     flip(tmp_path / "x.rows", at)
     with pytest.raises(
-        CorruptError, match=r"x\.rows: rows 0 to 39 are not as they were written.* newest commit"
+        CorruptError, match=r"x\.rows: rows 0 to 39 are not as they were written.* newest checkpoint"
     ) as told:
         reopened(tmp_path / "x.rows", sums)
     assert type(told.value) is CorruptError

@@ -1,4 +1,4 @@
-"""A run's folder: commits, finishing, the lock. ``pytest tests/store/test_run.py``."""
+"""A run's folder: checkpoints, finishing, the lock. ``pytest tests/store/test_run.py``."""
 
 from __future__ import annotations
 
@@ -15,31 +15,41 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from machine import begin, named
 from safetensors.torch import load_file
 
 import edgetrain
 from edgetrain.errors import BusyError, CorruptError, InputError, StorageError
 from edgetrain.store import run as module
+from edgetrain.store import units as units_module
 from edgetrain.store.atomic import size_of
+from edgetrain.store.entries import Checkpoint
+from edgetrain.store.journal import _check
 from edgetrain.store.run import RunFolder
+from edgetrain.store.units import UnitFiles
 
 ROOT = Path(edgetrain.__file__).parents[1]
 
 
-def unit(value: float, optimizer: bool = True) -> dict[str, torch.Tensor]:
-    state = {"cell.weight": torch.full((2, 3), value), "head.weight": torch.full((4,), value)}
-    return {**state, "optim.step.cell.weight.exp_avg": torch.full((2, 3), -value)} if optimizer else state
+def unit(value: float, optimizer: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+    weights = {"cell.weight": torch.full((2, 3), value), "head.weight": torch.full((4,), value)}
+    state = {"step.cell.weight.exp_avg": torch.full((2, 3), -value)}
+    return {"weights": weights, "optim": state} if optimizer else {"weights": weights}
+
+
+def at(number: int, **more: Any) -> Checkpoint:
+    return Checkpoint(number=number, **more)
 
 
 def made(path: Path) -> RunFolder:
     folder = RunFolder(path)
-    folder.create("seed = 1\n", [])
+    folder.create(begin("seed = 1\n"))
     return folder
 
 
 def value_of(folder: RunFolder, name: str) -> float:
-    """What a unit was committed with; every tensor of it must agree."""
-    tensors = folder.read_unit(folder.files()[name])
+    """What a unit was saved with; every tensor of it must agree."""
+    tensors = named(folder.units.read(folder.files()[name]))
     values = {abs(float(value.flatten()[0])) for value in tensors.values()}
     assert len(tensors) == 3
     assert len(values) == 1
@@ -57,7 +67,7 @@ def test_a_new_folder_holds_its_settings(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "runs" / "a")
     assert folder.is_free()
     assert not folder.is_run()
-    folder.create("seed = 1\n", [])
+    folder.create(begin("seed = 1\n"))
     assert (folder.path / "config.toml").read_text() == "seed = 1\n"
     assert folder.is_run()
     assert not folder.is_free()
@@ -71,14 +81,14 @@ def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(module, "write_text", full)
     with pytest.raises(StorageError):
-        RunFolder(tmp_path / "a").create("x", [])
+        RunFolder(tmp_path / "a").create(begin("x"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_below_a_file_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="not a directory"):
-        RunFolder(tmp_path / "file" / "a").create("x", [])
+        RunFolder(tmp_path / "file" / "a").create(begin("x"))
 
 
 def test_clearing_refuses_a_folder_that_is_no_run(tmp_path: Path) -> None:
@@ -91,7 +101,7 @@ def test_clearing_refuses_a_folder_that_is_no_run(tmp_path: Path) -> None:
 
 def test_clearing_removes_a_run_and_nothing_else(tmp_path: Path) -> None:
     folder = made(tmp_path / "a")
-    folder.commit(1, [("000", unit(1))], {})
+    folder.save(at(1), [("000", unit(1))])
     (folder.path / "my notes.txt").write_text("keep")
     folder.clear()
     assert [path.name for path in folder.path.iterdir()] == ["my notes.txt"]
@@ -109,29 +119,29 @@ def test_clearing_does_not_follow_a_link_out_of_the_run(tmp_path: Path) -> None:
     assert (elsewhere / "data").read_text() == "precious"
 
 
-def test_working_files_are_cleared_and_commits_stay(tmp_path: Path) -> None:
+def test_working_files_are_cleared_and_checkpoints_stay(tmp_path: Path) -> None:
     folder = made(tmp_path / "a")
-    folder.commit(1, [("000", unit(1))], {})
-    for working in (folder.latents, folder.scratch):
+    folder.save(at(1), [("000", unit(1))])
+    for working in (folder.latents, folder.units.scratch):
         working.mkdir(exist_ok=True)
     (folder.latents / "001.x.rows").write_bytes(b"x")
-    (folder.scratch / "000.safetensors").write_bytes(b"x")
+    (folder.units.scratch / "000.safetensors").write_bytes(b"x")
     folder.clear_working_files()
     assert not (folder.latents / "001.x.rows").exists()
-    assert not folder.scratch.exists()
+    assert not folder.units.scratch.exists()
     assert value_of(folder, "000") == 1
 
 
-# --- commits ----------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
-def test_a_commit_holds_what_changed_and_all_that_was_committed_before(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_what_changed_and_all_that_was_saved_before(tmp_path: Path) -> None:
     folder = made(tmp_path / "a")
-    folder.commit(1, [("000", unit(1)), ("001", unit(2))], {"visits": 3})
-    files = folder.commit(2, [("001", unit(5))], {"visits": 4})
+    folder.save(at(1, visits=3), [("000", unit(1)), ("001", unit(2))])
+    files = folder.save(at(2, visits=4), [("001", unit(5))])
     assert files == folder.files()
     assert (value_of(folder, "000"), value_of(folder, "001")) == (1, 5)
-    assert folder.last() == {**folder.last(), "commit": 2, "visits": 4}
+    assert folder.last() == at(2, visits=4, files=files)
     assert cells(folder) == [
         "000@1.optim.safetensors",
         "000@1.safetensors",
@@ -142,10 +152,10 @@ def test_a_commit_holds_what_changed_and_all_that_was_committed_before(tmp_path:
 
 def test_the_optimizer_has_a_file_of_its_own_and_can_be_left_out(tmp_path: Path) -> None:
     folder = made(tmp_path / "a")
-    files = folder.commit(1, [("000", unit(1)), ("001", unit(2, optimizer=False))], {})
+    files = folder.save(at(1), [("000", unit(1)), ("001", unit(2, optimizer=False))])
     assert set(files["000"]) == {"weights", "optim"}
     assert set(files["001"]) == {"weights"}
-    assert set(folder.read_unit(files["000"], optimizer=False)) == {"cell.weight", "head.weight"}
+    assert folder.units.read(files["000"], optimizer=False).keys() == {"weights"}
 
 
 class PowerCut(BaseException):
@@ -157,15 +167,15 @@ def cut_off(*arguments: Any, **named: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["first file", "second unit", "journal"])
-def test_the_commit_before_holds_when_the_power_fails_before_the_journal_line(
+def test_the_checkpoint_before_holds_when_the_power_fails_before_the_journal_line(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = made(tmp_path / "a")
-    folder.commit(1, [("000", unit(1)), ("001", unit(2))], {})
+    folder.save(at(1), [("000", unit(1)), ("001", unit(2))])
 
     def units() -> Any:
         if where == "first file":
-            monkeypatch.setattr(module, "write_tensors", cut_off)
+            monkeypatch.setattr(units_module, "write_tensors", cut_off)
         yield "000", unit(7)
         if where == "second unit":
             raise PowerCut
@@ -174,31 +184,31 @@ def test_the_commit_before_holds_when_the_power_fails_before_the_journal_line(
     if where == "journal":
         monkeypatch.setattr(module.Journal, "append", cut_off)
     with pytest.raises(PowerCut):
-        folder.commit(2, units(), {})
+        folder.save(at(2), units())
     monkeypatch.undo()
     again = RunFolder(folder.path)
     assert (value_of(again, "000"), value_of(again, "001")) == (1, 2)
-    again.commit(2, [("000", unit(9))], {})
+    again.save(at(2), [("000", unit(9))])
     assert (value_of(again, "000"), value_of(again, "001")) == (9, 2)
 
 
-def test_the_new_commit_holds_when_the_power_fails_after_the_journal_line(
+def test_the_new_checkpoint_holds_when_the_power_fails_after_the_journal_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = made(tmp_path / "a")
-    folder.commit(1, [("000", unit(1))], {})
-    monkeypatch.setattr(RunFolder, "_remove", cut_off)
+    folder.save(at(1), [("000", unit(1))])
+    monkeypatch.setattr(UnitFiles, "remove", cut_off)
     with pytest.raises(PowerCut):
-        folder.commit(2, [("000", unit(2))], {})
+        folder.save(at(2), [("000", unit(2))])
     monkeypatch.undo()
     assert value_of(RunFolder(folder.path), "000") == 2
 
 
-def test_a_torn_journal_line_leaves_the_commit_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torn_journal_line_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = made(tmp_path / "a")
-    folder.commit(1, [("000", unit(1))], {})
-    monkeypatch.setattr(RunFolder, "_remove", lambda *a: None)  # the line is torn: nothing was removed yet
-    folder.commit(2, [("000", unit(2))], {})
+    folder.save(at(1), [("000", unit(1))])
+    monkeypatch.setattr(UnitFiles, "remove", lambda *a: None)  # the line is torn: nothing was removed yet
+    folder.save(at(2), [("000", unit(2))])
     journal = folder.journal.path
     journal.write_bytes(journal.read_bytes()[:-30])
     assert value_of(RunFolder(folder.path), "000") == 1
@@ -207,7 +217,7 @@ def test_a_torn_journal_line_leaves_the_commit_before(tmp_path: Path, monkeypatc
 def test_files_are_on_the_medium_before_the_journal_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = made(tmp_path / "a")
     log = watched(monkeypatch)
-    folder.commit(1, [("000", unit(1))], {})
+    folder.save(at(1), [("000", unit(1))])
     line = log.index("fsync journal.jsonl")
     for name in ("000@1.safetensors", "000@1.optim.safetensors"):
         renamed = log.index(f"rename {name}")
@@ -237,9 +247,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return log
 
 
-def test_a_full_disk_leaves_the_commit_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = made(tmp_path / "a")
-    folder.commit(1, [("000", unit(1))], {})
+    folder.save(at(1), [("000", unit(1))])
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -247,59 +257,66 @@ def test_a_full_disk_leaves_the_commit_before(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(StorageError, match="no space left"):
-            folder.commit(2, [("000", unit(2))], {})
+            folder.save(at(2), [("000", unit(2))])
     assert value_of(folder, "000") == 1
 
 
 def test_a_damaged_cell_is_found_when_it_is_read(tmp_path: Path) -> None:
     folder = made(tmp_path / "a")
-    files = folder.commit(1, [("000", unit(1))], {})
-    path = folder.cell_path(files["000"]["optim"])
+    files = folder.save(at(1), [("000", unit(1))])
+    path = folder.units.path_of(files["000"]["optim"])
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    folder.read_unit(files["000"], optimizer=False)
+    folder.units.read(files["000"], optimizer=False)
     with pytest.raises(CorruptError, match=r"000@1\.optim\.safetensors: checksum"):
-        folder.read_unit(files["000"])
+        folder.units.read(files["000"])
 
 
 def test_a_deleted_cell_is_a_storage_error(tmp_path: Path) -> None:
     folder = made(tmp_path / "a")
-    files = folder.commit(1, [("000", unit(1))], {})
-    folder.cell_path(files["000"]["weights"]).unlink()
+    files = folder.save(at(1), [("000", unit(1))])
+    folder.units.path_of(files["000"]["weights"]).unlink()
     with pytest.raises(StorageError, match=r"000@1\.safetensors: no such file"):
-        folder.read_unit(files["000"])
+        folder.units.read(files["000"])
 
 
 @pytest.mark.parametrize("files", [3, [], {"000": 3}, {"000": {"weights": {"name": "x"}}}, {"000": {"weights": 1}}])
 def test_a_journal_line_that_names_no_files_is_corrupt(files: Any, tmp_path: Path) -> None:
     folder = made(tmp_path / "a")
-    folder.journal.append({"commit": 1, "files": files})
-    with pytest.raises(CorruptError, match="journal.jsonl"):
+    write_entry(folder, {"type": "checkpoint", "number": 1, "files": files})
+    with pytest.raises(CorruptError, match=r"journal.jsonl: line 2 is not an entry of a journal"):
         folder.files()
+
+
+def write_entry(folder: RunFolder, entry: Any) -> None:
+    """Append any JSON to the journal, with the right checksum."""
+    content = json.dumps(entry).encode()
+    with folder.journal.path.open("ab") as file:
+        file.write(b'{"check": "%s", "entry": %s}\n' % (_check(content), content))
 
 
 # --- finishing --------------------------------------------------------------------------------
 
 
-def committed(path: Path) -> RunFolder:
+def saved(path: Path) -> RunFolder:
     folder = made(path)
-    folder.commit(1, [("000", unit(1)), ("001", unit(2)), ("readout", unit(3))], {"visits": 3})
-    folder.commit(2, [("001", unit(5))], {"visits": 4})
+    folder.save(at(1, visits=3), [("000", unit(1)), ("001", unit(2)), ("classifier", unit(3))])
+    folder.save(at(2, visits=4), [("001", unit(5))])
     return folder
 
 
 def assert_whole(folder: RunFolder) -> None:
-    assert (value_of(folder, "000"), value_of(folder, "001"), value_of(folder, "readout")) == (1, 5, 3)
+    assert (value_of(folder, "000"), value_of(folder, "001"), value_of(folder, "classifier")) == (1, 5, 3)
 
 
 def test_finishing_gives_plain_names(tmp_path: Path) -> None:
-    folder = committed(tmp_path / "a")
-    files = folder.finish(3, {"visits": 4})
-    plain = [f"{name}{kind}.safetensors" for name in ("000", "001", "readout") for kind in (".optim", "")]
+    folder = saved(tmp_path / "a")
+    files = folder.finish(at(3, visits=4))
+    plain = [f"{name}{kind}.safetensors" for name in ("000", "001", "classifier") for kind in (".optim", "")]
     assert cells(folder) == plain
     assert files == folder.files()
-    assert folder.last() == {**folder.last(), "finished": True, "visits": 4}
+    assert folder.last() == at(3, visits=4, files=files, finished=True)
     assert_whole(folder)
 
 
@@ -307,7 +324,7 @@ def test_finishing_gives_plain_names(tmp_path: Path) -> None:
 def test_a_run_cut_off_between_two_renames_is_readable_and_can_be_finished(
     renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, real, done = committed(tmp_path / "a"), Path.rename, []
+    folder, real, done = saved(tmp_path / "a"), Path.rename, []
 
     def rename(self: Path, target: Path) -> Path:
         if len(done) == renames:
@@ -320,20 +337,20 @@ def test_a_run_cut_off_between_two_renames_is_readable_and_can_be_finished(
         if renames == 6:
             patch.setattr(module.Journal, "append", cut_off)
         with pytest.raises(PowerCut):
-            folder.finish(3, {})
+            folder.finish(at(3))
     assert len(done) == renames
     again = RunFolder(folder.path)
-    assert "finished" not in (again.last() or {})
+    assert not again.last().finished  # type: ignore[union-attr]
     assert_whole(again)
-    again.finish(3, {})
+    again.finish(at(3))
     assert_whole(again)
     assert len(cells(again)) == 6
 
 
 def test_renames_are_durable_before_the_journal_says_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = committed(tmp_path / "a")
+    folder = saved(tmp_path / "a")
     log = watched(monkeypatch)
-    folder.finish(3, {})
+    folder.finish(at(3))
     line = log.index("fsync journal.jsonl")
     last = max(number for number, what in enumerate(log) if what.startswith("rename"))
     assert "fsync cells" in log[last:line]
@@ -342,14 +359,14 @@ def test_renames_are_durable_before_the_journal_says_finished(tmp_path: Path, mo
 def test_the_model_is_one_file_of_all_weights_that_loads_alone(tmp_path: Path) -> None:
     folder = finished(tmp_path / "a")
     found = load_file(folder.path / "model.safetensors")
-    units = ("000", "001", "readout")
+    units = ("000", "001", "classifier")
     assert set(found) == {f"{name}.{kind}.weight" for name in units for kind in ("cell", "head")}
     assert torch.equal(found["001.cell.weight"], torch.full((2, 3), 5.0))
 
 
 def finished(path: Path) -> RunFolder:
-    folder = committed(path)
-    folder.finish(3, {})
+    folder = saved(path)
+    folder.finish(at(3))
     folder.write_results({"format": 1}, lambda: {"test_accuracy": 0.5, "energy_j": None})
     return folder
 
@@ -361,8 +378,8 @@ def test_a_record_is_json(tmp_path: Path) -> None:
 
 
 def test_a_run_is_not_finished_before_its_results_are_whole(tmp_path: Path) -> None:
-    folder = committed(tmp_path / "a")
-    folder.finish(3, {})
+    folder = saved(tmp_path / "a")
+    folder.finish(at(3))
     assert not folder.is_finished()
     with pytest.raises(InputError, match="holds an unfinished run"):
         folder.read_record()
@@ -400,8 +417,9 @@ def test_the_journal_remembers_the_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../../precious", "/etc/precious", ".hidden", "a/b", "", "a\n", 3])
 def test_a_journal_that_names_a_file_elsewhere_is_corrupt(name: Any, tmp_path: Path) -> None:
     folder = made(tmp_path / "a")
-    folder.journal.append({"commit": 1, "files": {"000": {"weights": {"name": name, "checksum": "0", "size": 1}}}})
-    with pytest.raises(CorruptError, match=r"journal\.jsonl: the newest commit names no files"):
+    file = {"name": name, "checksum": "0", "size": 1}
+    write_entry(folder, {"type": "checkpoint", "number": 1, "files": {"000": {"weights": file}}})
+    with pytest.raises(CorruptError, match=r"journal\.jsonl: line 2 is not an entry of a journal"):
         folder.files()
 
 
@@ -418,20 +436,20 @@ def test_a_folder_with_a_config_of_its_own_is_no_run_of_ours(tmp_path: Path) -> 
 
 def test_something_else_than_a_file_is_corrupt(tmp_path: Path) -> None:
     folder = made(tmp_path / "a")
-    files = folder.commit(1, [("000", unit(1))], {})
-    path = folder.cell_path(files["000"]["weights"])
+    files = folder.save(at(1), [("000", unit(1))])
+    path = folder.units.path_of(files["000"]["weights"])
     path.unlink()
     os.mkfifo(path)  # reading it would wait for ever
     with pytest.raises(CorruptError, match="is no regular file"):
-        folder.read_unit(files["000"])
+        folder.units.read(files["000"])
 
 
-@pytest.mark.parametrize("number", ["x", None, -1, 1e400, 2.0])
-def test_a_commit_without_a_number_is_corrupt(number: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", ["x", None, -1, 1 << 70, 2.0])
+def test_a_checkpoint_without_a_number_is_corrupt(number: Any, tmp_path: Path) -> None:
     folder = made(tmp_path / "a")
-    folder.journal.append({"commit": number, "files": {}})
-    with pytest.raises(CorruptError, match="the newest commit has no number"):
-        folder.commits()
+    write_entry(folder, {"type": "checkpoint", "number": number, "files": {}})
+    with pytest.raises(CorruptError, match="line 2 is not an entry of a journal"):
+        folder.last()
 
 
 @pytest.mark.parametrize("name", ["cells", "latents", "scratch", "figures", "lock", "journal.jsonl", "record.json"])
@@ -451,16 +469,16 @@ def test_a_folder_with_a_link_is_not_worked_in(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["weights", "optim"])
 def test_a_bit_that_flips_in_a_spilled_cell_is_found(kind: str, tmp_path: Path) -> None:
     folder = made(tmp_path / "a")
-    spilled = folder.spill("000", unit(1))
-    assert folder.unspill(spilled).keys() == unit(1).keys()
+    spilled = folder.units.spill("000", unit(1))
+    assert named(folder.units.unspill(spilled)).keys() == named(unit(1)).keys()
     path = spilled.paths[kind]
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
     with pytest.raises(CorruptError, match=f"{path.name}: checksum"):
-        folder.unspill(spilled)
+        folder.units.unspill(spilled)
     with pytest.raises(CorruptError, match=f"{path.name}: checksum"):
-        folder.commit(1, [("000", spilled)], {})
+        folder.save(at(1), [("000", spilled)])
     assert folder.last() is None
 
 
@@ -473,15 +491,15 @@ def test_space_and_writes_are_those_of_the_files(tmp_path: Path) -> None:
     def on_disk() -> int:
         return sum(path.stat().st_size for path in (folder.path / "cells").iterdir())
 
-    folder.commit(1, [("000", unit(1)), ("001", unit(2))], {})
+    folder.save(at(1), [("000", unit(1)), ("001", unit(2))])
     first = on_disk()
-    assert folder.written == first
-    assert folder.peak_space == size_of(folder.path)  # journal and settings too
-    folder.commit(2, [("000", unit(3))], {})
-    assert folder.written == first + first // 2
-    assert folder.peak_space == size_of(folder.path) + first // 2  # both generations, for a moment
-    folder.commit(3, [("001", unit(3))], {})
-    assert folder.peak_space == size_of(folder.path) + first // 2
+    assert folder.usage.written == first
+    assert folder.usage.peak == size_of(folder.path)  # journal and settings too
+    folder.save(at(2), [("000", unit(3))])
+    assert folder.usage.written == first + first // 2
+    assert folder.usage.peak == size_of(folder.path) + first // 2  # both generations, for a moment
+    folder.save(at(3), [("001", unit(3))])
+    assert folder.usage.peak == size_of(folder.path) + first // 2
 
 
 # --- the lock ---------------------------------------------------------------------------------

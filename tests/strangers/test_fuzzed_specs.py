@@ -224,7 +224,7 @@ def test_any_text_of_the_environment_is_refused_or_survives_a_profile(name: str,
 
 
 TOML = [
-    *("data", "net", "seed", "lr", "micro_batch", "cached", "keep_latents", " = ", ".", ",", "[", "]", "[[", "]]"),
+    *("data", "net", "seed", "lr", "micro_batch", "plan", "keep_latents", " = ", ".", ",", "[", "]", "[[", "]]"),
     *("{", "}", '"', "'", "'''", '"""', "\n", "\r", "#", "\\u0041", "\\ud800", "\\UFFFFFFFF", "true", "nan", "+inf"),
     *("0x" + "f" * 5000, "0b" + "1" * 99, "9" * 5000, "1e999", "-0", "1_0", "1979-05-27", "25:61:61", "\0", "\ufeff"),
     *("1979-05-27T00:00:00+99:99", "0001-01-01T00:00:00+23:59"),
@@ -269,7 +269,7 @@ def test_a_nasty_profile_is_refused_in_one_line(kind: str, tmp_path: Path) -> No
 
 
 def test_lists_in_lists_in_python_are_refused_in_one_line() -> None:
-    refused(lambda: Settings().with_values({"cached": nested(100_000)}), InputError, "^--cached is", 64 * MIB)
+    refused(lambda: Settings().with_values({"tiles": nested(100_000)}), InputError, "^--tiles is", 64 * MIB)
 
 
 @fuzzing(100)

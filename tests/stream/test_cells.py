@@ -6,19 +6,23 @@ import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from machine import begin, flat, named
 
 from edgetrain.errors import StorageError
 from edgetrain.memory.meter import LiveMeter
 from edgetrain.nets.spec import open_net
 from edgetrain.objectives.base import nodes
 from edgetrain.objectives.mf import MonoForward
+from edgetrain.store.entries import Checkpoint
 from edgetrain.store.run import RunFolder
 from edgetrain.store.tensors import Spilled
+from edgetrain.store.units import Kinds, UnitFiles
 from edgetrain.stream.cell import Cell, OptimizerRecipe, ResidentCell, Setup
 from edgetrain.stream.cells import CellStream
 from edgetrain.stream.state import CellState, Tensors
@@ -43,13 +47,13 @@ class Placer:
 
 
 def stream(folder: RunFolder, host_bytes: int, keep: bool = False, placer: Placer | None = None) -> CellStream:
-    return CellStream(placer or Placer(), CPU, LiveMeter(), folder, host_bytes, keep)
+    return CellStream(placer or Placer(), CPU, LiveMeter(), folder.units, host_bytes, keep)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     made = RunFolder(tmp_path / "run")
-    made.create("", [])
+    made.create(begin())
     return made
 
 
@@ -67,7 +71,7 @@ def train(cell: Cell, seed: int) -> None:
 
 
 def snapshot(cell: Cell) -> Tensors:
-    return cell.state_dict().to_tensors()
+    return flat(cell.state_dict())
 
 
 def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
@@ -78,11 +82,11 @@ def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch
 
 
 def read(folder: RunFolder, content: CellState | Spilled) -> Tensors:
-    return folder.unspill(content) if isinstance(content, Spilled) else content.to_tensors()
+    return named(folder.units.unspill(content)) if isinstance(content, Spilled) else flat(content)
 
 
-def committed_state(folder: RunFolder, unit: str) -> CellState:
-    return CellState.of_tensors(folder.read_unit(folder.files()[unit]))
+def saved_state(folder: RunFolder, unit: str) -> CellState:
+    return CellState.of_kinds(folder.units.read(folder.files()[unit]))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -91,17 +95,17 @@ def committed_state(folder: RunFolder, unit: str) -> CellState:
     keep=st.booleans(),
     optimizer=st.sampled_from(["adam", "adamw", "adamax", "sgd"]),
     program=st.lists(
-        st.tuples(st.sampled_from(["visit", "visit", "expect", "leave", "commit"]), st.integers(0, 3)), max_size=25
+        st.tuples(st.sampled_from(["visit", "visit", "expect", "leave", "checkpoint"]), st.integers(0, 3)), max_size=25
     ),
 )
 def test_a_cell_comes_back_bit_for_bit_wherever_it_was(
     host_bytes: int, keep: bool, optimizer: str, program: list[tuple[str, int]], tmp_path: Path
 ) -> None:
     folder = RunFolder(tmp_path / "run")
-    folder.create("", [])
+    folder.create(begin())
     cells = stream(folder, host_bytes, keep, Placer(optimizer))
     known: dict[int, Tensors] = {}
-    commits = 0
+    checkpoints = 0
     for number, (what, index) in enumerate(program):
         if what == "visit":
             cell = cells.visit(index)
@@ -115,33 +119,33 @@ def test_a_cell_comes_back_bit_for_bit_wherever_it_was(
             cells.leave()
         else:
             cells.leave()
-            commits = number + 1
-            commit(folder, cells, commits)
+            checkpoints = number + 1
+            checkpoint(folder, cells, checkpoints)
             assert cells.dirty() == []
             for name, kinds in folder.files().items():
-                assert_equal(folder.read_unit(kinds), known[int(name)])
+                assert_equal(named(folder.units.read(kinds)), known[int(name)])
     cells.leave()
     for index in cells.dirty():
         assert_equal(read(folder, cells.content(index)), known[index])
     for index, state in known.items():
         assert_equal(snapshot(cells.visit(index)), state)
     cells.close()
-    if folder.scratch.exists():
-        assert list(folder.scratch.iterdir()) == []
+    if folder.units.scratch.exists():
+        assert list(folder.units.scratch.iterdir()) == []
     folder.clear()
 
 
-def commit(folder: RunFolder, cells: CellStream, number: int) -> None:
+def checkpoint(folder: RunFolder, cells: CellStream, number: int) -> None:
     """As the trainer does it."""
 
-    def changed() -> Iterator[tuple[str, Tensors | Spilled]]:
+    def changed() -> Iterator[tuple[str, Kinds | Spilled]]:
         for index in cells.dirty():
             content = cells.content(index)
-            yield f"{index:03}", content if isinstance(content, Spilled) else content.to_tensors()
+            yield f"{index:03}", content if isinstance(content, Spilled) else content.to_kinds()
 
-    folder.commit(number, changed(), {})
+    folder.save(Checkpoint(number=number), changed())
     for name in folder.files():
-        cells.committed(int(name), partial(committed_state, folder, name), needed=True)
+        cells.saved(int(name), partial(saved_state, folder, name), needed=True)
 
 
 def test_the_first_visit_draws_first_weights_and_later_ones_take_the_state(folder: RunFolder) -> None:
@@ -168,13 +172,13 @@ def test_cells_that_are_kept_stay_where_they_are(folder: RunFolder) -> None:
     cells.visit(1)
     cells.leave()
     assert cells.visit(0) is first
-    assert not folder.scratch.exists()
+    assert not folder.units.scratch.exists()
     cells.close()
 
 
 def test_only_one_cell_is_on_the_device(folder: RunFolder) -> None:
     meter = LiveMeter(full=True)
-    cells = CellStream(Placer(), CPU, meter, folder, 1 << 20, False)
+    cells = CellStream(Placer(), CPU, meter, folder.units, 1 << 20, False)
     alive = []
     for index in (0, 1, 2, 3, 0):
         cells.visit(index)
@@ -196,11 +200,11 @@ def test_the_host_tier_is_filled_before_the_disk_and_not_beyond_its_size(folder:
         sizes.append(cell.state_dict().size)
     cells.leave()
     assert max(sizes) <= CELL_BYTES < 1.5 * min(sizes)
-    waiting = {path.name.partition(".")[0] for path in folder.scratch.iterdir()}
+    waiting = {path.name.partition(".")[0] for path in folder.units.scratch.iterdir()}
     assert waiting == {"002", "003"}
     assert not isinstance(cells.content(0), Spilled)
     cells.close()
-    assert list(folder.scratch.iterdir()) == []
+    assert list(folder.units.scratch.iterdir()) == []
 
 
 def test_with_room_for_all_nothing_touches_the_disk(folder: RunFolder) -> None:
@@ -208,20 +212,20 @@ def test_with_room_for_all_nothing_touches_the_disk(folder: RunFolder) -> None:
     for index in (0, 1, 2, 3, 0, 1):
         train(cells.visit(index), index)
     cells.leave()
-    assert not folder.scratch.exists()
-    assert folder.written == 0
+    assert not folder.units.scratch.exists()
+    assert folder.usage.written == 0
     cells.close()
 
 
 def test_an_expected_cell_is_read_once_in_another_thread(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     readers: list[str] = []
-    real = RunFolder.unspill
+    real = UnitFiles.unspill
 
-    def unspill(self: RunFolder, spilled: Spilled) -> Tensors:
+    def unspill(self: UnitFiles, spilled: Spilled) -> Any:
         readers.append(threading.current_thread().name)
         return real(self, spilled)
 
-    monkeypatch.setattr(RunFolder, "unspill", unspill)
+    monkeypatch.setattr(UnitFiles, "unspill", unspill)
     cells = stream(folder, 0)
     train(cells.visit(0), 0)
     expected = snapshot(cells.visit(0))
@@ -236,52 +240,53 @@ def test_an_expected_cell_is_read_once_in_another_thread(folder: RunFolder, monk
     cells.close()
 
 
-def test_a_committed_cell_is_read_from_its_commit(folder: RunFolder) -> None:
+def test_a_saved_cell_is_read_from_its_checkpoint(folder: RunFolder) -> None:
     cells = stream(folder, 0)
     train(cells.visit(0), 0)
     expected = snapshot(cells.visit(0))
     cells.leave()
-    commit(folder, cells, 1)
-    assert list(folder.scratch.iterdir()) == []
+    checkpoint(folder, cells, 1)
+    assert list(folder.units.scratch.iterdir()) == []
     cells.expect(0)
     assert_equal(snapshot(cells.visit(0)), expected)
     assert cells.dirty() == [0]  # a visit changes it
     cells.close()
-    assert_equal(folder.read_unit(folder.files()["000"]), expected)
+    assert_equal(named(folder.units.read(folder.files()["000"])), expected)
 
 
-def test_a_committed_cell_that_is_not_needed_leaves_the_host_tier(folder: RunFolder) -> None:
+def test_a_saved_cell_that_is_not_needed_leaves_the_host_tier(folder: RunFolder) -> None:
     cells = stream(folder, CELL_BYTES)
     train(cells.visit(0), 0)
     expected = snapshot(cells.visit(0))
     cells.leave()
-    folder.commit(1, [("000", read(folder, cells.content(0)))], {})
-    cells.committed(0, partial(committed_state, folder, "000"), needed=False)
+    content = cells.content(0)
+    folder.save(Checkpoint(number=1), [("000", content if isinstance(content, Spilled) else content.to_kinds())])
+    cells.saved(0, partial(saved_state, folder, "000"), needed=False)
     train(cells.visit(1), 1)
     cells.leave()
-    assert not folder.scratch.exists()  # there is room again
+    assert not folder.units.scratch.exists()  # there is room again
     assert_equal(snapshot(cells.visit(0)), expected)
     cells.close()
 
 
-def test_a_cell_that_is_being_read_ahead_may_be_committed_meanwhile(
+def test_a_cell_that_is_being_read_ahead_may_be_saved_meanwhile(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A visit shorter than the reading of the next cell, with a commit behind it."""
-    slow, real = threading.Event(), RunFolder.unspill
+    """A visit shorter than the reading of the next cell, with a checkpoint behind it."""
+    slow, real = threading.Event(), UnitFiles.unspill
 
-    def unspill(self: RunFolder, spilled: Spilled) -> Tensors:
+    def unspill(self: UnitFiles, spilled: Spilled) -> Any:
         slow.wait(0.2)
         return real(self, spilled)
 
-    monkeypatch.setattr(RunFolder, "unspill", unspill)
+    monkeypatch.setattr(UnitFiles, "unspill", unspill)
     cells = stream(folder, 0)
     train(cells.visit(0), 0)
     expected = snapshot(cells.visit(0))
     train(cells.visit(1), 1)
     cells.expect(0)
     cells.leave()
-    commit(folder, cells, 1)
+    checkpoint(folder, cells, 1)
     try:
         assert_equal(snapshot(cells.visit(0)), expected)
     finally:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from machine import classifier_of, labels_on_device, reader_of, train_steps
+from machine import classifier_of, flat, labels_on_device, reader_of, train_steps
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -157,7 +157,7 @@ def test_resident_and_streamed_blocks_are_the_same_bit_for_bit(optimizer: str, t
     for resident in (True, False):
         found = classifier(optimizer, resident)
         train_steps(found, reader_at(tmp_path, z, y, "device", False), Span(ROWS, 8, 3, 0, 3))
-        states.append(found.state_dict().to_tensors())
+        states.append(flat(found.state_dict()))
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -175,7 +175,7 @@ def test_a_state_taken_in_the_middle_goes_on_bit_for_bit(
     train_steps(half, reader, Span(ROWS, 5, 5, 0, 2))
     rest = classifier(optimizer, residents[1], half.state_dict())
     train_steps(rest, reader, Span(ROWS, 5, 5, 2, 5))
-    found, expected = rest.state_dict().to_tensors(), whole.state_dict().to_tensors()
+    found, expected = flat(rest.state_dict()), flat(whole.state_dict())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from machine import in_double, reader_of, train_steps
+from machine import flat, in_double, named, reader_of, train_steps
 
 from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
@@ -24,9 +24,10 @@ from edgetrain.stream.inputs import training_inputs
 from edgetrain.stream.latents import DeviceLatents
 from edgetrain.stream.span import Span
 from edgetrain.stream.tiles import TILE_MULTIPLE, TiledCell, ranges_of
-from edgetrain.training.finished import Run
+from edgetrain.training.config_file import settings_of
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job, plan_job
+from edgetrain.training.run import Run
 from edgetrain.units import ceil_mb
 
 CPU = torch.device("cpu")
@@ -108,7 +109,7 @@ def test_steps_in_tiles_are_the_whole_cells_in_float64(method, optimizer, tiles,
     for cell in (whole, cut):
         sink = Kept()
         sums = train_steps(cell, doubled(objective), Span(ROWS, BATCH, micro, 0, 3, order), sink)
-        seen.append((cell.state_dict().to_tensors(), sink.rows, sums.means))
+        seen.append((flat(cell.state_dict()), sink.rows, sums.means))
     (expected, latents, told), (found, tiled_latents, tiled_told) = seen
     assert sorted(found) == sorted(expected)
     for name, value in expected.items():
@@ -135,7 +136,7 @@ def run(path, method, **values):
 def tensors(path):
     folder = RunFolder(path)
     files = folder.files()
-    return {f"{unit}/{name}": value for unit in files for name, value in folder.read_unit(files[unit]).items()}
+    return {f"{unit}/{name}": value for unit in files for name, value in named(folder.units.read(files[unit])).items()}
 
 
 @pytest.mark.parametrize("schedule", ["separate", "sequence"])
@@ -160,25 +161,18 @@ def test_a_run_in_tiles_is_the_run_without_and_takes_what_was_predicted(tmp_path
 
 def test_an_interrupted_run_in_tiles_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     run(tmp_path / "whole", "mf", tiles=2)
-    commit, path = RunFolder.commit, tmp_path / "cut"
+    save, path = RunFolder.save, tmp_path / "cut"
 
-    def commits_and_dies(folder, *arguments):
-        commit(folder, *arguments)
+    def saves_and_dies(folder, *arguments):
+        save(folder, *arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RunFolder, "commit", commits_and_dies)
+        patch.setattr(RunFolder, "save", saves_and_dies)
         run(path, "mf", tiles=2, checkpoint_every=0.0)
-    kept = Settings().with_values({"checkpoint_every": 0.0, **_profile(path)})
-    fit(kept, path, data=from_arrays(toy(), toy(40), reading=Reading("image")), resume=True)
+    fit(settings_of(path), path, data=from_arrays(toy(), toy(40), reading=Reading("image")), resume=True)
     found, expected = tensors(path), tensors(tmp_path / "whole")
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
-
-
-def _profile(path):
-    from edgetrain.config import read_profile
-
-    return read_profile(path / "config.toml")
 
 
 @pytest.mark.parametrize("method", TILED)

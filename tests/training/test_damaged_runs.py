@@ -20,8 +20,8 @@ from machine import assert_same, data, settings, units
 
 from edgetrain.errors import EdgetrainError, Stopped
 from edgetrain.training.edits import list_cells
-from edgetrain.training.finished import Run
 from edgetrain.training.fit import fit
+from edgetrain.training.run import Run
 from edgetrain.training.stopping import Stop
 
 pytestmark = pytest.mark.usefixtures("one_thread", "peaks_unknown")

@@ -1,4 +1,4 @@
-"""The run folder never holds more than the plan says, whatever the method and however often it commits."""
+"""The run folder never holds more than the plan says, whatever the method and however often it checkpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 from machine import data, settings
 
-from edgetrain.store import atomic, journal, run
+from edgetrain.store import atomic, journal
+from edgetrain.store import units as units_module
 from edgetrain.store.atomic import size_of
 from edgetrain.store.journal import Journal
 from edgetrain.store.latents import LatentFile
@@ -31,7 +32,7 @@ class Watched:
         return operation
 
     def __enter__(self):
-        names = [(Journal, "append"), (LatentFile, "allocate"), (atomic, "sync_file"), (run, "write_plain")]
+        names = [(Journal, "append"), (LatentFile, "allocate"), (atomic, "sync_file"), (units_module, "write_plain")]
         self.patches = [mock.patch.object(owner, name, self.after(getattr(owner, name))) for owner, name in names]
         for patch in self.patches:
             patch.start()

@@ -19,11 +19,12 @@ from edgetrain.config import Settings
 from edgetrain.errors import BudgetError, CorruptError, DivergedError, EdgetrainWarning, InputError, Stopped
 from edgetrain.store.run import RunFolder, size_of
 from edgetrain.training import edits
-from edgetrain.training.finished import Run
+from edgetrain.training.callbacks import Callback
+from edgetrain.training.config_file import settings_of
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job, plan_job
+from edgetrain.training.run import Run
 from edgetrain.training.stopping import Stop
-from edgetrain.training.watcher import Silent
 
 TWO, THREE = "mlp:20,16", "mlp:20,16,12"
 
@@ -180,27 +181,27 @@ def test_an_edit_that_was_interrupted_is_resumed_to_the_same_files(tmp_path, mon
     fit(settings(net=THREE, epochs=3), tmp_path / "three")
     fit(settings(epochs=3, checkpoint_every=0.0), tmp_path / "run")
     accuracy = Run.open(tmp_path / "run").evaluate().accuracy
-    commit = RunFolder.commit
+    save = RunFolder.save
 
-    def commits_and_dies(folder, *arguments):
-        commit(folder, *arguments)
+    def saves_and_dies(folder, *arguments):
+        save(folder, *arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RunFolder, "commit", commits_and_dies)
+        patch.setattr(RunFolder, "save", saves_and_dies)
         edits.append(tmp_path / "run", THREE)
     assert Run.open(tmp_path / "run").evaluate().accuracy == accuracy
-    committed = (tmp_path / "run" / "edit" / "journal.jsonl").read_text()
+    saved = (tmp_path / "run" / "edit" / "journal.jsonl").read_text()
     told: list[str] = []
-    run = edits.append(tmp_path / "run", THREE, watcher=Notes(told))
-    assert committed
+    run = edits.append(tmp_path / "run", THREE, callback=Notes(told))
+    assert saved
     assert any("going on" in note for note in told)
     assert not (tmp_path / "run" / "edit").exists()
     assert files(tmp_path / "run") == files(tmp_path / "three")
     assert len(run.record.edits) == 1
 
 
-class Notes(Silent):
+class Notes(Callback):
     def __init__(self, told):
         self.told = told
 
@@ -305,7 +306,7 @@ def test_a_placement_that_was_planned_is_planned_anew(tmp_path):
     fit(settings(placement="resident"), tmp_path / "asked")
     assert edits.retrain(tmp_path / "asked", 2).record.placement == "resident"
     fit(settings(placement="stream"), tmp_path / "streamed")
-    assert RunFolder(tmp_path / "streamed").journal.requested()["placement"] == "stream"
+    assert settings_of(tmp_path / "streamed").placement == "stream"
 
 
 # --- a failed edit leaves the finished run as it was ------------------------------------------------------

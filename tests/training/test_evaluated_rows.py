@@ -18,7 +18,7 @@ import edgetrain
 from edgetrain.config import resolve
 from edgetrain.errors import InputError
 from edgetrain.store.run import RunFolder
-from edgetrain.training.finished import settings_of
+from edgetrain.training.config_file import settings_of
 
 DRAW = np.random.default_rng(0)
 TABLE, LABELS = DRAW.normal(size=(300, 6)), np.arange(300) % 2
@@ -209,7 +209,9 @@ def test_test_rows_that_come_later_are_refused(folders: tuple[Path, Path]) -> No
     first, _ = folders
     replaced(first, None, None)
     run = fitted(first / "run", "my.npz")
-    assert RunFolder(run.path).last()["test"] is None  # type: ignore[index]
+    last = RunFolder(run.path).last()
+    assert last is not None
+    assert last.test is None
     saved(first / "my.npz", parts=True)
     with pytest.raises(InputError, match="its test rows are not those that"):
         run.evaluate()

@@ -29,10 +29,10 @@ from edgetrain.objectives import OBJECTIVES
 from edgetrain.planning import dryrun, planner
 from edgetrain.record import RunRecord
 from edgetrain.store.run import RunFolder
-from edgetrain.training.finished import Run
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job, plan_job
 from edgetrain.training.methods import METHODS
+from edgetrain.training.run import Run
 from edgetrain.units import to_mb
 
 ROWS, TEST_ROWS, CLASSES, BATCH = 70, 9, 4, 32  # the last batch holds 6 rows
@@ -140,7 +140,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> RunOf:
 
 def peaks(record: RunRecord) -> tuple[list[float | None], list[float | None]]:
     """What was predicted of each visit and of the run, and what was measured."""
-    visits = [*record.cells, *([record.readout] if record.readout else [])]
+    visits = record.visits
     predicted = [visit.predicted_peak_mb for visit in visits]
     return [*predicted, record.predicted_peak_mb], [*(visit.peak_gpu_mb for visit in visits), record.peak_gpu_mb]
 
@@ -188,19 +188,19 @@ ONCE = list(
 
 
 @pytest.mark.parametrize("case", ONCE, ids=str)
-def test_a_run_that_was_cut_after_every_commit_ends_the_same(
+def test_a_run_that_was_cut_after_every_checkpoint_ends_the_same(
     run_of: RunOf, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, path, cuts = units(run_of(case, "stream").path), tmp_path / "run", 0
-    given, commit = given_by(case, "stream").with_values({"checkpoint_every": 0.0}), RunFolder.commit
+    given, save = given_by(case, "stream").with_values({"checkpoint_every": 0.0}), RunFolder.save
 
-    def commits_and_dies(folder: RunFolder, *arguments: Any) -> None:
+    def saves_and_dies(folder: RunFolder, *arguments: Any) -> None:
         nonlocal cuts
-        commit(folder, *arguments)
+        save(folder, *arguments)
         cuts += 1
         raise PowerCut
 
-    monkeypatch.setattr(RunFolder, "commit", commits_and_dies)
+    monkeypatch.setattr(RunFolder, "save", saves_and_dies)
     monkeypatch.setattr(planner, "cell_peak", lambda work, *how: dryrun.Peak(0))
     while not (path / "record.json").exists() and cuts < 20:
         with suppress(PowerCut):
@@ -242,7 +242,7 @@ def test_the_commands_train_evaluate_and_predict(name: str, tmp_path: Path) -> N
     votes = {"classifier"} if name in ALWAYS_CLASSIFY else {"sum", "last"}
     assert set(record["votes"]) == {*votes, "cells"}
     assert len(record["cells"]) == len(record["votes"]["cells"]) == (1 if name in BASELINES else 2)
-    assert (record["readout"] is not None) == (name in ALWAYS_CLASSIFY)
+    assert (record["classifier"] is not None) == (name in ALWAYS_CLASSIFY)
 
     found = json.loads(said("evaluate", run, "--json"))
     assert found["test_accuracy"] == record["test_accuracy"]
@@ -276,7 +276,7 @@ def test_a_trained_classifier_is_one_more_vote(run_of: RunOf, name: str) -> None
         if case.name == name and not case.more and case.schedule == "separate":
             run = run_of(case, "stream")
             votes[case.trained] = set(run.record.votes) - {"cells"}
-            assert (run.record.readout is not None) == case.trained
+            assert (run.record.classifier is not None) == case.trained
             assert set(run.evaluate((images_of_test(), labels_of_test())).accuracy) == votes[case.trained]
             assert run.record.test_accuracy == run.record.votes[own]
     assert votes[True] == ({"classifier"} if name in ALWAYS_CLASSIFY else {"sum", "last", "classifier"})

@@ -27,12 +27,14 @@ from machine import (
     classifier_of,
     data,
     first_weights,
+    flat,
     joined_of,
     keyed_noise,
     learned,
     reader_of,
     settings,
     split_off_classifier,
+    state_of,
     train_steps,
     trained,
     units,
@@ -47,10 +49,9 @@ from edgetrain.stream.draws import StepDraws
 from edgetrain.stream.latents import DeviceLatents
 from edgetrain.stream.outputs import Tally
 from edgetrain.stream.span import Span
-from edgetrain.stream.state import CellState
+from edgetrain.training.callbacks import Callback
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job, plan_job
-from edgetrain.training.watcher import Silent
 from edgetrain.units import ceil_mb
 
 pytestmark = pytest.mark.usefixtures("one_thread", "peaks_unknown")
@@ -149,7 +150,7 @@ def test_the_classifier_without_concatenation_is_one_linear_layer_in_float64(mic
         latents.append(DeviceLatents(ROWS, "float32", False))
         latents[-1].put(0, {"x": torch.randn(ROWS, width, generator=draw)})
     first, y = classifier_blocks(widths, torch.float64), data("pixels").y
-    made = classifier_of(widths, OptimizerRecipe("adamw", LR, WEIGHT_DECAY), CellState.of_tensors(first), resident)
+    made = classifier_of(widths, OptimizerRecipe("adamw", LR, WEIGHT_DECAY), state_of(first), resident)
     classifier = lbp.Classifier(joined_of(first), first["head.0.bias"], LR, WEIGHT_DECAY)
     order = np.random.default_rng(2).permutation(ROWS)
     reader = reader_of(latents, y, prepare=lambda streams, y, draws: {"x": streams["x"].double()})
@@ -157,7 +158,7 @@ def test_the_classifier_without_concatenation_is_one_linear_layer_in_float64(mic
     z = [each.formats["x"].decode(each.tensors["x"]).double() for each in latents]
     for batch in torch.from_numpy(order).split(BATCH):
         classifier.step([values[batch] for values in z], y[batch])
-    state = made.state_dict().to_tensors()
+    state = flat(made.state_dict())
     torch.testing.assert_close(joined_of(state), classifier.layer.weight.detach(), rtol=0, atol=1e-13)
     torch.testing.assert_close(state["head.0.bias"], classifier.layer.bias.detach(), rtol=0, atol=1e-13)
 
@@ -198,11 +199,11 @@ def plain(tmp_path_factory):
 
 FREE = {
     "streamed, without threads": {"placement": "stream", "prefetch": 0},
-    "streamed, far ahead, a commit at every frontier": {
+    "streamed, far ahead, a checkpoint at every frontier": {
         "placement": "stream", "prefetch": 7, "checkpoint_every": 0.0
     },
     "resident": {"placement": "resident"},
-    "resident, without threads, a commit at every frontier": {
+    "resident, without threads, a checkpoint at every frontier": {
         "placement": "resident", "prefetch": 0, "checkpoint_every": 0.0
     },
     "latents kept, every step measured": {"keep_latents": True, "meter": "full"},
@@ -226,7 +227,7 @@ def test_kept_latents_are_left_in_the_run_folder_and_others_are_not(tmp_path):
     assert left[1] == set()
 
 
-class LooksAtScratch(Silent):
+class LooksAtScratch(Callback):
     """Notes the cells on the scratch disk at the end of each visit."""
 
     def __init__(self, path):
@@ -243,9 +244,9 @@ def test_cells_that_wait_on_disk_or_on_the_host_come_back_the_same(tmp_path, pla
     least = plan_job(open_job(values, data=data("pixels").set)).host_bytes
     for name, budget, spills in (("no room", ceil_mb(least), True), ("room", 100.0, False)):
         path = tmp_path / name
-        watcher = LooksAtScratch(path)
-        fit(values.with_values({"max_host_mb": budget}), path, data=data("pixels").set, watcher=watcher)
-        assert bool(watcher.seen) == spills
+        callback = LooksAtScratch(path)
+        fit(values.with_values({"max_host_mb": budget}), path, data=data("pixels").set, callback=callback)
+        assert bool(callback.seen) == spills
         assert_same(units(path), expected)
 
 
@@ -318,7 +319,7 @@ def test_rows_at_odd_addresses_are_the_same_streamed_and_resident(tmp_path, sche
     assert_same(*found)
 
 
-class Losses(Silent):
+class Losses(Callback):
     """Keeps each visit's training loss."""
 
     def __init__(self):
@@ -329,9 +330,9 @@ class Losses(Silent):
 
 
 def losses(path, method, **values):
-    watcher = Losses()
-    fit(settings(method, **values), path, data=data("pixels").set, watcher=watcher)
-    return watcher.found
+    callback = Losses()
+    fit(settings(method, **values), path, data=data("pixels").set, callback=callback)
+    return callback.found
 
 
 def test_noise_is_the_same_however_a_batch_is_cut(tmp_path):
@@ -360,8 +361,8 @@ class PowerCut(Exception):  # noqa: N818 (it is no error of ours)
     """Stands for the end of a process."""
 
 
-class Interrupts(Silent):
-    """Ends the run when a visit ends, before its commit."""
+class Interrupts(Callback):
+    """Ends the run when a visit ends, before its checkpoint."""
 
     def __init__(self, visit, cause: type[BaseException]):
         self.visit, self.cause = visit, cause
@@ -392,10 +393,10 @@ def test_a_run_that_was_interrupted_and_resumed_ends_the_same(tmp_path, plain, m
     given, path = settings(method, **values), tmp_path / "run"
     cause = (KeyboardInterrupt, PowerCut)[visit % 2]
     with pytest.raises(cause):
-        fit(given, path, data=data("pixels").set, watcher=Interrupts(visit, cause))
+        fit(given, path, data=data("pixels").set, callback=Interrupts(visit, cause))
     assert not (path / "record.json").exists()
-    done = (RunFolder(path).last() or {"visits": 0})["visits"]
-    assert done == visit
+    saved = RunFolder(path).last()
+    assert (0 if saved is None else saved.visits) == visit
     fit(given, path, data=data("pixels").set, resume=True)
     assert_same(units(path), plain(method, (("epochs", 2), ("schedule", schedule))))
 
@@ -409,22 +410,24 @@ def test_a_run_that_was_interrupted_and_resumed_ends_the_same(tmp_path, plain, m
         ("lbp-ae", "sequence", "resident"),
     ],
 )
-def test_a_run_cut_after_every_single_commit_ends_the_same(tmp_path, plain, monkeypatch, method, schedule, placement):
+def test_a_run_cut_after_every_single_checkpoint_ends_the_same(
+    tmp_path, plain, monkeypatch, method, schedule, placement
+):
     given = settings(method, **RESUMED, schedule=schedule, placement=placement)
-    path, commit, cuts = tmp_path / "run", RunFolder.commit, 0
+    path, save, cuts = tmp_path / "run", RunFolder.save, 0
 
-    def commits_and_dies(folder, *arguments):
+    def saves_and_dies(folder, *arguments):
         nonlocal cuts
-        commit(folder, *arguments)
+        save(folder, *arguments)
         cuts += 1
         raise PowerCut
 
-    monkeypatch.setattr(RunFolder, "commit", commits_and_dies)
+    monkeypatch.setattr(RunFolder, "save", saves_and_dies)
     while not (path / "record.json").exists() and cuts < 60:
         with suppress(PowerCut):
             fit(given, path, data=data("pixels").set, resume=True)
     nodes, steps = 3 + (method == "lbp-ae"), 5
-    emitting = nodes - 1 if schedule == "separate" else 0  # finished cells, committed before they emit
+    emitting = nodes - 1 if schedule == "separate" else 0  # finished cells, saved before they emit
     passed = 2 * (nodes - 1) if schedule == "sequence" else 0  # visits that end between frontiers
     assert cuts == 2 * nodes * steps + emitting - passed
     assert_same(units(path), plain(method, (("epochs", 2), ("schedule", schedule))))
@@ -446,12 +449,12 @@ def test_a_run_cut_while_a_visit_is_under_way_ends_the_same(tmp_path, plain, mon
         with pytest.raises(PowerCut):
             fit(given, path, data=data("pixels").set)
     last = RunFolder(path).last()
-    assert (last["visits"], last["within"]["step"]) == (3, 2)
+    assert (last.visits, last.within.step) == (3, 2)
     fit(given, path, data=data("pixels").set, resume=True)
     assert_same(units(path), plain("lbp-ae", (("epochs", 2), ("schedule", "separate"))))
 
 
-def test_a_run_cut_between_its_last_commit_and_its_end_is_completed(tmp_path, plain, monkeypatch):
+def test_a_run_cut_between_its_last_checkpoint_and_its_end_is_completed(tmp_path, plain, monkeypatch):
     given, path = settings("mf", **RESUMED, schedule="sequence"), tmp_path / "run"
 
     def dies(*arguments):

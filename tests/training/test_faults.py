@@ -17,8 +17,9 @@ from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
 from edgetrain.data.base import DataSet
 from edgetrain.errors import CorruptError, EdgetrainError
+from edgetrain.store.entries import Checkpoint
 from edgetrain.store.run import RunFolder
-from edgetrain.training.commits import Commits
+from edgetrain.training.checkpointing import Checkpoints
 from edgetrain.training.fit import fit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "peaks_unknown")
@@ -41,18 +42,18 @@ def asked(schedule: str) -> Settings:
 
 
 @pytest.fixture
-def some_commits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commits are due three questions after the last, so that they fall between visits and within them."""
+def some_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are due three questions after the last, so that they fall between visits and within them."""
 
-    def due(self: Commits, share: float) -> bool:
+    def due(self: Checkpoints, share: float) -> bool:
         questions = vars(self).setdefault("questions", {})
         questions[self._number] = questions.get(self._number, 0) + 1
         return bool(questions[self._number] >= 3)
 
-    monkeypatch.setattr(Commits, "due", due)
+    monkeypatch.setattr(Checkpoints, "due", due)
 
 
-@pytest.mark.usefixtures("some_commits")
+@pytest.mark.usefixtures("some_checkpoints")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_after_a_fault_at_any_point_the_run_goes_on_to_the_same_bits(
@@ -72,8 +73,9 @@ def tried(schedule: str, mode: str, folder: Path) -> Counter[str]:
         fit(asked(schedule), whole, data=data())
     expected = outcome_of(whole)
     entries = list(RunFolder(whole).journal.entries())
-    assert any("within" in entry for entry in entries)
-    assert any("latents" in entry for entry in entries) == (schedule == "sequence")
+    saved = [entry for entry in entries if isinstance(entry, Checkpoint)]
+    assert any(entry.within for entry in saved)
+    assert any(entry.latents for entry in saved) == (schedule == "sequence")
     found: Counter[str] = Counter()
     for number, at in enumerate(points(seen.seen, mode)):
         path = folder / f"{number}" / "run"

@@ -20,8 +20,8 @@ import edgetrain
 from edgetrain.errors import InputError
 from edgetrain.nets.spec import NETS
 from edgetrain.plugins import Registry
-from edgetrain.training.finished import Run
 from edgetrain.training.methods import METHODS, fingerprint
+from edgetrain.training.run import Run
 
 HINGE = '''
 """A rule of somebody else's: a hinge loss on a learned projection of the cell's outputs."""

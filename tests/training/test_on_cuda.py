@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine import named
 
 from edgetrain.config import Settings
 from edgetrain.store.run import RunFolder
@@ -37,7 +38,7 @@ def test_streamed_and_resident_give_the_same_bits(method: str, schedule: str, tm
         settings = Settings(net="mlp:96x3", method=method, epochs=2, batch_size=50, device="cuda")
         settings = settings.with_values({"schedule": schedule, "placement": placement})
         folder = RunFolder(fit(settings, tmp_path / placement).path)
-        found.append({unit: folder.read_unit(files) for unit, files in folder.files().items()})
+        found.append({unit: named(folder.units.read(files)) for unit, files in folder.files().items()})
     for unit, tensors in found[0].items():
         for name, value in tensors.items():
             assert torch.equal(value, found[1][unit][name]), f"{unit} {name}"

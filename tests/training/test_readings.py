@@ -15,7 +15,7 @@ from edgetrain.config import resolve
 from edgetrain.data.arrays import from_arrays
 from edgetrain.data.layout import Reading
 from edgetrain.errors import InputError
-from edgetrain.training.finished import Run
+from edgetrain.training.run import Run
 
 ROWS = 120
 Y = np.arange(ROWS) % 2

@@ -12,8 +12,8 @@ from machine import data, settings
 from edgetrain.errors import BudgetError, CorruptError, InputError, StorageError
 from edgetrain.store.run import RunFolder
 from edgetrain.training import prepared
-from edgetrain.training.finished import Run
 from edgetrain.training.fit import fit
+from edgetrain.training.run import Run
 
 
 def snapshot(folder):

@@ -9,21 +9,24 @@ import pytest
 from machine import data, finished, settings
 
 from edgetrain.errors import InputError
-from edgetrain.store.journal import FORMAT, _line
+from edgetrain.store.entries import FORMAT
+from edgetrain.store.journal import _check
 from edgetrain.training import edits
-from edgetrain.training.finished import Run
 from edgetrain.training.fit import fit
 from edgetrain.training.resuming import resumed_settings
+from edgetrain.training.run import Run
 
 
 def of_format(path: Path, number: int | None) -> None:
     """Write the journal as a version did that knew no formats (``None``), or another one."""
     journal = path / "journal.jsonl"
-    entries = [json.loads(line)["entry"] for line in journal.read_bytes().splitlines()]
-    assert entries[0].pop("format") == FORMAT
+    first, *others = journal.read_bytes().splitlines(keepends=True)
+    entry = json.loads(first)["entry"]
+    assert entry.pop("format") == FORMAT
     if number is not None:
-        entries[0]["format"] = number
-    journal.write_bytes(b"".join(map(_line, entries)))
+        entry["format"] = number
+    content = json.dumps(entry, sort_keys=True).encode()
+    journal.write_bytes(b'{"check": "%s", "entry": %s}\n' % (_check(content), content) + b"".join(others))
 
 
 @pytest.mark.parametrize(("number", "said"), [(None, r"edgetrain 0\.1 \(run format 1\)"), (77, r"\(run format 77\)")])

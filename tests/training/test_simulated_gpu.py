@@ -25,6 +25,7 @@ from edgetrain.errors import BudgetError, EdgetrainWarning
 from edgetrain.memory import device as devices
 from edgetrain.memory import queues
 from edgetrain.planning import dryrun
+from edgetrain.planning.probe import Probe
 from edgetrain.store.edit import open_folder
 from edgetrain.store.rows import RowFormat
 from edgetrain.store.run import RunFolder
@@ -34,10 +35,10 @@ from edgetrain.stream.latents import FileLatents
 from edgetrain.stream.reader import LabelFile, Reader
 from edgetrain.stream.span import Span
 from edgetrain.training.edits import append
-from edgetrain.training.finished import Run
 from edgetrain.training.fit import fit
 from edgetrain.training.job import host_tier, open_job, plan_job
 from edgetrain.training.methods import METHODS
+from edgetrain.training.run import Run
 from edgetrain.units import MIB, from_mb, to_mb
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -173,15 +174,15 @@ def test_a_simulated_run_that_is_paused_goes_on_to_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("method", ["mf", "lbp-ae"])
 def test_a_simulated_run_that_was_killed_after_every_checkpoint_ends_the_same(tmp_path, monkeypatch, method):
-    commit = RunFolder.commit
+    save = RunFolder.save
 
-    def commits_and_dies(folder: RunFolder, *arguments: Any) -> None:
-        commit(folder, *arguments)
+    def saves_and_dies(folder: RunFolder, *arguments: Any) -> None:
+        save(folder, *arguments)
         raise Abandoned
 
     path, asked = tmp_path / "run", settings(method, device="cuda", epochs=1, checkpoint_every=0.0, **STREAM)
     with simulated_cuda(), monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "commit", commits_and_dies)
+        patch.setattr(RunFolder, "save", saves_and_dies)
         for _ in range(40):
             with suppress(Abandoned):
                 fit(asked, path, data=data("pixels").set, resume=path.exists())
@@ -190,7 +191,8 @@ def test_a_simulated_run_that_was_killed_after_every_checkpoint_ends_the_same(tm
     assert_same(units(path), units(run(tmp_path / "cpu", method, device="cpu", **STREAM).path))
 
 
-def test_a_simulated_run_that_runs_out_of_memory_tries_once_more_within_the_same_budget(tmp_path):
+def test_a_simulated_run_that_runs_out_of_memory_tries_once_more_within_the_same_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr(Probe, "unforeseen", lambda *arguments: 0)  # which would find it
     with simulated_cuda(fails_at=300) as cuda:
         limits: list[float] = []
         real = SimulatedCuda.set_per_process_memory_fraction
@@ -217,7 +219,7 @@ def test_a_simulated_run_obeys_the_smallest_budget_and_a_smaller_one_is_refused(
     )
     with simulated_cuda() as cuda:
         plan = plan_job(open_job(asked, data=wide))
-        budget = to_mb(plan.min_budget)
+        budget, cuda.peak = to_mb(plan.min_budget), 0
         found = fit(asked.with_values({"max_gpu_mb": budget}), tmp_path / "run", data=wide)
         assert cuda.peak <= plan.min_budget
         assert found.record.peak_gpu_mb <= budget
@@ -237,6 +239,41 @@ def test_simulated_short_last_batches_stay_within_the_predicted_peak(tmp_path, m
     with simulated_cuda() as cuda:
         record = fit(asked, tmp_path / "run", data=wide).record
     assert to_mb(cuda.peak) == record.peak_gpu_mb <= record.predicted_peak_mb
+
+
+@pytest.mark.parametrize("placement", ["stream", "resident"])
+def test_scratch_memory_of_kernels_is_found_by_trying_a_cell_of_each_kind(tmp_path, placement, monkeypatch):
+    """Workspaces of cuDNN and the like are no tensors: the dry run cannot see them."""
+    with simulated_cuda(scratch=30 * MIB):
+        found = run(tmp_path / "run", placement=placement).record
+        assert 30 < found.peak_gpu_mb <= found.predicted_peak_mb <= found.peak_gpu_mb + 22
+        with pytest.raises(BudgetError, match="cannot hold"):
+            run(tmp_path / "small", placement=placement, max_gpu_mb=30.0)
+        monkeypatch.setattr(Probe, "unforeseen", lambda *arguments: 0)
+        with pytest.raises(BudgetError, match="out of memory|memory ran out|did not predict"):
+            run(tmp_path / "unseen", placement=placement, max_gpu_mb=30.0)
+
+
+def test_a_cell_of_which_kernels_take_more_gets_smaller_micro_batches(monkeypatch):
+    """On this device a sample takes 1 MiB more than the dry run foresees."""
+    tried = []
+
+    def unforeseen(probe, work, index, micro_batch, tiles, predicted):
+        tried.append((index, micro_batch))
+        return micro_batch * MIB
+
+    monkeypatch.setattr(Probe, "unforeseen", unforeseen)
+    asked = settings("mf", device="cuda", **STREAM).with_values({"micro_batch": None})
+    with simulated_cuda():
+        free = plan_job(open_job(asked, data=data("pixels").set))
+        assert tried == [(index, BATCH) for index in range(3)]
+        assert free.micro_batches == [BATCH] * 3
+        tried.clear()
+        tight = plan_job(open_job(asked.with_values({"max_gpu_mb": 11.0}), data=data("pixels").set))
+    assert tight.fits
+    assert tight.micro_batches == [BATCH // 2] * 3
+    assert tight.predicted_peak == free.predicted_peak - BATCH // 2 * MIB
+    assert tried[:2] == [(0, BATCH), (0, BATCH // 2)]
 
 
 def test_seeding_the_simulated_pool_reserves_less(monkeypatch):

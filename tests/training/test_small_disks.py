@@ -15,16 +15,17 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from machine import assert_same, units
 
-from edgetrain.config import Settings, read_profile
+from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
 from edgetrain.data.base import DataSet
 from edgetrain.errors import BudgetError
 from edgetrain.planning.cut import choose_cut, latents_held, least_room
 from edgetrain.planning.schedule import WHOLE
 from edgetrain.store.run import RunFolder
-from edgetrain.training.finished import Run
+from edgetrain.training.config_file import decisions_of, settings_of
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job, plan_job
+from edgetrain.training.run import Run
 from edgetrain.units import ceil_mb
 
 GIB = 1 << 30
@@ -62,8 +63,8 @@ def test_a_small_disk_changes_no_bit_and_is_enough(
     free = asked(method, schedule=schedule, **more)
     small = asked(method, schedule=schedule, max_disk_gb=tight(free, share), **more)
     whole, run = fit(free, tmp_path / "whole", data=table()), fit(small, tmp_path / "small", data=table())
-    kept = read_profile(tmp_path / "small" / "config.toml")
-    assert kept["ranges"] > 1 or kept.get("cached") is not None
+    decided = decisions_of(tmp_path / "small")
+    assert decided.ranges > 1 or decided.cached is not None
     assert_same(units(tmp_path / "small"), units(tmp_path / "whole"))
     assert run.record.votes == whole.record.votes
     assert run.record.peak_gpu_mb == run.record.predicted_peak_mb == whole.record.peak_gpu_mb
@@ -80,22 +81,22 @@ def test_a_small_disk_changes_no_bit_and_is_enough(
 
 @pytest.mark.parametrize("schedule", ["separate", "sequence"])
 @pytest.mark.parametrize("method", ["mf", "lbp-ae"])
-def test_a_run_on_a_small_disk_goes_on_from_commits_within_its_visits_to_the_same_bits(
+def test_a_run_on_a_small_disk_goes_on_from_checkpoints_within_its_visits_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, schedule: str
 ) -> None:
     free = asked(method, schedule=schedule, epochs=1, checkpoint_every=0.0)
     small = asked(method, schedule=schedule, epochs=1, checkpoint_every=0.0, max_disk_gb=tight(free, 0.4))
     fit(small, tmp_path / "whole", data=table())
-    commit, path, made = RunFolder.commit, tmp_path / "cut", count()
+    save, path, made = RunFolder.save, tmp_path / "cut", count()
 
-    def commits_and_dies(folder: RunFolder, *arguments: object) -> None:
-        commit(folder, *arguments)
+    def saves_and_dies(folder: RunFolder, *arguments: object) -> None:
+        save(folder, *arguments)
         if next(made) % 7 == 6:
             raise KeyboardInterrupt
 
     stops = 0
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "commit", commits_and_dies)
+        patch.setattr(RunFolder, "save", saves_and_dies)
         settings = small
         while stops < 100:
             try:
@@ -103,7 +104,7 @@ def test_a_run_on_a_small_disk_goes_on_from_commits_within_its_visits_to_the_sam
                 break
             except KeyboardInterrupt:
                 stops += 1
-                settings = Settings().with_values(read_profile(path / "config.toml"))
+                settings = settings_of(path)
     if not Run.open(path).record.cells:
         fit(settings, path, data=table(), resume=True)
     assert stops >= 8

@@ -30,16 +30,16 @@ from edgetrain.store.atomic import size_of
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.run import RunFolder
 from edgetrain.stream.classifier import Classifier
-from edgetrain.training.commits import Commits
+from edgetrain.training.callbacks import Callback
+from edgetrain.training.checkpointing import Checkpoints
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job, plan_job
 from edgetrain.training.stopping import Stop
-from edgetrain.training.watcher import Silent
 
 pytestmark = pytest.mark.usefixtures("one_thread", "peaks_unknown")
 
 
-class Heard(Silent):
+class Heard(Callback):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -63,15 +63,19 @@ RUNS = {
     "two optimizers": {"method": "lbp-gan", "net": "mlp:20,16"},
     "three streams": {"method": "ff", "schedule": "sequence", "kind": "floats"},
     "whole net": {"method": "bp"},
-    "ranges": {"method": "mf", "schedule": "sequence", "ranges": 2},
-    "ranges, separate": {"method": "lbp-ae", "ranges": 2, "cached": [0]},
+    "ranges": {"method": "mf", "schedule": "sequence", "disk": "least"},
+    "ranges, separate": {"method": "lbp-ae", "disk": "least"},
 }
 
 
 def given(case: dict[str, Any], **more: Any) -> tuple[Any, Any]:
     values = {"epochs": 2, "placement": "stream", **case, **more}
-    kind = values.pop("kind", "pixels")
-    return settings(values.pop("method"), **values), data(kind).set
+    kind, disk = values.pop("kind", "pixels"), values.pop("disk", None)
+    asked, rows = settings(values.pop("method"), **values), data(kind).set
+    if disk == "least":
+        least = plan_job(open_job(asked, data=rows)).least_disk
+        asked = asked.with_values({"max_disk_gb": (least + 1) / (1 << 30)})
+    return asked, rows
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -102,22 +106,22 @@ def test_a_run_stopped_again_and_again_ends_the_same(
 
 
 @pytest.mark.parametrize("name", ["mf, sequence", "mf, sequence, resident", "trained classifier", "three streams"])
-def test_commits_within_visits_keep_what_the_next_commit_may_need(
+def test_checkpoints_within_visits_keep_what_the_next_checkpoint_may_need(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, rows = given(RUNS[name])
     fit(asked, tmp_path / "whole", data=rows)
 
-    def due(self: Commits, share: float) -> bool:
+    def due(self: Checkpoints, share: float) -> bool:
         questions = vars(self).setdefault("questions", {})
         questions[self._number] = questions.get(self._number, 0) + 1
         return bool(questions[self._number] > 6)
 
-    monkeypatch.setattr(Commits, "due", due)
+    monkeypatch.setattr(Checkpoints, "due", due)
     path, ends, draw = tmp_path / "cut", 0, np.random.default_rng(0)
 
-    class Dies(Silent):
-        """Ends the process, as far as the folder is concerned, some visits after a commit."""
+    class Dies(Callback):
+        """Ends the process, as far as the folder is concerned, some visits after a checkpoint."""
 
         left = 0
 
@@ -130,7 +134,7 @@ def test_commits_within_visits_keep_what_the_next_commit_may_need(
     while True:
         dies.left = int(draw.integers(2, 5))
         try:
-            fit(asked, path, data=rows, resume=True, watcher=dies)
+            fit(asked, path, data=rows, resume=True, callback=dies)
             break
         except KeyboardInterrupt:
             ends += 1
@@ -165,7 +169,7 @@ def test_a_second_stop_while_latents_are_emitted_again_loses_no_step(
     fit(asked, tmp_path / "whole", data=rows)
     path = tmp_path / "run"
     for questions in range(1, 60):
-        if path.exists() and "within" in (RunFolder(path).last() or {}):
+        if path.exists() and (saved := RunFolder(path).last()) is not None and saved.within is not None:
             stopped_after(0, asked, path, rows, resume=True)  # at once, before it comes to where it stood
         with monkeypatch.context() as patch:
             patch.setattr(Stop, "asked", stopping_after(questions))
@@ -182,7 +186,7 @@ def test_a_stop_at_the_last_step_of_a_visit_calls_no_cell_dead(tmp_path: Path, m
     said = stopped_after(4, asked, tmp_path / "run", rows)
     assert "at step 5 of epoch 1 of cell 1" in said  # of five
     heard = Heard()
-    fit(asked, tmp_path / "run", data=rows, resume=True, watcher=heard)
+    fit(asked, tmp_path / "run", data=rows, resume=True, callback=heard)
     assert [note for note in heard.notes if "zeros" in note] == []
 
 
@@ -199,7 +203,7 @@ def heard_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-class Signals(Silent):
+class Signals(Callback):
     """Sends this process a signal when a visit ends."""
 
     def __init__(self, *numbers: int):
@@ -214,31 +218,32 @@ class Signals(Silent):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_finishes_the_step_commits_and_stops(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_finishes_the_step_checkpoints_and_stops(number: signal.Signals, tmp_path: Path) -> None:
     asked, rows = given(RUNS["mf, sequence"])
     before = signal.getsignal(number)
     heard, path = Signals(number), tmp_path / "run"
     with pytest.raises(Stopped, match=f"stopped by {number.name} at step 1 of epoch 1 of cell 2") as stopped:
-        fit(asked, path, data=rows, watcher=heard)
+        fit(asked, path, data=rows, callback=heard)
     assert stopped.value.exit_code == 128 + number
     assert any("once more ends at once" in note for note in heard.notes)
-    assert any(f"go on with: edgetrain fit --resume --run-dir {path}" in note for note in heard.notes)
+    assert any(f"resume with: edgetrain fit --resume --run-dir {path}" in note for note in heard.notes)
     assert signal.getsignal(number) is before
     last = RunFolder(path).last()
     assert last is not None
-    assert last["within"]["step"] == 1
+    assert last.within is not None
+    assert last.within.step == 1
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     asked, rows = given(RUNS["mf, sequence"], checkpoint_every=0.0)
 
-    class Twice(Silent):
+    class Twice(Callback):
         def visited(self, progress: Any) -> None:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        fit(asked, tmp_path / "run", data=rows, watcher=Twice())
+        fit(asked, tmp_path / "run", data=rows, callback=Twice())
     fit(asked, tmp_path / "run", data=rows, resume=True)
     fit(asked, tmp_path / "whole", data=rows)
     assert_same(units(tmp_path / "run"), units(tmp_path / "whole"))
@@ -248,7 +253,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
         asked, rows = given(RUNS["mf, separate"])
-        fit(asked, tmp_path / "run", data=rows, watcher=Signals(signal.SIGHUP))
+        fit(asked, tmp_path / "run", data=rows, callback=Signals(signal.SIGHUP))
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -258,11 +263,11 @@ def test_a_run_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
     found: list[Any] = []
     before = signal.getsignal(signal.SIGINT)
 
-    class Looks(Silent):
+    class Looks(Callback):
         def visited(self, progress: Any) -> None:
             found.append(signal.getsignal(signal.SIGINT))
 
-    thread = threading.Thread(target=lambda: fit(asked, tmp_path / "run", data=rows, watcher=Looks()))
+    thread = threading.Thread(target=lambda: fit(asked, tmp_path / "run", data=rows, callback=Looks()))
     thread.start()
     thread.join()
     assert found
@@ -282,30 +287,30 @@ def test_the_time_limit_stops_a_run_and_does_not_stand_in_its_configuration(
     fit(asked.with_values({"time_limit": None}), path, data=rows, resume=True)
 
 
-# -- what is never committed or gone on with -----------------------------------------------------------
+# -- what is never saved or gone on with -----------------------------------------------------------
 
 
-def test_a_poisoned_weight_is_never_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_poisoned_weight_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, rows = given(RUNS["mf, separate"], checkpoint_every=0.0)
-    commit, made = Commits.commit, count()
+    save, made = Checkpoints.save, count()
 
-    def poisons(self: Commits, *arguments: Any) -> None:
+    def poisons(self: Checkpoints, *arguments: Any) -> None:
         if next(made) == 4:
             cell = self._cells._live[0]
             with torch.no_grad():
                 next(cell.module.parameters()).view(-1)[3] = torch.inf  # type: ignore[union-attr]
-        commit(self, *arguments)
+        save(self, *arguments)
 
-    monkeypatch.setattr(Commits, "commit", poisons)
+    monkeypatch.setattr(Checkpoints, "save", poisons)
     with pytest.raises(DivergedError, match=r"cell 1 \(.*\): cell\..*weight is not finite; try a smaller --lr"):
         fit(asked, tmp_path / "run", data=rows)
-    monkeypatch.setattr(Commits, "commit", commit)
+    monkeypatch.setattr(Checkpoints, "save", save)
     fit(asked, tmp_path / "run", data=rows, resume=True)
     fit(asked, tmp_path / "whole", data=rows)
     assert_same(units(tmp_path / "run"), units(tmp_path / "whole"))
 
 
-def test_a_poisoned_classifier_is_never_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_poisoned_classifier_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, rows = given(RUNS["trained classifier"], checkpoint_every=0.0)
     state, made = Classifier.state_dict, count()
 
@@ -373,14 +378,14 @@ def test_latents_damaged_in_flight_are_made_anew(name: str, tmp_path: Path, monk
         read(self, *arguments)
 
     monkeypatch.setattr(LatentFile, "read", damaged)
-    fit(asked, path, data=rows, watcher=heard)
+    fit(asked, path, data=rows, callback=heard)
     assert not left
     assert [note for note in heard.notes if "002.x.rows: rows 0 to 69 are not as they were written" in note]
     assert_same(units(path), units(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("kind", ["rows", "sums", "weights", "optim"])
-def test_damage_to_what_was_committed_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_to_what_was_saved_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, rows = given(RUNS["mf, sequence"])
     path = tmp_path / "run"
     stopped_after(8, asked, path, rows)
@@ -393,7 +398,7 @@ def test_damage_to_what_was_committed_is_named(kind: str, tmp_path: Path, monkey
     fit(asked, path, data=rows, resume=True)
 
 
-def test_a_disk_that_is_full_when_a_run_stops_leaves_the_commit_before(
+def test_a_disk_that_is_full_when_a_run_stops_leaves_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, rows = given(RUNS["mf, sequence"])
@@ -405,7 +410,7 @@ def test_a_disk_that_is_full_when_a_run_stops_leaves_the_commit_before(
         def full(self: LatentFile, number: int) -> None:
             raise StorageError(f"{self.path}: no space left on device")
 
-        patch.setattr(LatentFile, "commit", full)
+        patch.setattr(LatentFile, "save", full)
         with pytest.raises(StorageError, match="no space left"):
             fit(asked, path, data=rows, resume=True)
     fit(asked, path, data=rows, resume=True)

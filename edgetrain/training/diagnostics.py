@@ -15,7 +15,7 @@ from edgetrain.stream.latents import Latents
 _LEAST_EPOCHS = 3  # of a loss, to say that it does not fall
 
 
-class Symptoms:
+class Diagnostics:
     """Says once for each cell what is wrong with it, and what to try.
 
     Args:

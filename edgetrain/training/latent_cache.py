@@ -1,14 +1,13 @@
 """The latents that exist at the moment, by number: latents 0 are the inputs, latents i+1 are what cell i emits.
 
-A commit in the middle of a range of ``sequence`` includes the latents that are still to be read, since the
-weights that they came from are gone. Until the next commit they are neither overwritten nor deleted.
+A checkpoint in the middle of a range of ``sequence`` includes the latents that are still to be read, since the
+weights that they came from are gone. Until the next checkpoint they are neither overwritten nor deleted.
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
@@ -16,13 +15,13 @@ from edgetrain.errors import CorruptError
 from edgetrain.planning.schedule import Cut, Visit
 from edgetrain.planning.workload import Workload
 from edgetrain.store.atomic import storage_errors, sync_folder
+from edgetrain.store.entries import LatentStream, SavedLatents
 from edgetrain.store.run import RunFolder
-from edgetrain.store.tensors import FileEntry, plain_name
-from edgetrain.stream.latents import CommittedStream, DeviceLatents, FileLatents, Latents
+from edgetrain.stream.latents import DeviceLatents, FileLatents, Latents
 from edgetrain.stream.state import Host
 
 
-class Caches:
+class LatentCache:
     """Makes latents where a visit emits them, and frees them when nobody reads them any more.
 
     Args:
@@ -41,8 +40,8 @@ class Caches:
         self._work, self._cut, self._folder, self._resident = work, cut, folder, resident
         self._keep, self._host, self._background = keep, host, background
         self._held: dict[int, Latents] = {}
-        self._committed: list[FileLatents] = []
-        self._committing: list[FileLatents] = []
+        self._saved: list[FileLatents] = []
+        self._saving: list[FileLatents] = []
         self._spare: FileLatents | None = None
         self._stale: set[int] = set()  # kept, though nobody reads them any more
         self._bytes = self.peak = self._sums = self._new_sums = 0
@@ -84,73 +83,69 @@ class Caches:
             if number:  # the inputs cost nothing to keep, and resuming wants them
                 self._let_go(number)
 
-    # -- commits -----------------------------------------------------------------------------------
+    # -- checkpoints -----------------------------------------------------------------------------------
 
     def has_room(self, spare: int | None) -> bool:
-        """Whether the disk has room for what a commit keeps from being overwritten.
+        """Whether the disk has room for what a checkpoint keeps from being overwritten.
 
         Args:
             spare: bytes of the disk budget that the plan does not need, of which only latents on the device that a
-                commit writes take any; ``None``: no limit but the disk's.
+                checkpoint writes take any; ``None``: no limit but the disk's.
         """
         needed = sum(_size(latents) for number, latents in self._held.items() if number)
         if spare is not None:
             return not self._resident or 2 * needed <= spare
         return shutil.disk_usage(self._folder.path).free > 2 * needed
 
-    def commit(self, number: int) -> dict[str, Any]:
-        """Make all latents but the inputs durable, for the commit of that number; what its entry says of them.
+    def save(self, number: int) -> dict[int, SavedLatents]:
+        """Make all latents but the inputs durable, for the checkpoint of that number; what it says of them.
 
         Raises:
             StorageError: the disk refused.
         """
-        found: dict[str, Any] = {}
+        found: dict[int, SavedLatents] = {}
         self._new_sums = 0
         with storage_errors(self._folder.path):
             sync_folder(self._folder.path)  # the folder of latents may be new
         for latents, held in self._held.items():
             if latents and latents not in self._stale:
                 files = held if isinstance(held, FileLatents) else self._copied(latents, held)
-                self._committing.append(files)
-                streams = files.commit(number)
+                self._saving.append(files)
+                streams = files.save(number)
                 self._new_sums += sum(stream.sums.size for stream in streams)
-                found[str(latents)] = {
-                    "rows": files.rows,
-                    "first": files.first,
-                    "step_order": files.step_order,
-                    "streams": [asdict(stream) for stream in streams],
-                }
-        self._folder.space(self._new_sums)
+                found[latents] = SavedLatents(files.rows, files.first, files.step_order, streams)
+        self._folder.usage.took(self._new_sums)
         return found
 
     def settle(self) -> None:
-        """The newest commit counts: what only the one before it needed may go."""
-        needed, before = self._committing, self._committed
-        self._committing, self._committed = [], needed
+        """The newest checkpoint counts: what only the one before it needed may go."""
+        needed, before = self._saving, self._saved
+        self._saving, self._saved = [], needed
         for files in needed:
             files.settle()
-        self._folder.space(-self._sums)
+        self._folder.usage.took(-self._sums)
         self._sums, self._new_sums = self._new_sums, 0
         for files in before:
             if files not in needed and files not in self._held.values():
                 files.free()
 
-    def reopen(self, entry: dict[str, Any], device: torch.device) -> None:
-        """Take up the latents that a commit holds, as its entry says.
+    def reopen(self, saved: Mapping[int, SavedLatents], device: torch.device) -> None:
+        """Take up the latents of a checkpoint.
 
         Raises:
-            CorruptError: a file does not hold what was committed, or the entry names none.
+            CorruptError: a file does not hold what was saved, or the run cannot have such latents.
             StorageError: one is missing or unreadable.
         """
-        for number, rows, first, step_order, streams in latents_of(entry, self._work):
-            files = self._files(rows, step_order, first, self._free_name(number))
-            self._committed.append(files)
-            files.reopen(streams)
+        check_latents(saved, self._work)
+        for number, latents in saved.items():
+            files = self._files(latents.rows, latents.step_order, latents.first, self._free_name(number))
+            self._saved.append(files)
+            files.reopen(latents.streams)
             self._held[number] = DeviceLatents.copied(files, device, self._host) if self._resident else files
 
     def close(self) -> None:
-        """Give the device's room back, and files that no commit needs."""
-        needed = [*self._committed, *self._committing]  # which of them counts only the journal knows
+        """Give the device's room back, and files that no checkpoint needs."""
+        needed = [*self._saved, *self._saving]  # which of them counts only the journal knows
         for number in [number for number in self._held if number]:
             latents = self._held.pop(number)
             if isinstance(latents, FileLatents) and (self._keep or latents in needed):
@@ -167,7 +162,7 @@ class Caches:
 
     def _let_go(self, number: int) -> None:
         freed = self._held.pop(number)
-        if freed in self._committed:
+        if freed in self._saved:
             return
         if isinstance(freed, FileLatents) and self._spare is None:
             self._spare = freed
@@ -194,14 +189,14 @@ class Caches:
             step_order,
             self._host,
             self._space,
-            folder.wrote,
+            folder.usage.wrote,
             self._background,
             first=first,
             device=self._work.device,
         )
 
     def _free_name(self, number: int, spare: FileLatents | None = None) -> str:
-        """A name that no latents have which the newest commit needs; ``spare`` gives its own up."""
+        """A name that no latents have which the newest checkpoint needs; ``spare`` gives its own up."""
         own = set() if spare is None else {file.path for file in spare.files.values()}
         found = set(self._folder.latents.glob(f"{number:03}*")) - own
         taken = {path.name.partition(".")[0] for path in found}
@@ -222,46 +217,26 @@ class Caches:
         return None
 
     def _space(self, size: int) -> None:
-        self._folder.space(size)
+        self._folder.usage.took(size)
         self._bytes += size
         self.peak = max(self.peak, self._bytes)
 
 
-def latents_of(entry: dict[str, Any], work: Workload) -> list[tuple[int, int, int, bool, list[CommittedStream]]]:
-    """Number, rows, first row, order and files of the latents in a commit's entry.
+def check_latents(saved: Mapping[int, SavedLatents], work: Workload) -> None:
+    """Refuse latents in a checkpoint that the run cannot have.
 
     Raises:
-        CorruptError: a run like this has no such latents.
+        CorruptError: it has no such latents.
     """
-    found = []
-    try:
-        for name, values in entry.items():
-            number, rows, first, streams = int(name), values["rows"], values["first"], streams_of(values)
-            if not type(rows) is type(first) is type(number) is int:
-                raise TypeError(f"{rows!r} rows from {first!r} on")
-            if not (0 < number <= work.depth and 0 < rows <= work.rows * work.views and 0 <= first < work.rows):
-                raise ValueError(f"latents {number} of {rows} rows from {first} on")
-            shape, names = list(work.nodes[number - 1].shape), work.formats_into(number)
-            for stream in streams:
-                whole = type(stream.written) is int and 0 <= stream.written <= rows
-                if not whole or stream.shape != shape or stream.stream not in names:
-                    raise ValueError(f"stream {stream.stream!r} of latents {number}")
-            found.append((number, rows, first, bool(values["step_order"]), streams))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CorruptError(f"the journal's newest commit names no latents of this run ({error})") from error
-    return found
+    for number, latents in saved.items():
+        known = 0 < number <= work.depth and latents.rows <= work.rows * work.views and latents.first < work.rows
+        if not known or not all(_is_known(stream, number, latents.rows, work) for stream in latents.streams):
+            raise CorruptError(f"the newest checkpoint does not fit this run: latents {number} are of another")
 
 
-def streams_of(values: dict[str, Any]) -> list[CommittedStream]:
-    """The files of latents in a commit's entry.
-
-    Raises:
-        TypeError, KeyError: it names none.
-    """
-    found = [CommittedStream(**{**stream, "sums": FileEntry(**stream["sums"])}) for stream in values["streams"]]
-    for stream in found:
-        plain_name(stream.file)
-    return found
+def _is_known(stream: LatentStream, number: int, rows: int, work: Workload) -> bool:
+    shape, names = list(work.nodes[number - 1].shape), work.formats_into(number)
+    return stream.written <= rows and stream.shape == shape and stream.stream in names
 
 
 def _size(latents: Latents) -> int:

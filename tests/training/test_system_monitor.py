@@ -1,6 +1,6 @@
 """What a run notices of its surroundings, and what it does when memory runs out; simulated, as no GPU is needed.
 
-``pytest tests/training/test_conditions.py``
+``pytest tests/training/test_system_monitor.py``
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import require_fit
 from edgetrain.planning.storage import staging_bytes
 from edgetrain.planning.words import plan_in_words
-from edgetrain.training import commits, trainer
-from edgetrain.training.commits import Position
-from edgetrain.training.conditions import Conditions
+from edgetrain.training import checkpointing, trainer
+from edgetrain.training.callbacks import Callback
+from edgetrain.training.checkpointing import Position
 from edgetrain.training.fit import fit
 from edgetrain.training.job import budget_of, open_job, outside_of, plan_job
+from edgetrain.training.system_monitor import SystemMonitor
 from edgetrain.training.trainer import Trainer
-from edgetrain.training.watcher import Silent
 from edgetrain.units import MIB
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -47,7 +47,7 @@ def asked(**values: Any) -> Settings:
     return Settings().with_values({**standard, **values})
 
 
-class Heard(Silent):
+class Heard(Callback):
     """Keeps what the user is told."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Heard(Silent):
 def test_free_device_memory_that_shrinks_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "reserved_bytes", lambda device: 100 * MIB)
     free, said = [900 * MIB], []
-    watch = Conditions(CUDA, 500 * MIB, said.append, lambda device: free[0], lambda: PLENTY)
+    watch = SystemMonitor(CUDA, 500 * MIB, said.append, lambda device: free[0], lambda: PLENTY)
     assert not watch.look()
     assert said == []
     free[0] = 399 * MIB
@@ -77,15 +77,15 @@ def test_free_device_memory_that_shrinks_is_said_once(monkeypatch: pytest.Monkey
 def test_unknown_free_memory_and_runs_without_a_budget_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "reserved_bytes", lambda device: 0)
     said: list[str] = []
-    Conditions(CUDA, 1 << 50, said.append, lambda device: None, lambda: PLENTY).look()
-    Conditions(CUDA, None, said.append, lambda device: 0, lambda: PLENTY).look()
-    Conditions(CPU, 1 << 50, said.append, lambda device: 0, lambda: PLENTY).look()
+    SystemMonitor(CUDA, 1 << 50, said.append, lambda device: None, lambda: PLENTY).look()
+    SystemMonitor(CUDA, None, said.append, lambda device: 0, lambda: PLENTY).look()
+    SystemMonitor(CPU, 1 << 50, said.append, lambda device: 0, lambda: PLENTY).look()
     assert said == []
 
 
 def test_steps_that_become_slow_are_said_once_and_short_or_single_ones_are_not() -> None:
     said: list[str] = []
-    watch = Conditions(CPU, None, said.append, host=lambda: PLENTY)
+    watch = SystemMonitor(CPU, None, said.append, host=lambda: PLENTY)
     for seconds in (10.0, 16.0, 10.0, 16.0):
         watch.visited(0, 100, seconds)
     for seconds in (0.1, 1.9, 1.9, 1.9):
@@ -99,28 +99,28 @@ def test_steps_that_become_slow_are_said_once_and_short_or_single_ones_are_not()
 
 def test_ranges_of_different_length_are_compared_by_step() -> None:
     said: list[str] = []
-    watch = Conditions(CPU, None, said.append, host=lambda: PLENTY)
+    watch = SystemMonitor(CPU, None, said.append, host=lambda: PLENTY)
     for steps, seconds in ((10, 5.0), (40, 20.0), (40, 21.0)):
         watch.visited(0, steps, seconds)
     assert said == []
 
 
-def test_a_run_whose_system_runs_out_of_memory_commits_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, commit = [], Trainer._commit
+def test_a_run_whose_system_runs_out_of_memory_checkpoints_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, save = [], Trainer._save
 
     def counted(self: Trainer, position: Position) -> None:
         made.append((position.visit, position.step))
-        commit(self, position)
+        save(self, position)
 
-    monkeypatch.setattr(Trainer, "_commit", counted)
-    monkeypatch.setattr(commits, "_IN_NEED_S", 0.0)
-    monkeypatch.setattr(commits, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(Trainer, "_save", counted)
+    monkeypatch.setattr(checkpointing, "_IN_NEED_S", 0.0)
+    monkeypatch.setattr(checkpointing, "_LOOK_EVERY_S", 0.0)
     fit(asked(), tmp_path / "calm", data=data())
     assert made == [(4, 0)]
-    short = partial(Conditions, host=lambda: (100 * MIB, 8 << 30))
-    monkeypatch.setattr(trainer, "Conditions", short)
+    short = partial(SystemMonitor, host=lambda: (100 * MIB, 8 << 30))
+    monkeypatch.setattr(trainer, "SystemMonitor", short)
     heard = Heard()
-    fit(asked(), tmp_path / "short", data=data(), watcher=heard)
+    fit(asked(), tmp_path / "short", data=data(), callback=heard)
     assert {visit for visit, _ in made} == {0, 1, 2, 3, 4}
     assert len([note for note in heard.notes if "only 100.0 MiB of the system's memory are left" in note]) == 1
 
@@ -154,9 +154,9 @@ def test_out_of_memory_is_said_and_tried_once_more_with_smaller_micro_batches(
     plain = fit(asked(), tmp_path / "plain", data=data())
     fails(monkeypatch, 1, error)
     heard = Heard()
-    run = fit(asked(checkpoint_every=checkpoint_every), tmp_path / "run", data=data(), watcher=heard)
+    run = fit(asked(checkpoint_every=checkpoint_every), tmp_path / "run", data=data(), callback=heard)
     assert [cell.micro_batch for cell in run.record.cells] == [16, 16]
-    assert read_profile(tmp_path / "run" / "config.toml")["micro_batch"] == 16
+    assert read_profile(tmp_path / "run" / "config.toml")["plan"]["micro_batch"] == 16
     said = [note for note in heard.notes if "memory ran out" in note]
     assert len(said) == 1
     assert "trying once more, with micro-batches of 16" in said[0]
@@ -164,7 +164,7 @@ def test_out_of_memory_is_said_and_tried_once_more_with_smaller_micro_batches(
     assert run.record.cells[1].train_loss == pytest.approx(plain.record.cells[1].train_loss, rel=1e-3)
 
 
-def test_out_of_memory_twice_is_exit_code_6_and_what_was_committed_stays(
+def test_out_of_memory_twice_is_exit_code_6_and_what_was_saved_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fails(monkeypatch, 2, torch.cuda.OutOfMemoryError("CUDA out of memory."))

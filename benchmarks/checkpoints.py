@@ -1,6 +1,6 @@
-"""What commits cost: their share of a run's time, by default and when they are asked for often.
+"""What checkpoints cost: their share of a run's time, by default and when they are asked for often.
 
-Run: EDGETRAIN_DATA=... python benchmarks/commits.py [--out NAME]
+Run: EDGETRAIN_DATA=... python benchmarks/checkpoints.py [--out NAME]
 
 By default they are to take less than 3%.
 """
@@ -31,20 +31,20 @@ def main() -> None:
         for number, flags in enumerate(RUNS):
             run = edgetrain(f"fit {flags} --quiet --run-dir {folder}/{number}")
             lines = (Path(folder) / str(number) / "journal.jsonl").read_text().splitlines()
-            commits = [entry for entry in (json.loads(line)["entry"] for line in lines) if "cells" in entry]
+            checkpoints = [entry for entry in (json.loads(line)["entry"] for line in lines) if "cells" in entry]
             rows.append(
                 {
                     "flags": f"`{flags}`",
                     "seconds": round(run["seconds"], 1),
-                    "commits": len(commits) - 1,  # the last finishes the run
-                    "with latents": sum("latents" in entry for entry in commits),
-                    "commit seconds": run["commit_seconds"],
-                    "share": round(run["commit_seconds"] / run["seconds"], 4),
+                    "checkpoints": len(checkpoints) - 1,  # the last finishes the run
+                    "with latents": sum("latents" in entry for entry in checkpoints),
+                    "checkpoint seconds": run["checkpoint_seconds"],
+                    "share": round(run["checkpoint_seconds"] / run["seconds"], 4),
                     "written MiB": run["written_mb"],
                 }
             )
             print(rows[-1], flush=True)
-    publish(asked.out, "The cost of commits", {"edgetrain fit": rows})
+    publish(asked.out, "The cost of checkpoints", {"edgetrain fit": rows})
 
 
 if __name__ == "__main__":

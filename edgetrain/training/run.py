@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -12,12 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from edgetrain.config import Settings, parse_profile
+from edgetrain.config import Settings
 from edgetrain.data.arrays import ARRAYS, from_rows
 from edgetrain.data.base import DataSet, Part
 from edgetrain.data.layout import Reading
@@ -28,16 +28,19 @@ from edgetrain.memory import device as devices
 from edgetrain.memory.meter import Meter, meter_of
 from edgetrain.objectives.base import Node, Objective
 from edgetrain.planning.dryrun import evaluation_seeds
+from edgetrain.planning.plan import Decisions
 from edgetrain.planning.workload import Workload
-from edgetrain.record import RunRecord, parsed
+from edgetrain.record import RunRecord
 from edgetrain.store.atomic import check_target
 from edgetrain.store.edit import open_folder
+from edgetrain.store.entries import Files
 from edgetrain.store.npy import writing_npy
-from edgetrain.store.run import Files, RunFolder
+from edgetrain.store.run import RunFolder
 from edgetrain.stream.cell import OptimizerRecipe, ResidentCell, Setup
 from edgetrain.stream.latents import FileLatents
 from edgetrain.stream.state import CellState
-from edgetrain.training.commits import CLASSIFIER, INPUTS, check_rows
+from edgetrain.training.checkpointing import CLASSIFIER, INPUTS, Digests, check_test_rows
+from edgetrain.training.config_file import decisions_of, settings_of
 from edgetrain.training.identity import check_net
 from edgetrain.training.inputs import Shape, digest, unpack
 from edgetrain.training.job import (
@@ -62,7 +65,8 @@ class Run:
     Attributes:
         path: its folder.
         record: what it measured.
-        settings: how it was made.
+        settings: as they were asked for, with the method's defaults.
+        decisions: of its plan.
         shape: of its data.
         nodes: its cells.
         objective: its rule.
@@ -71,6 +75,7 @@ class Run:
     path: Path
     record: RunRecord
     settings: Settings
+    decisions: Decisions
     shape: Shape
     nodes: tuple[Node, ...]
     objective: Objective
@@ -101,13 +106,16 @@ class Run:
         objective = objective_of(settings, method, shape, opened)
         nodes = cells_of(settings, objective, shape, opened)
         check_net(RunFolder(path), nodes, training=False)
-        return cls(path.absolute(), record, settings, shape, nodes, objective)
+        return cls(path.absolute(), record, settings, decisions_of(path), shape, nodes, objective)
 
     @classmethod
     def of_job(cls, path: Path, job: Job) -> Run:
         """The run of a job that was just finished in a folder."""
         settings = with_defaults(settings_of(path), type(job.work.objective))
-        return cls(path.absolute(), read_record(path)[0], settings, job.shape, job.work.nodes, job.work.objective)
+        work = job.work
+        return cls(
+            path.absolute(), read_record(path)[0], settings, decisions_of(path), job.shape, work.nodes, work.objective
+        )
 
     def evaluate(self, data: Any = None, device: str | None = None) -> Predictions:
         """Accuracy by every vote and of every cell.
@@ -130,7 +138,7 @@ class Run:
             if rows.y is None:
                 raise InputError(f"data {opened.name!r}: holds no labels to compare with; use predict")
             if data is None:
-                check_rows(RunFolder(self.path), opened.name, {"test": digest(rows)})
+                check_test_rows(RunFolder(self.path), opened.name, digest(rows))
             found = self._predict(rows, device)
             spec = self.settings.data if data is None else data
             name = Path(spec).name if isinstance(spec, str) else opened.name
@@ -169,6 +177,12 @@ class Run:
             self._predict(rows, device, put)
         return shape
 
+    def report(self, folder: str | Path | None = None) -> Path:
+        """Write ``report.html`` and ``figures/``; see ``edgetrain.report_runs``."""
+        from edgetrain.report.page import write_report
+
+        return write_report([self.path], None if folder is None else Path(folder))[0]
+
     def model(self) -> Model:
         """The trained net as one module on the CPU, in evaluation mode: raw rows [B, ...] to class scores [B, C].
 
@@ -177,7 +191,7 @@ class Run:
         folder = RunFolder(self.path)
         files = folder.files()
         classifier = _classifier(folder, files)
-        scaling = unpack(folder.read_unit(files[INPUTS])) if INPUTS in files else None
+        scaling = unpack(folder.units.read(files[INPUTS])["weights"]) if INPUTS in files else None
         cells = [(cell.module, cell.head) for cell in self._trained_cells()]
         return Model(self.objective, self.shape, scaling, cells, classifier.head if classifier else None).eval()
 
@@ -219,7 +233,8 @@ class Run:
             return rows
 
     def _trained_on(self, rows: Prepared) -> bool:
-        return (RunFolder(self.path).last() or {}).get("data") == digest(rows)
+        saved = RunFolder(self.path).last()
+        return saved is not None and saved.data == digest(rows)
 
     def _rows_in_words(self, data: DataSet, name: str, rows: Prepared) -> str:
         count = f"{rows.x.rows:,}"
@@ -240,8 +255,7 @@ class Run:
     ) -> Predictions:
         place = devices.resolve(device or self.settings.device)
         meter, folder = meter_of(place), RunFolder(self.path)
-        micro = _as_list(self.settings.micro_batch, len(self.nodes), self.settings.batch_size)
-        tiles = _as_list(self.settings.tiles, len(self.nodes), 1)
+        micro, tiles = self._per_cell(self.decisions.micro_batch), self._per_cell(self.decisions.tiles)
         with process_state(self.settings), TemporaryDirectory(prefix="edgetrain-") as scratch:
             budget, seeds = None, [0] * len(self.nodes)
             if place.type == "cuda":
@@ -254,6 +268,19 @@ class Run:
         if found.missing:
             warnings.warn(EdgetrainWarning(f"{self.path}: {found.missing}"), stacklevel=3)
         return found
+
+    def _per_cell(self, sizes: int | list[int]) -> list[int]:
+        """One size for each cell, the classifier's left out.
+
+        Raises:
+            CorruptError: the plan is of another number of cells.
+        """
+        cells = len(self.nodes)
+        if not isinstance(sizes, list):
+            return [sizes] * cells
+        if len(sizes) not in (cells, cells + 1):
+            raise CorruptError(f"{self.path / 'config.toml'}: [plan] has sizes of {len(sizes)} cells, not of {cells}")
+        return sizes[:cells]
 
     def _evaluated(self, device: torch.device, rows: int) -> Workload:
         """What the planner must know of reading classes off rows."""
@@ -282,7 +309,7 @@ class Run:
 def _prepared(folder: RunFolder, data: DataSet, part: Part) -> Iterator[Prepared]:
     """A part's rows, prepared as the run in ``folder`` prepares its own, for as long as they are needed."""
     files = folder.files()
-    scaling = unpack(folder.read_unit(files[INPUTS])) if INPUTS in files else None
+    scaling = unpack(folder.units.read(files[INPUTS])["weights"]) if INPUTS in files else None
     with (
         TemporaryDirectory(prefix="edgetrain-") as scratch,
         closing(prepare(data, part, Path(scratch), "rows", scaling)) as rows,
@@ -290,15 +317,16 @@ def _prepared(folder: RunFolder, data: DataSet, part: Part) -> Iterator[Prepared
         yield rows
 
 
-def digests_of(folder: RunFolder, data: DataSet) -> dict[str, str | None]:
+def digests_of(folder: RunFolder, data: DataSet) -> Digests:
     """Digests of a data set's training and test rows, prepared as the run in ``folder`` prepares its own."""
-    found: dict[str, str | None] = {}
-    for key, part in (("data", data.train), ("test", data.test)):
-        found[key] = None
-        if part is not None:
-            with _prepared(folder, data, part) as rows:
-                found[key] = digest(rows)
-    return found
+
+    def of(part: Part | None) -> str | None:
+        if part is None:
+            return None
+        with _prepared(folder, data, part) as rows:
+            return digest(rows)
+
+    return Digests(of(data.train), of(data.test))
 
 
 def predictor_of(
@@ -310,7 +338,7 @@ def predictor_of(
     pieces: tuple[list[int], list[int], list[int]],
     scratch: Path | None = None,
 ) -> Predictor:
-    """A predictor that reads a run's committed cells; ``pieces`` are micro-batches, tiles and seeds of each cell."""
+    """A predictor that reads a run's saved cells; ``pieces`` are micro-batches, tiles and seeds of each cell."""
     files = folder.files()
     return Predictor(
         nodes=cells,
@@ -331,14 +359,14 @@ def _classifier(folder: RunFolder, files: Files) -> CellState | None:
     """The trained classifier, if there is one."""
     if CLASSIFIER not in files:
         return None
-    return CellState.of_tensors(folder.read_unit(files[CLASSIFIER], optimizer=False))
+    return CellState.of_kinds(folder.units.read(files[CLASSIFIER], optimizer=False))
 
 
 def _read_cell(folder: RunFolder, files: Files, index: int) -> CellState:
     unit = f"{index:03}"
     if unit not in files:
         raise CorruptError(f"{folder.path}: its journal knows no cell {index + 1}")
-    return CellState.of_tensors(folder.read_unit(files[unit], optimizer=False))
+    return CellState.of_kinds(folder.units.read(files[unit], optimizer=False))
 
 
 def _rows(data: Any, reading: Reading) -> DataSet:
@@ -364,23 +392,6 @@ def _net(settings: Settings, net: Any) -> Any:
     return settings.net
 
 
-def _as_list(sizes: int | list[int] | None, cells: int, otherwise: int) -> list[int]:
-    return sizes if isinstance(sizes, list) else [sizes or otherwise] * cells
-
-
-def settings_of(path: Path) -> Settings:
-    """The settings of the run in a folder, as the journal keeps them.
-
-    Raises:
-        InputError: there is no run.
-        CorruptError: the journal is damaged.
-    """
-    config = open_folder(path).config()
-    if config is None:
-        raise InputError(f"{path}: holds no run")
-    return Settings().with_values(parse_profile(config, path / "config.toml"))
-
-
 def read_record(path: Path) -> tuple[RunRecord, Shape]:
     """What a finished run measured, and what its data were like.
 
@@ -398,10 +409,10 @@ def parse_record(text: str, path: Path) -> tuple[RunRecord, Shape]:
         CorruptError: it is no record.
     """
     try:
-        values = json.loads(text)
-        shape = Shape.from_dict(values.pop("data"))
-        record = parsed(RunRecord, values)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}; or it is another version's"
-        raise CorruptError(f"{path / 'record.json'}: is not a record of edgetrain ({reason})") from error
-    return replace(record, run=str(path.absolute())), shape
+        values = msgspec.json.decode(text, type=dict[str, Any])
+        shape = msgspec.convert(values.pop("data", None), Shape)
+        record = msgspec.convert(values, RunRecord)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{path / 'record.json'}: is not a record of edgetrain ({error})") from error
+    record.run = str(path.absolute())
+    return record, shape

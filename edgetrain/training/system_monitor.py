@@ -1,6 +1,6 @@
 """What changes around a run while it goes on: other programs take memory, the device slows down.
 
-Seen and said, each once; and a run that is about to lose its memory to the system commits first.
+Seen and said, each once; and a run that is about to lose its memory to the system saves a checkpoint first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _host() -> tuple[int, int]:
     return int(memory.available), int(memory.total)
 
 
-class Conditions:
+class SystemMonitor:
     """Looks at device and host between visits.
 
     Args:
@@ -51,15 +51,15 @@ class Conditions:
         self._slow = 0
 
     def look(self) -> bool:
-        """Whether the system is about to run out of memory, so that what is done should be committed now."""
+        """Whether the system is about to run out of memory, so that a checkpoint should be saved now."""
         self._look_at_device()
         available, total = self._host()
         short = available < max(_LEAST_HOST, int(_LEAST_HOST_SHARE * total))
         if short:
             self._once(
                 "host",
-                f"only {show_mb(available)} of the system's memory are left; it may end this run, so it commits now."
-                " Close other programs, or state smaller --max-gpu-mb and --max-host-mb",
+                f"only {show_mb(available)} of the system's memory are left; it may end this run, so a checkpoint"
+                " is saved now. Close other programs, or state smaller --max-gpu-mb and --max-host-mb",
             )
         return short
 

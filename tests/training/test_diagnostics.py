@@ -1,4 +1,4 @@
-"""What a run says of cells that do not learn. ``pytest tests/training/test_symptoms.py``."""
+"""What a run says of cells that do not learn. ``pytest tests/training/test_diagnostics.py``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from machine import data, settings
 from torch import nn
 
+from edgetrain.training.callbacks import Callback
 from edgetrain.training.fit import fit
-from edgetrain.training.watcher import Silent
 
 pytestmark = pytest.mark.usefixtures("one_thread", "peaks_unknown")
 WAYS = [("separate", "stream"), ("sequence", "stream"), ("sequence", "resident")]
 
 
-class Heard(Silent):
+class Heard(Callback):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -28,7 +28,7 @@ class Heard(Silent):
 def said(path: Path, method: str = "mf", net: Any = None, **values: Any) -> list[str]:
     heard = Heard()
     asked = settings(method, **{"epochs": 3, **values})
-    fit(asked, path / "run", net=net, data=data("pixels").set, watcher=heard)
+    fit(asked, path / "run", net=net, data=data("pixels").set, callback=heard)
     return heard.notes
 
 

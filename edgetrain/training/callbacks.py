@@ -1,10 +1,9 @@
-"""Who looks on while a run goes: the trainer tells, a report shows."""
+"""What is called as a run progresses: the trainer calls, a report shows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from edgetrain.planning.plan import Plan
 from edgetrain.record import RunRecord
@@ -41,76 +40,52 @@ class Progress:
     left_s: float | None
 
 
-class Watcher(Protocol):
-    """Is told what happens; it changes nothing."""
+class Callback:
+    """Is told what a run does and changes nothing of it; by default it shows nothing."""
 
     def planned(self, plan: Plan, record: RunRecord) -> None:
         """The plan fits and the run begins."""
-        ...
 
     def note(self, text: str) -> None:
         """Something to know, in a sentence."""
-        ...
 
     def stepped(self, progress: Progress) -> None:
         """Some steps were done; called a few times a second at most."""
-        ...
 
     def visited(self, progress: Progress) -> None:
         """A visit ended."""
-        ...
 
     def finished(self, record: RunRecord) -> None:
         """The run is complete."""
-        ...
 
 
-class Silent:
-    """Shows nothing."""
+class CallbackList(Callback):
+    """Tells several callbacks the same."""
 
-    def planned(self, plan: Plan, record: RunRecord) -> None:
-        """See ``Watcher``."""
-
-    def note(self, text: str) -> None:
-        """See ``Watcher``."""
-
-    def stepped(self, progress: Progress) -> None:
-        """See ``Watcher``."""
-
-    def visited(self, progress: Progress) -> None:
-        """See ``Watcher``."""
-
-    def finished(self, record: RunRecord) -> None:
-        """See ``Watcher``."""
-
-
-class Several:
-    """Tells several watchers the same."""
-
-    def __init__(self, watchers: Sequence[Watcher]):
-        self._watchers = watchers
+    def __init__(self, callbacks: Sequence[Callback]):
+        self._callbacks = callbacks
 
     def planned(self, plan: Plan, record: RunRecord) -> None:
-        """See ``Watcher``."""
-        for watcher in self._watchers:
-            watcher.planned(plan, record)
+        """See ``Callback``."""
+        for callback in self._callbacks:
+            callback.planned(plan, record)
 
     def note(self, text: str) -> None:
-        """See ``Watcher``."""
-        for watcher in self._watchers:
-            watcher.note(text)
+        """See ``Callback``."""
+        for callback in self._callbacks:
+            callback.note(text)
 
     def stepped(self, progress: Progress) -> None:
-        """See ``Watcher``."""
-        for watcher in self._watchers:
-            watcher.stepped(progress)
+        """See ``Callback``."""
+        for callback in self._callbacks:
+            callback.stepped(progress)
 
     def visited(self, progress: Progress) -> None:
-        """See ``Watcher``."""
-        for watcher in self._watchers:
-            watcher.visited(progress)
+        """See ``Callback``."""
+        for callback in self._callbacks:
+            callback.visited(progress)
 
     def finished(self, record: RunRecord) -> None:
-        """See ``Watcher``."""
-        for watcher in self._watchers:
-            watcher.finished(record)
+        """See ``Callback``."""
+        for callback in self._callbacks:
+            callback.finished(record)
