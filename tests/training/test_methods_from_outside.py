@@ -20,6 +20,7 @@ import edgetrain
 from edgetrain.errors import InputError
 from edgetrain.nets.spec import NETS
 from edgetrain.plugins import Registry
+from edgetrain.store.entries import MethodFingerprint
 from edgetrain.training.methods import METHODS, fingerprint
 from edgetrain.training.run import Run
 
@@ -319,4 +320,4 @@ def test_our_own_names_win(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fingerprints_see_code_and_not_comments() -> None:
-    assert fingerprint(METHODS["mf"]) == {"name": "mf", "digest": ""}  # ours is known by its name
+    assert fingerprint(METHODS["mf"]) == MethodFingerprint("mf", "")  # ours is known by its name
