@@ -4,7 +4,7 @@ Run: python benchmarks/host_memory.py [--rows 120000] [--max-host-mb 128] [--out
 
 The data set is made on disk in pieces (float32 images, 3 KiB a row). Growth is measured over the
 process's resident memory after `import torch` and one step of an optimizer, which imports torch's
-compiler (about 75 MiB) whoever calls it.
+compiler (about 75 MiB) whatever calls it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from edgetrain.training.callbacks import Callback
 from edgetrain.training.fit import fit as _fit
 from edgetrain.training.job import stated_reading
 from edgetrain.training.methods import CLASS
-from edgetrain.training.resuming import free_path, resumed_settings
+from edgetrain.training.resuming import resumed_settings, run_folder
 from edgetrain.training.run import Run
 
 __all__ = ["Run", "append_cells", "drop_cells", "fit", "open_run", "report_runs", "retrain_cells"]
@@ -72,8 +72,8 @@ def fit(
     given["data"] = data if isinstance(data, str) else data.name if isinstance(data, DataSet) else ARRAYS
     resolved = resolve(given, profile)
     named = resolved.method if own is None else own.__name__
-    path = Path(run_dir) if run_dir is not None else free_path(resolved.data, named)
-    if resume:
+    path = None if run_dir is None else Path(run_dir).expanduser()
+    if resume and path is not None:
         resolved = resumed_settings(path, given, resolved, may_start=True)
     reading = stated_reading(resolved)
     if isinstance(data, DataSet) and reading != AS_FOUND:
@@ -81,8 +81,8 @@ def fit(
             f"data {data.name!r}: --input and --channels are for arrays and files; a DataSet is read already"
         )
     opened = _data_set(data, reading)
-    with logged(callback or Callback(), tensorboard) as callback:
-        return _fit(resolved, path, modules, opened, resume, force, callback, own)
+    with logged(callback or Callback(), tensorboard) as callback, run_folder(path, resolved.data, named) as folder:
+        return _fit(resolved, folder, modules, opened, resume, force, callback, own)
 
 
 def open_run(path: str | Path, net: Any = None, method: Any = None) -> Run:
@@ -91,7 +91,7 @@ def open_run(path: str | Path, net: Any = None, method: Any = None) -> Run:
     Raises:
         InputError: the folder holds no finished run.
     """
-    return Run.open(Path(path), net, method)
+    return Run.open(Path(path).expanduser(), net, method)
 
 
 def report_runs(*runs: Run | str | Path, folder: str | Path | None = None) -> Path:
@@ -132,7 +132,7 @@ def drop_cells(
     ``net`` and ``data`` are for runs of your own modules and arrays: the same ones again.
 
     Raises:
-        InputError: there is no such cell, or it is the first.
+        InputError: the run has no such cell, or it is the first.
     """
     return edits.drop(run.path, number, net, _again(run, data), callback, _own_method(run))
 
@@ -143,7 +143,7 @@ def retrain_cells(
     """Train cell ``number`` (from 1) anew, and those behind it; see ``drop_cells`` for ``net`` and ``data``.
 
     Raises:
-        InputError: there is no such cell.
+        InputError: the run has no such cell.
     """
     return edits.retrain(run.path, number, net, settings, _again(run, data), callback, _own_method(run))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import types
 import typing
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from edgetrain.errors import InputError, shown
+from edgetrain.plugins import is_own
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+SIZES = {"max_gpu_mb": "MB", "max_host_mb": "MB", "max_disk_gb": "GB"}  # settings that are sizes, and their units
+_OTHER_VARIABLES = ("EDGETRAIN_DATA", "EDGETRAIN_DEBUG", "EDGETRAIN_EXAMPLES", "EDGETRAIN_MIRROR")  # read elsewhere
 TABLES = ("plan", "torch")  # of a run's config.toml, which are no settings
 _PROFILE_LIMIT = 1 << 20  # bytes; a profile is a page, not a book
 _DOTS_LIMIT = 100  # in a line; settings have none, and tomllib's time grows with the square of a name's parts
@@ -30,85 +34,92 @@ _SEARCHED = 100  # letters of an unknown word for which a known one is looked fo
 _NUMBER_LIMIT = 1 << 63  # TOML's whole numbers end here; what has thousands of digits cannot even be shown
 
 
-def _setting(default: Any, help: str, flag: bool = True) -> Any:
-    """A field with what ``--help`` says of it; ``flag``: whether the command line offers it."""
-    return field(default=default, metadata={"help": help, "flag": flag})
+def _setting(default: Any, group: str, help: str, flag: bool = True) -> Any:
+    """A field with what ``--help`` says of it, and under which heading; ``flag``: whether it is a command line flag."""
+    return field(default=default, metadata={"group": group, "help": help, "flag": flag})
+
+
+_DATA, _MODEL, _TRAINING = "Data", "Network and method", "Training"
+_BUDGET, _DEVICE, _RUN = "Budgets", "Device and precision", "Checkpoints and run time"
 
 
 @dataclass(frozen=True)
 class Settings:
     """All settings of a run. ``None`` means: what the method or the machine prefers."""
 
-    data: str = _setting("digits", "A known data set, or a path to an ``.npz``")
+    data: str = _setting("digits", _DATA, "A known data set (see edgetrain data list), or the path of an ``.npz``")
     input: Literal["image", "table", "tokens", "signal"] | None = _setting(
-        None, "What rows of your own data are; by default 2 dims are a table, 3 and 4 images"
+        None, _DATA, "What the rows of an ``.npz`` are; by default arrays of 2 dims are tables, of 3 and 4 images"
     )
     channels: Literal["first", "last"] | None = _setting(
-        None, "Where your own images or signals have their channels; by default it is guessed"
+        None, _DATA, "Which axis of images or signals is the channels; by default it is inferred"
+    )
+    augment: str | None = _setting(None, _DATA, "Random changes to training images, such as ``crop,flip,cutout``")
+    views: int | None = _setting(
+        None, _DATA, "Augmented copies of the data that finished cells cache, for ``--schedule separate``"
     )
     net: str | None = _setting(
-        None, "The net, literally: ``mlp:1000x2``, ``cnn:64,128``, ``vit:...``, ``path/to/net.py:function``"
+        None, _MODEL, "The network (see edgetrain nets): ``mlp:1000x2``, ``cnn:64,128``, ``path/to/net.py:function``"
     )
-    cells: int | None = _setting(None, "Train only the first so many cells of the net")
-    method: str = _setting("mf", "The local rule, or a baseline")
-    constants: str | None = _setting(None, "The rule's own numbers, such as ``beta=0.5,dropout=0.1``")
+    cells: int | None = _setting(None, _MODEL, "Train only the first N cells of the net")
+    method: str = _setting(
+        "mf", _MODEL, "The learning rule or baseline (see edgetrain methods), or ``path/to/rule.py:Class``"
+    )
+    constants: str | None = _setting(None, _MODEL, "Constants of the rule, such as ``beta=0.5,dropout=0.1``")
     like: str | None = _setting(
-        None, "For baselines: the method whose net options (biases, pooling, normalisation) to take"
+        None, _MODEL, "For baselines: use the net options (biases, pooling, normalisation) of this method"
     )
     schedule: Literal["separate", "sequence"] | None = _setting(
         None,
-        "``separate`` finishes each cell before the next; ``sequence`` goes through all cells each epoch",
+        _TRAINING,
+        "``separate``: train each cell to the end before the next; ``sequence``: all cells in every epoch",
     )
-    epochs: int = _setting(10, "Passes over the data, of each cell")
-    batch_size: int = _setting(128, "Samples of one optimisation step")
-    micro_batch: int | list[int] | None = _setting(
-        None, "Samples on the device at once; a list gives one for each cell and for the classifier"
+    epochs: int = _setting(10, _TRAINING, "Passes over the data for each cell")
+    batch_size: int = _setting(128, _TRAINING, "Samples of one optimizer step")
+    optimizer: Literal["adam", "adamw", "adamax", "sgd"] | None = _setting(
+        None, _TRAINING, "Optimizer; the default depends on the method"
     )
-    tiles: int | list[int] | None = _setting(
-        None,
-        "Pieces in which a cell's units are trained, where it is too wide for the device; a list gives one for each",
-    )
-    optimizer: Literal["adam", "adamw", "adamax", "sgd"] | None = _setting(None, "Optimizer of the cells")
-    lr: float | None = _setting(None, "Learning rate of the cells")
-    weight_decay: float | None = _setting(None, "Weight decay of the cells")
+    lr: float | None = _setting(None, _TRAINING, "Learning rate; the default depends on the method")
+    weight_decay: float | None = _setting(None, _TRAINING, "Weight decay; the default depends on the method")
     classifier_lr: float | None = _setting(
-        None, "Learning rate of the classifier on all cells' latents, where the method trains one"
+        None, _TRAINING, "Learning rate of the classifier, for methods that train one on latents"
     )
-    classifier_weight_decay: float | None = _setting(None, "Weight decay of that classifier")
+    classifier_weight_decay: float | None = _setting(None, _TRAINING, "Weight decay of that classifier")
     classifier_epochs: int | None = _setting(
-        None, "Epochs of that classifier; for rules that can do without one, this asks for it"
+        None, _TRAINING, "Epochs of that classifier; for ff, symba and sll this adds one"
     )
-    augment: str | None = _setting(None, "Changes to training images, such as ``crop,flip,cutout``")
-    views: int | None = _setting(
-        None, "Augmented copies of the data set that finished cells cache, under ``--schedule separate``"
-    )
-    seed: int = _setting(0, "Key of every random number")
-    threads: int | None = _setting(None, "CPU threads")
-    device: str = _setting("auto", "``auto``, ``cuda``, ``cuda:1``, ``mps`` or ``cpu``")
-    max_gpu_mb: float | None = _setting(None, "Device memory that the run may take, in MiB")
-    count_context: bool = _setting(
-        False, "Take the CUDA context, which lies outside PyTorch's allocator, off the budget too"
-    )
-    max_host_mb: float | None = _setting(None, "Host memory for buffers and waiting cells, in MiB")
-    max_disk_gb: float | None = _setting(None, "Disk that the run folder may take, in GiB")
-    latent_dtype: Literal["float32", "float16", "bfloat16", "uint8"] = _setting("float32", "How latents lie on disk")
+    seed: int = _setting(0, _TRAINING, "Seed of all random numbers")
+    max_gpu_mb: float | None = _setting(None, _BUDGET, "Device memory that the run may use, in MiB")
+    count_context: bool = _setting(False, _BUDGET, "Count the CUDA context as a part of ``--max-gpu-mb``")
+    max_host_mb: float | None = _setting(None, _BUDGET, "Host memory for buffers and waiting cells, in MiB")
+    max_disk_gb: float | None = _setting(None, _BUDGET, "Disk space of the run folder, in GiB")
+    device: str = _setting("auto", _DEVICE, "``auto``, ``cuda``, ``cuda:1``, ``mps`` or ``cpu``")
     placement: Literal["auto", "stream", "resident"] = _setting(
         "auto",
-        "``stream``: the leanest form; ``resident``: all on the device; ``auto``: resident where it fits a GPU",
+        _DEVICE,
+        "``stream``: one cell on the device at a time; ``resident``: all; ``auto``: resident if a GPU can hold it",
+    )
+    micro_batch: int | list[int] | None = _setting(
+        None, _DEVICE, "Samples on the device at once; a list has one number for each cell and the classifier"
+    )
+    tiles: int | list[int] | None = _setting(
+        None, _DEVICE, "Tiles in which a cell too wide for the device is trained; a list has one number for each cell"
+    )
+    latent_dtype: Literal["float32", "float16", "bfloat16", "uint8"] = _setting(
+        "float32", _DEVICE, "Type of the latents on disk"
+    )
+    threads: int | None = _setting(None, _DEVICE, "CPU threads; by default as many as PyTorch uses")
+    meter: Literal["auto", "full"] = _setting(
+        "auto", _DEVICE, "``full``: measure the memory of every step, not only the first two of each kind"
     )
     prefetch: int = _setting(
-        2, "Batches gathered ahead by a thread; 0 turns background reading and writing off", flag=False
-    )
-    keep_latents: bool = _setting(False, "Leave the latent caches in the run folder")
-    meter: Literal["auto", "full"] = _setting(
-        "auto", "``full``: measure every step, not only the first two of each kind"
+        2, _DEVICE, "Batches gathered ahead by a thread; 0 turns background reading and writing off", flag=False
     )
     checkpoint_every: float | None = _setting(
-        None, "Seconds between checkpoints; by default a minute or 5% of the run, whichever is longer"
+        None, _RUN, "Seconds between checkpoints; by default a minute or 5% of the run, whichever is longer"
     )
-    time_limit: float | None = _setting(
-        None, "Seconds after which the run saves a checkpoint and stops, to be resumed later"
-    )
+    time_limit: float | None = _setting(None, _RUN, "Save a checkpoint and stop after this many seconds")
+    keep_latents: bool = _setting(False, _RUN, "Keep the latents in the run folder")
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -167,7 +178,7 @@ def read_profile(path: Path) -> dict[str, Any]:
     """
     try:
         if path.exists() and not path.is_file():
-            raise InputError(f"profile {path}: is no file; expected a short TOML file")
+            raise InputError(f"profile {path}: not a file; expected a short TOML file")
         if path.stat().st_size > _PROFILE_LIMIT:
             raise InputError(f"profile {path}: larger than 1 MiB; expected a short TOML file")
         return parse_profile(path.read_text(encoding="utf-8"), path)
@@ -218,18 +229,35 @@ def resolve(flags: Mapping[str, Any], profile: str | None, environment: Mapping[
             setting, and is not read here.
 
     Raises:
-        InputError: unknown name or wrong value; it says where.
+        InputError: unknown name or wrong value, or code that no flag names; it says where.
     """
     settings = Settings()
     if profile is not None:
         path = find_profile(profile)
         values = read_profile(path)
+        _check_code(values, flags, f"profile {path}")
         try:
             settings = settings.with_values(_as_decided(values))
         except InputError as error:
             raise InputError(f"profile {path}: {error}") from None
-    settings = settings.with_values(_from_environment(os.environ if environment is None else environment))
+    values = _from_environment(os.environ if environment is None else environment)
+    _check_code(values, flags, "the environment")
+    settings = settings.with_values(values)
     return settings.with_values(flags)
+
+
+def _check_code(values: Mapping[str, Any], flags: Mapping[str, Any], source: str) -> None:
+    """Refuse a user's own code that only a profile or the environment names.
+
+    Raises:
+        InputError: it must be named by a flag.
+    """
+    for name in ("net", "method"):
+        if is_own(str(values.get(name, ""))) and name not in flags:
+            raise InputError(
+                f"{source}: {name} = {shown(values[name])} names code, which is run only if the command line names it:"
+                f" state --{name}"
+            )
 
 
 def _as_decided(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,9 +272,43 @@ def _as_decided(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **decided}
 
 
+def parse_numbers(text: str) -> int | list[int]:
+    """A whole number, or several separated by commas.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{shown(text)}: expected a whole number, or several separated by commas") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def parse_size(text: str, unit: str) -> float:
+    """A size in ``unit``, MB or GB, which may be stated in either: ``512``, ``512MB``, ``0.5GB``; 1 GB is 1024 MB.
+
+    Raises:
+        ValueError: it is not a size.
+    """
+    number, suffix = re.fullmatch(r"\s*(.*?)\s*((?:[kmgt]i?)?b|[mg])?\s*", text, re.IGNORECASE | re.DOTALL).groups()  # type: ignore[union-attr]
+    stated = (suffix or unit)[0].upper()
+    factors = {"M": 1.0, "G": 1024.0, "K": 1 / 1024, "T": 1024.0**2}
+    try:
+        if stated not in factors:
+            raise ValueError
+        return float(number) * (factors[stated] / factors[unit[0]])
+    except ValueError:
+        raise ValueError(f"{shown(text)}: expected a number of {unit}, such as 512, 512MB or 0.5GB") from None
+
+
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     hints = get_type_hints(Settings)
     found = {}
+    known = [*_OTHER_VARIABLES, *(f"EDGETRAIN_{setting.name.upper()}" for setting in fields(Settings))]
+    for variable in environment:
+        if variable.startswith("EDGETRAIN_") and variable not in known:
+            raise InputError(f"{variable}: unknown setting{did_you_mean(variable, known)}")
     for setting in fields(Settings):
         variable = f"EDGETRAIN_{setting.name.upper()}"
         if setting.name != "data" and variable in environment:
@@ -255,7 +317,14 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _from_text(variable: str, text: str, hint: Any) -> Any:
-    kinds = _alternatives(hint)
+    kinds, name = _alternatives(hint), variable.removeprefix("EDGETRAIN_").lower()
+    try:
+        if name in SIZES:
+            return parse_size(text, SIZES[name])
+        if any(get_origin(kind) is list for kind in kinds):
+            return parse_numbers(text)
+    except ValueError as error:
+        raise InputError(f"{variable}={error}") from None
     if bool in kinds:
         words = {"1": True, "true": True, "0": False, "false": False}
         if text.lower() not in words:

@@ -6,7 +6,7 @@ An error's message is one line: where, what was found, what was expected, what t
 from __future__ import annotations
 
 _SHOWN = 200  # characters of a wrong value in a message
-_LONGEST = 2000  # characters; what a message quotes of a stranger's file or flag may have any number
+_LONGEST = 2000  # characters; text that a message quotes from a file or flag may be of any length
 
 
 class EdgetrainError(Exception):

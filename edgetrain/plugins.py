@@ -82,7 +82,7 @@ def load(spec: str, kind: str) -> Any:
     """
     path, _, name = spec.rpartition(":")
     if not _is_file(path):
-        raise InputError(f"{kind} {spec!r}: there is no file {path}; expected path/to/{kind}.py:NAME")
+        raise InputError(f"{kind} {spec!r}: no file {path}; expected path/to/{kind}.py:NAME")
     module_spec = importlib.util.spec_from_file_location(f"_edgetrain_{kind}_{Path(path).stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise InputError(f"{kind} {spec!r}: {path} is not a Python file")

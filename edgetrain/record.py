@@ -84,7 +84,7 @@ class CellRecord(Struct, forbid_unknown_fields=True):
 
 
 class MemorySeries(Struct, forbid_unknown_fields=True):
-    """What lives on the device in the course of a visit, as the dry run of its first steps foresees it.
+    """What lives on the device in the course of a visit, as the dry run of its first steps predicts it.
 
     Attributes:
         name: of the cell.

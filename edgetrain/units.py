@@ -27,6 +27,12 @@ def from_mb(megabytes: float) -> int:
     return math.floor(megabytes * MIB)
 
 
+def stated_mb(size: int) -> str:
+    """Bytes as the shortest number of MiB that stands for them: a limit as the user stated it."""
+    found = next(found for digits in range(1, 18) if from_mb(found := float(f"{size / MIB:.{digits}g}")) == size)
+    return f"{found:.15g}"
+
+
 def show_mb(size: float | None) -> str:
     """Bytes for a person: ``12.3 MiB``, or ``unknown``."""
     if size is None:

@@ -54,7 +54,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def stopping_after(questions):
-    """A stand-in for ``Stop.asked`` that says yes from so many questions of a process on."""
+    """A stand-in for ``Stop.asked`` that says yes from the Nth question of a process on."""
 
     def asked(self):
         number = vars(self).setdefault("questions", count())

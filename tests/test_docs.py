@@ -1,20 +1,49 @@
-"""The README keeps up with the code."""
+"""README and docs keep up with the code: what they name exists, and every command in them runs."""
 
 from __future__ import annotations
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import edgetrain
-from edgetrain.cli.main import COMMANDS, EPILOG
+from edgetrain.cli.main import COMMANDS, EPILOG, cli
 from edgetrain.config import Settings, find_profile, read_profile
 from edgetrain.training.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+TEXTS = {"README": README, **PAGES}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of a page in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[str]:
+    """The edgetrain commands of a page, but for those that begin by installing it."""
+    lines = [line for block in blocks(text, "sh") for line in block.splitlines()]
+    return [line.partition("  #")[0] for line in lines if line.startswith("edgetrain ")]
+
+
+@pytest.mark.parametrize("page", [name for name, text in TEXTS.items() if commands(text)])
+def test_every_command_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for command in commands(TEXTS[page]):
+        cli.main(shlex.split(command)[1:], standalone_mode=False)
+        assert capsys.readouterr().out, command
+
+
+def test_the_python_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(blocks(PAGES["python"], "python")), {})
+    assert 0 < float(capsys.readouterr().out.split()[0]) <= 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -22,18 +51,27 @@ def test_every_command_is_in_the_readme(command: str) -> None:
     assert f"`edgetrain {command}" in README
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_is_linked_in_the_readme_and_its_links_lead_somewhere(page: str) -> None:
+    assert f"(docs/{page}.md)" in README
+    for text, folder in ((README, ROOT), (PAGES[page], ROOT / "docs")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (folder / target).exists(), target
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_in_the_readme_with_what_it_needs(method: str) -> None:
-    row = next(line for line in README.splitlines() if line.startswith(f"| `{method}` |"))
+def test_every_method_is_in_the_docs_with_what_it_needs(method: str) -> None:
+    row = next(line for line in PAGES["methods"].splitlines() if line.startswith(f"| `{method}` |"))
+    assert all(cell.strip() for cell in row.strip("|").split("|"))
     assert len(row.split("|")) == 6
     assert METHODS[method].citation
     assert METHODS[method].needs
 
 
 @pytest.mark.parametrize("code", [0, 2, 3, 4, 5, 6, 7, 70, 130, 143])
-def test_exit_codes_are_in_help_and_readme(code: int) -> None:
-    assert re.search(rf"\b{code}\b", EPILOG)
-    assert re.search(rf"\b{code}\b", README)
+def test_exit_codes_are_in_help_and_docs(code: int) -> None:
+    for text in (EPILOG, README, PAGES["reliability"]):
+        assert re.search(rf"\b{code}\b", text[text.index("xit codes") :])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*.toml")), ids=lambda path: path.stem)
@@ -44,12 +82,21 @@ def test_every_profile_can_be_read_and_says_what_to_expect(path: Path) -> None:
 
 def test_the_first_command_comes_within_the_first_screen() -> None:
     first = next(number for number, line in enumerate(README.splitlines()) if "edgetrain fit" in line)
-    assert first < 20
+    assert first < 24
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    for name in re.findall(r"`((?:edgetrain|training|planning|objectives|benchmarks|tests)/[\w/.]+)`", README):
+@pytest.mark.parametrize("page", TEXTS)
+def test_files_that_are_named_exist(page: str) -> None:
+    folders = "edgetrain|training|planning|objectives|stream|nets|benchmarks|tests"
+    for name in re.findall(rf"`((?:{folders})/[\w/.]+)`", TEXTS[page]):
         assert (ROOT / name).exists() or (ROOT / "edgetrain" / name).exists(), name
+
+
+def test_files_in_the_map_of_the_code_exist() -> None:
+    names = {path.name for path in (ROOT / "edgetrain").rglob("*.py")}
+    found = set(re.findall(r"\b(\w+\.py)\b", PAGES["code"]))
+    assert len(found) > 30
+    assert found <= names
 
 
 BATCH_PATH = ("stream/reader.py", "stream/executor.py", "stream/cell.py", "stream/latents.py")
@@ -81,8 +128,8 @@ def test_a_batch_passes_the_four_files_that_the_readme_names() -> None:
     assert {path.name for path in others if disk in imported(path)} == {"span.py"}
 
 
-def test_the_objective_in_the_readme_trains(tmp_path: Path) -> None:
-    code = re.search(r"<!-- my_rule.py -->\n```python\n(.*?)```", README, re.DOTALL)
+def test_the_objective_in_the_docs_trains(tmp_path: Path) -> None:
+    code = re.search(r"<!-- my_rule.py -->\n```python\n(.*?)```", PAGES["extending"], re.DOTALL)
     assert code is not None
     (tmp_path / "my_rule.py").write_text(code[1])
     method = f"{tmp_path}/my_rule.py:MyRule"

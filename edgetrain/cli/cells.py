@@ -10,6 +10,7 @@ import click
 from msgspec import to_builtins
 
 from edgetrain.cli.options import chosen_options, output_options, stdout_for_results
+from edgetrain.errors import CorruptError
 
 EPILOG = """\b
 Examples: edgetrain cells runs/mnist-mf list
@@ -89,3 +90,5 @@ def _list(run: Path, net: str | None, method: str | None, as_json: bool) -> None
         click.echo(json.dumps(to_builtins(states)))
     else:
         show_cells(states)
+    if any(state.state != "ok" for state in states):
+        raise click.exceptions.Exit(CorruptError.exit_code)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from edgetrain.cli.options import output_options, stdout_for_results
+from edgetrain.errors import CorruptError
 
 EPILOG = "Example: edgetrain evaluate runs/mnist-mf --per-cell"
 
@@ -23,7 +24,10 @@ EPILOG = "Example: edgetrain evaluate runs/mnist-mf --per-cell"
 def command(
     run: Path, data: str | None, per_cell: bool, net: str | None, method: str | None, device: str | None, as_json: bool
 ) -> None:
-    """Measure the accuracy of a finished run by every vote it has."""
+    """Measure the accuracy of a finished run by every vote it has.
+
+    If a cell is damaged, the cells before it predict, and the exit code is 4.
+    """
     from edgetrain.report.terminal import show_votes
     from edgetrain.training.run import Run
 
@@ -38,3 +42,5 @@ def command(
         click.echo(json.dumps({**about, "missing": found.missing} if found.missing else about))
     else:
         show_votes(opened, found, per_cell)
+    if found.missing:
+        raise click.exceptions.Exit(CorruptError.exit_code)

@@ -8,15 +8,15 @@ from typing import Any
 
 import click
 
-from edgetrain.cli.options import given_settings, output_options, settings_options, stdout_for_results
+from edgetrain.cli.options import GroupedCommand, given_settings, output_options, settings_options, stdout_for_results
 
 EPILOG = "Example: edgetrain fit --data mnist --net mlp:1000x2 --method mf --epochs 5 --max-gpu-mb 64"
 
 
-@click.command("fit", epilog=EPILOG)
+@click.command("fit", cls=GroupedCommand, epilog=EPILOG)
 @settings_options
 @click.option("--run-dir", type=click.Path(path_type=Path), help="The run folder; by default a new one in runs/.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --run-dir.")
+@click.option("--resume", is_flag=True, help="Continue the run in --run-dir.")
 @click.option("--force", is_flag=True, help="Replace the run in --run-dir.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard's event files into the run folder.")
@@ -53,10 +53,14 @@ def command(
     from edgetrain.report.tensorboard import logged
     from edgetrain.report.terminal import progress_display, show_run
     from edgetrain.training.fit import fit
-    from edgetrain.training.resuming import free_path
+    from edgetrain.training.resuming import run_folder
 
-    path = run_dir or free_path(settings.data, settings.method)
-    with stdout_for_results(), progress_display(quiet) as callback, logged(callback, tensorboard) as callback:
+    with (
+        stdout_for_results(),
+        progress_display(quiet) as shown,
+        logged(shown, tensorboard) as callback,
+        run_folder(run_dir, settings.data, settings.method) as path,
+    ):
         run = fit(settings, path, resume=resume, force=force, callback=callback)
     if as_json:
         click.echo(json.dumps(run.record.as_dict()))

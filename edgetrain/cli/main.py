@@ -24,6 +24,9 @@ COMMANDS = {
     "cells": "Change a finished run's cells: list, append, drop, retrain.",
     "report": "Write a page that shows runs at a glance, several side by side.",
     "profile": "Show peak memory against depth, width and batch size, for methods side by side.",
+    "methods": "List the local learning rules and baselines.",
+    "nets": "List the families of nets.",
+    "data": "List the data sets that are known by name.",
     "doctor": "Show what this machine is, and what would go wrong.",
 }
 EPILOG = """\b
@@ -78,10 +81,10 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = _show_warning
     try:
-        cli.main(standalone_mode=False)
+        code = cli.main(standalone_mode=False)  # what a command exits with, if it does
     except BaseException as error:
         _end(*_verdict(error), debug)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _show_warning(message: Warning | str, *details: Any, **more: Any) -> None:

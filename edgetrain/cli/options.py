@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
-from edgetrain.config import Settings, resolve
+from edgetrain.config import SIZES, Settings, parse_numbers, parse_size, resolve
 
 F = TypeVar("F", bound=Callable[..., Any])
 QUICKSTART = "quickstart"
@@ -21,18 +21,17 @@ def settings_options(function: F) -> F:
     hints = get_type_hints(Settings)
     for setting in reversed(fields(Settings)):
         if setting.metadata["flag"]:
-            function = _option(setting.name, hints[setting.name], setting.metadata["help"].replace("``", ""))(function)
-    return click.option("--profile", metavar="NAME|FILE", help="Start from a profile's settings.")(function)
+            function = _option(setting.name, hints[setting.name])(function)
+    return click.option("--profile", metavar="NAME|FILE", help="Start from the settings of a profile.")(function)
 
 
 def chosen_options(names: Sequence[str]) -> Callable[[F], F]:
     """Flags of some settings."""
     hints = get_type_hints(Settings)
-    helps = {setting.name: setting.metadata["help"].replace("``", "") for setting in fields(Settings)}
 
     def add(function: F) -> F:
         for name in reversed(names):
-            function = _option(name, hints[name], helps[name])(function)
+            function = _option(name, hints[name])(function)
         return function
 
     return add
@@ -51,6 +50,14 @@ def output_options(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(function)
 
 
+def print_list(heading: str, entries: Sequence[tuple[str, str]]) -> None:
+    """Print names with a line each on stdout, as help does."""
+    formatter = click.HelpFormatter()
+    with formatter.section(heading):
+        formatter.write_dl(entries)
+    click.echo(formatter.getvalue(), nl=False)
+
+
 def given_settings(flags: dict[str, Any], profile: str | None) -> tuple[Settings, dict[str, Any]]:
     """The resolved settings, and what of them was stated as flags.
 
@@ -65,13 +72,69 @@ def given_settings(flags: dict[str, Any], profile: str | None) -> tuple[Settings
     return resolve(given, profile), given
 
 
-def _option(name: str, hint: Any, help: str) -> Callable[[F], F]:
+class GroupedCommand(click.Command):
+    """A command whose help lists the flags of settings under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See ``click.Command``."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                setting = _SETTINGS.get(parameter.name or "")
+                sections.setdefault("Options" if setting is None else setting.metadata["group"], []).append(record)
+        general = sections.pop("Options", [])
+        for heading, records in (*sections.items(), ("Options", general)):
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+_SETTINGS = {setting.name: setting for setting in fields(Settings)}
+
+
+def _option(name: str, hint: Any) -> Callable[[F], F]:
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
-    flag = f"--{name.replace('_', '-')}"
+    flag, default = f"--{name.replace('_', '-')}", _SETTINGS[name].default
+    help = _SETTINGS[name].metadata["help"].replace("``", "") + "."
+    if default is not None and default is not False:
+        help += f"  [default: {default}]"
     if bool in kinds:
-        return click.option(flag, name, is_flag=True, default=None, help=f"{help}.")
+        return click.option(flag, name, is_flag=True, default=None, help=help)
     literals = [kind for kind in ([hint, *kinds]) if get_origin(kind) is Literal]
     if literals:
-        return click.option(flag, name, type=click.Choice(get_args(literals[0])), help=f"{help}.")
+        return click.option(flag, name, type=click.Choice(get_args(literals[0])), help=help)
+    if any(get_origin(kind) is list for kind in kinds):
+        return click.option(flag, name, type=_Numbers(), metavar="N|N,N,...", help=help)
+    if name in SIZES:
+        return click.option(flag, name, type=_Size(name), metavar="SIZE", help=help)
     kind = int if int in kinds else float if float in kinds else str
-    return click.option(flag, name, type=kind, help=f"{help}.")
+    return click.option(flag, name, type=kind, help=help)
+
+
+class _Numbers(click.ParamType):  # type: ignore[type-arg]
+    """A whole number, or several separated by commas."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See ``click.ParamType``."""
+        try:
+            return parse_numbers(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Size(click.ParamType):  # type: ignore[type-arg]
+    """A number in the unit of a setting, or with a unit of its own."""
+
+    name = "size"
+
+    def __init__(self, setting: str):
+        self._setting = setting
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See ``click.ParamType``."""
+        try:
+            return parse_size(value, SIZES[self._setting]) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from edgetrain.cli.options import given_settings, output_options, settings_options, stdout_for_results
+from edgetrain.cli.options import GroupedCommand, given_settings, output_options, settings_options, stdout_for_results
 
 EPILOG = "Example: edgetrain plan --data mnist --net mlp:10000x1000 --max-gpu-mb 512"
 
 
-@click.command("plan", epilog=EPILOG)
+@click.command("plan", cls=GroupedCommand, epilog=EPILOG)
 @settings_options
 @output_options
 def command(profile: str | None, as_json: bool, **flags: Any) -> None:

@@ -1,4 +1,4 @@
-"""Tar archives of strangers: read as a stream, never unpacked by their own names, refused where they are odd."""
+"""Untrusted tar archives: read as a stream, never unpacked, refused if malformed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | None:
-    """The bytes of a member as a stream; ``None`` for what is no plain file: links, devices, folders."""
+    """The bytes of a member as a stream; ``None`` for anything but a regular file: links, devices, folders."""
     return tar.extractfile(member) if member.isreg() and not member.issparse() else None
 
 

@@ -1,4 +1,4 @@
-"""A file as it lies there: plain, ``.gz`` or ``.xz``, read as one stream and never whole in memory."""
+"""A file as it is on disk: plain, ``.gz`` or ``.xz``, read as one stream and never whole in memory."""
 
 from __future__ import annotations
 

@@ -64,12 +64,12 @@ def home_expanded(text: str) -> Path:
     """The path that ``text`` means, ``~`` being the home folder.
 
     Raises:
-        InputError: it begins with ``~`` and there is no such home.
+        InputError: it begins with ``~`` and that home folder does not exist.
     """
     try:
         return Path(text).expanduser()
     except (RuntimeError, ValueError):  # no such user, or no name that a user can have
-        raise InputError(f"{text}: there is no such home folder; write the path without ~") from None
+        raise InputError(f"{text}: no such home folder; write the path without ~") from None
 
 
 def _complete(known: KnownSet, folder: Path, download: Download | None = None) -> bool:

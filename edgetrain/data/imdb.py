@@ -46,7 +46,7 @@ def archive_texts(path: Path) -> Iterator[LabelledText]:
 
     Raises:
         InputError: the file is empty.
-        CorruptError: the archive is damaged, or a review in it is no file of at most 1 MiB.
+        CorruptError: the archive is damaged, or a review in it is not a regular file of at most 1 MiB.
         StorageError: the archive is unreadable.
     """
     with open_tar(path) as tar:
@@ -59,7 +59,7 @@ def archive_texts(path: Path) -> Iterator[LabelledText]:
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bytes:
     found = content(tar, member)
     if found is None:
-        raise CorruptError(f"{path}: {_shown(member)} is no plain file, expected a review; fetch it again")
+        raise CorruptError(f"{path}: {_shown(member)} is not a regular file, expected a review; fetch it again")
     if member.size > MAX_TEXT_BYTES:
         raise CorruptError(
             f"{path}: {_shown(member)} holds {member.size} bytes, expected a review of at most {MAX_TEXT_BYTES}; "

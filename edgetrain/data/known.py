@@ -29,6 +29,7 @@ class KnownSet:
 
     Attributes:
         name: as typed, and the name of its folder.
+        summary: what it holds, in a line.
         layout: which reader reads it.
         train: the training files' names without ``.gz`` or ``.xz``; IDX: images, labels; text: one archive
             of all.
@@ -42,6 +43,7 @@ class KnownSet:
     """
 
     name: str
+    summary: str
     layout: Literal["idx", "cifar", "text"]
     train: tuple[str, ...]
     test: tuple[str, ...]
@@ -92,6 +94,7 @@ def _idx_downloads(*digests: str) -> tuple[Download, ...]:
 
 _MNIST = KnownSet(
     "mnist",
+    "70,000 grey images of handwritten digits, 28x28, 10 classes",
     "idx",
     _IDX_TRAIN,
     _IDX_TEST,
@@ -107,6 +110,7 @@ _MNIST = KnownSet(
 
 _FASHION_MNIST = KnownSet(
     "fashion-mnist",
+    "70,000 grey images of clothes, 28x28, 10 classes",
     "idx",
     _IDX_TRAIN,
     _IDX_TEST,
@@ -125,6 +129,7 @@ _FASHION_MNIST = KnownSet(
 
 _CIFAR10 = KnownSet(
     "cifar10",
+    "60,000 colour images, 32x32, 10 classes",
     "cifar",
     tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
     ("test_batch.bin",),
@@ -136,6 +141,7 @@ _CIFAR10 = KnownSet(
 
 _CIFAR100 = KnownSet(
     "cifar100",
+    "60,000 colour images, 32x32, 100 classes",
     "cifar",
     ("train.bin",),
     ("test.bin",),
@@ -148,6 +154,7 @@ _CIFAR100 = KnownSet(
 
 _IMDB = KnownSet(
     "imdb",
+    "50,000 film reviews as text, 2 classes",
     "text",
     ("aclImdb_v1.tar",),
     (),

@@ -61,10 +61,13 @@ def count_classes(labels: NDArray[np.int64], where: str) -> int:
     """The number of classes in training labels [N], int64.
 
     Raises:
-        InputError: a class between the least and the greatest label has no row, or they do not begin at 0.
+        InputError: there is one class only, a class between the least and the greatest label has no row, or they do
+            not begin at 0.
     """
     found = np.unique(labels)
     least, greatest = int(found[0]), int(found[-1])
+    if len(found) == 1:
+        raise InputError(f"{where}: all training rows have label {least}; expected at least two classes")
     if len(found) == greatest + 1:
         return greatest + 1
     rule = f"{where}: labels must be 0..C-1 without gaps; found {_span(found)}"

@@ -155,7 +155,7 @@ def check_finite(values: NDArray[Any], first: int, where: str) -> None:
 
 
 def check_ids(values: NDArray[Any], vocabulary: int, first: int, where: str) -> None:
-    """Look for what is no token id in rows [n, length]; ``first`` is the row of the first one.
+    """Look for values that are not token ids in rows [n, length]; ``first`` is the row of the first one.
 
     Raises:
         InputError: values are no int32 or int64, or one is not in 0..vocabulary-1.

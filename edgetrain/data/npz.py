@@ -36,7 +36,7 @@ def open_npz(path: Path, reading: Reading = AS_FOUND) -> DataSet:
     """The data set in the file; the rows stay there until they are read.
 
     Raises:
-        InputError: there is no such file, or it holds no data set.
+        InputError: the file does not exist, or it holds no data set.
         CorruptError: the file is damaged.
         StorageError: the file is unreadable.
     """
@@ -55,7 +55,7 @@ def open_npz_rows(path: Path, reading: Reading = AS_FOUND) -> DataSet:
     """The rows to predict on, ``x`` or else ``x_test``, as the test part; their labels are optional.
 
     Raises:
-        InputError: there is no such file, or it holds no rows.
+        InputError: the file does not exist, or it holds no rows.
         CorruptError: the file is damaged.
         StorageError: the file is unreadable.
     """

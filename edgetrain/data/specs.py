@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from edgetrain.data.base import DataSet
@@ -12,7 +13,7 @@ from edgetrain.data.breast_cancer import open_breast_cancer
 from edgetrain.data.cifar import CifarFiles, open_cifar
 from edgetrain.data.compressed import find
 from edgetrain.data.digits import open_digits
-from edgetrain.data.fetch import ensure, home_expanded
+from edgetrain.data.fetch import ensure, home_expanded, locate
 from edgetrain.data.idx import IdxPair, open_idx
 from edgetrain.data.imdb import open_imdb
 from edgetrain.data.known import KNOWN, KnownSet
@@ -22,6 +23,10 @@ from edgetrain.errors import InputError
 from edgetrain.plugins import Registry
 
 _READY = {"digits": open_digits, "breast-cancer": open_breast_cancer}  # need no files of the user's
+_SUMMARIES = {
+    "digits": "1,797 grey images of handwritten digits, 8x8, 10 classes; part of edgetrain",
+    "breast-cancer": "a table of 569 rows and 30 columns, 2 classes; needs scikit-learn",
+}
 NAMES = (*_READY, *KNOWN)
 #: Data sets of installed packages: functions without arguments.
 OFFERED: Registry[Callable[[], DataSet]] = Registry("edgetrain.datasets", "data set", {})
@@ -38,7 +43,7 @@ def open_data(spec: str, reading: Reading = AS_FOUND) -> DataSet:
         reading: what is stated of a file's inputs; a known set has its own reading.
 
     Raises:
-        InputError: ``spec`` names nothing, what it names is no data set, or the reading does not fit it.
+        InputError: ``spec`` names nothing, what it names is not a data set, or the reading does not fit it.
         CorruptError: a file is damaged.
         StorageError: a file is unreadable or could not be downloaded.
     """
@@ -69,6 +74,29 @@ def open_rows(spec: str, reading: Reading = AS_FOUND) -> DataSet:
     return open_npz_rows(_npz_path(spec), reading)
 
 
+@dataclass(frozen=True)
+class ListedSet:
+    """A data set that is known by name.
+
+    Attributes:
+        name: what ``--data`` takes.
+        summary: what it holds, in a line.
+        here: whether it can be read without a download.
+    """
+
+    name: str
+    summary: str
+    here: bool
+
+
+def known_sets() -> list[ListedSet]:
+    """All data sets that are known by name; downloads nothing."""
+    ready = [ListedSet("digits", _SUMMARIES["digits"], True)]
+    ready.append(ListedSet("breast-cancer", _SUMMARIES["breast-cancer"], find_spec("sklearn") is not None))
+    files = [ListedSet(known.name, known.summary, locate(known) is not None) for known in KNOWN.values()]
+    return [*ready, *files, *(ListedSet(name, "of an installed package", True) for name in OFFERED)]
+
+
 def is_path(spec: str) -> bool:
     """Whether ``spec`` is the path of a file rather than a name."""
     return spec.lower().endswith(".npz") and not is_known(spec)
@@ -96,7 +124,7 @@ def absolute(spec: str) -> str:
     """``spec`` as it means the same in every folder: a path made absolute, a name as it is.
 
     Raises:
-        InputError: it begins with ``~`` and there is no such home.
+        InputError: it begins with ``~`` and that home folder does not exist.
     """
     return str(home_expanded(spec).absolute()) if is_path(spec) else spec
 

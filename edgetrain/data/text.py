@@ -32,7 +32,7 @@ WORDS = 20_000
 LENGTH = 256
 UNKNOWN, FIRST_WORD = 1, 2
 
-LONGEST_WORD = 40  # letters; what is longer is no word of a language and stays unknown
+LONGEST_WORD = 40  # letters; longer words are treated as unknown
 MOST_COUNTED = 400_000  # different words; IMDB's training texts have fewer
 MAX_TEXT_BYTES = 1 << 20
 

@@ -50,7 +50,7 @@ class _Row(NamedTuple):
 
 
 class _Lines(Iterator[str]):
-    """The lines of a file for ``csv.reader``: decoded, and only so many bytes of them for a row."""
+    """The lines of a file for ``csv.reader``: decoded, with a limit on the bytes of a row."""
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         self._stream, self._path = stream, path

@@ -24,7 +24,7 @@ class AbsentError(RemoteError):
 
 
 def download_blocks(url: str) -> Iterator[bytes]:
-    """The content of ``url`` in blocks; a progress bar on stderr, or one line if that is no terminal.
+    """The content of ``url`` in blocks; a progress bar on stderr, or one line if stderr is not a terminal.
 
     Raises:
         RemoteError: no connection, a refusal, or an end before the announced length.

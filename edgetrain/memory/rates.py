@@ -31,7 +31,7 @@ class Rates:
         flops: float32 operations per second of a matrix product of a batch of 256 with 1024 x 1024 weights.
         memory: bytes per second that operations element by element read and write on the device.
         call_s: seconds that an operation costs however small it is.
-        bus: bytes per second from pinned host memory to the device; ``None`` where there is no bus.
+        bus: bytes per second from pinned host memory to the device; ``None`` on the CPU.
         disk_read: bytes per second past the page cache; ``None``: unknown.
         disk_write: bytes per second until they are safe; ``None``: unknown.
     """

@@ -72,7 +72,7 @@ def load_function(spec: str) -> Build:
     """
     build = load(spec, "net")
     if not callable(build):
-        raise InputError(f"net {spec!r}: {spec.rpartition(':')[2]!r} is no function")
+        raise InputError(f"net {spec!r}: {spec.rpartition(':')[2]!r} is not a function")
     found: Build = build
     return found
 

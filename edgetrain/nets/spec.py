@@ -28,6 +28,7 @@ class Family:
         cells: makes the recipes, of the text before the options, the shape of one sample and the options.
         example: a spec of the family, for messages.
         options: that the family reads; others are refused where the user states them.
+        summary: what the nets are, in a line.
         standard: of the options, those that differ from the other families', used where neither the method nor the
             spec says anything.
     """
@@ -35,6 +36,7 @@ class Family:
     cells: Cells
     example: str
     options: frozenset[str] = _IMAGES
+    summary: str = ""
     standard: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -42,11 +44,16 @@ NETS: Registry[Family] = Registry(
     "edgetrain.nets",
     "net",
     {
-        "mlp": Family(mlp.cells, "mlp:1000x2", _DENSE),
-        "cnn": Family(cnn.cells, cnn.EXAMPLE),
-        "lcmlp": Family(lcmlp.cells, lcmlp.EXAMPLE, _DENSE),
-        **{family: Family(partial(vgg.cells, family), family) for family in vgg.FAMILIES},
-        "vit": Family(vit.cells, vit.EXAMPLE, frozenset({"bias", "dropout", "tokens"}), vit.STANDARD),
+        "mlp": Family(mlp.cells, "mlp:1000x2", _DENSE, "dense layers"),
+        "cnn": Family(cnn.cells, cnn.EXAMPLE, summary="convolutional layers, each with pooling"),
+        "lcmlp": Family(lcmlp.cells, lcmlp.EXAMPLE, _DENSE, "locally connected layers, by the side of their patches"),
+        **{
+            family: Family(partial(vgg.cells, family), family, summary=f"the VGG net {family}")
+            for family in vgg.FAMILIES
+        },
+        "vit": Family(
+            vit.cells, vit.EXAMPLE, frozenset({"bias", "dropout", "tokens"}), "a vision transformer", vit.STANDARD
+        ),
     },
 )
 
@@ -79,7 +86,7 @@ def open_net(
     if isinstance(net, Iterable):
         return Net("modules", own.given("modules", net, inputs, seed), options)
     if isinstance(net, nn.Module):
-        raise InputError(f"net: a single {type(net).__name__} is no chain of cells; give a list or an nn.Sequential")
+        raise InputError(f"net: a single {type(net).__name__} is not a chain of cells; pass a list or an nn.Sequential")
     if callable(net):
         name = getattr(net, "__name__", "function")
         return Net(name, own.cells(name, net, inputs, seed), options)

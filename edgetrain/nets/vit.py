@@ -55,7 +55,7 @@ def read_sizes(text: str) -> Sizes:
     """``"depth=7,width=384,heads=12,patch=4"`` as sizes.
 
     Raises:
-        InputError: a key is missing, unknown or given twice, or a value is no whole number from 1 on.
+        InputError: a key is missing, unknown or given twice, or a value is not a whole number of at least 1.
     """
     spec, found = f"vit:{text}", dict[str, int]()
     for setting in text.split(","):

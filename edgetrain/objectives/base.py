@@ -52,7 +52,7 @@ class _Keyed:
         return generator("cpu", self.seed, "node", self.index, word)
 
     def normal(self, word: str, shape: tuple[int, ...], std: float) -> Tensor:
-        """Fixed normal numbers of this place, float32, the same whoever asks; without values on meta."""
+        """Fixed normal numbers of this place, float32, the same for every caller; without values on meta."""
         values = torch.empty(shape)
         return values if values.is_meta else values.normal_(0.0, std, generator=self.generator(word))
 

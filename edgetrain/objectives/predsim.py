@@ -11,7 +11,7 @@ S is the matrix of cosine similarities between the samples of the batch, of mean
 to [-1, 1]. A convolutional map goes through m, a 3x3 convolution, and is then reduced to each channel's
 standard deviation over the pixels; dense activations go through m, a linear map. The head reads the map
 averaged down to at most 2048 numbers. The samples of a batch influence each other, so a batch cannot be
-split. What is handed on is after dropout and pooling.
+split. The latents are taken after dropout and pooling.
 
 The paper's net has one more linear layer on top; here the last cell's own prediction is the vote.
 """

@@ -84,7 +84,7 @@ def _halvings(steps: int) -> list[int]:
 
 
 def _row_bytes(work: Workload) -> list[int]:
-    """Bytes of a sample by number of the latents; 0 of those that nobody reads, and of the inputs."""
+    """Bytes of a sample by number of the latents; 0 for latents that are not read, and for the inputs."""
     return [0, *(work.row_bytes_into(index + 1) if work.emits(index) else 0 for index in range(work.depth))]
 
 

@@ -140,7 +140,7 @@ def cell_peak(work: Workload, index: int, micro_batch: int, tiles: int = 1, resi
 
     Args:
         work: the run.
-        index: of the cell, or one behind the last for the classifier.
+        index: of the cell, or the number of cells for the classifier.
         micro_batch: samples on the device at once.
         tiles: of the cell.
         resident: whether all of the classifier stays on the device during its visit.
@@ -312,7 +312,7 @@ class ResidentVisit:
     """A visit with everything on the device.
 
     Attributes:
-        node: the cell's number, or one behind the last: the classifier.
+        node: the cell's number, or the number of cells for the classifier.
         peak: bytes.
         operation: that reached it, of live bytes.
         last: the timeline's changes when it ended.
@@ -349,7 +349,7 @@ class _AllResident:
             self._labels = _zeros(work.rows, "y", LABELS)
 
     def visit(self, index: int) -> None:
-        """A node's turn; what nobody reads any more leaves the device."""
+        """A node's turn; latents that are no longer needed leave the device."""
         work, table, latents = self._work, self._table, self._latents
         table.tracker.reset_peak()
         if index == len(self._cells):

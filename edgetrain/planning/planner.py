@@ -27,7 +27,7 @@ from edgetrain.planning.probe import Probe
 from edgetrain.planning.schedule import Cut
 from edgetrain.planning.workload import Workload
 from edgetrain.stream.tiles import ranges_of
-from edgetrain.units import MIB, ceil_gb, ceil_mb, show_mb
+from edgetrain.units import ceil_gb, ceil_mb, show_mb, stated_mb
 
 _REPEATS = (3, 4)  # copies of equal cells from which backpropagation's peak is extrapolated
 _RESIDENT_CELLS = 64  # beyond that, a resident plan is not worth the time to check
@@ -147,20 +147,20 @@ def require_fit(plan: Plan) -> None:
     """
     if plan.whole_batch is not None:
         raise InputError(
-            f"--batch-size is too large for --max-gpu-mb {(plan.stated_budget or 0) / MIB:.6g}, and the samples of a"
+            f"--batch-size is too large for --max-gpu-mb {stated_mb(plan.stated_budget or 0)}, and the samples of a"
             f" batch influence each other here, so that it cannot be split: state --batch-size {plan.whole_batch}"
         )
     if not plan.fits and plan.stated_budget is not None:
         worst = max(plan.visits, key=lambda cell: cell.peak)
         raise BudgetError(
-            f"--max-gpu-mb {plan.stated_budget / MIB:.6g} cannot hold {worst.name!r}, which needs"
+            f"--max-gpu-mb {stated_mb(plan.stated_budget)} cannot hold {worst.name!r}, which needs"
             f" {show_mb(worst.peak)}{plan.beside} at micro-batch {worst.micro_batch}{_in_tiles(worst)}; the smallest"
             " budget for this run is"
             f" {ceil_mb(plan.min_budget):.2f} MiB{'' if plan.splits else ', and no smaller --batch-size fits'}"
         )
     if not plan.host_fits:
         raise BudgetError(
-            f"--max-host-mb {(plan.host_budget or 0) / MIB:.6g} is too little for batches and two cells in transit,"
+            f"--max-host-mb {stated_mb(plan.host_budget or 0)} is too little for batches and two cells in transit,"
             f" which need {ceil_mb(plan.host_bytes):.2f} MiB; raise it or take a smaller --batch-size"
         )
     if not plan.disk_fits:
@@ -292,6 +292,11 @@ def _asked_tiles(work: Workload, tiles: int | list[int] | None) -> list[int] | N
                 f"--tiles {each}: cell {node.index + 1} cannot be trained in tiles by {work.objective.name}; they are"
                 " for dense cells without dropout and batch normalisation, by mf, lbp-ae, sll, ff or symba"
             )
+    most = max(prod(node.shape) for node in work.nodes)
+    if max(asked[: work.depth]) > most:
+        raise InputError(
+            f"--tiles {max(asked[: work.depth])}: the widest cell has {most} units; expected at most as many"
+        )
     return asked
 
 

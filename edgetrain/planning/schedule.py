@@ -28,12 +28,12 @@ class Visit:
         node: the cell, or ``depth`` for the classifier.
         epoch: number of the epoch, counted for each cell on its own.
         first: first step.
-        last: one behind the last step.
+        last: one past the last step.
         emit: ``training``: latents from before each update, in step order; ``finished``: after the
             steps, from the finished cell, in sample order, of all samples. The others train nothing, but let a
             finished cell emit a range: ``again``: in the order of the epoch's steps; ``onward``: in sample
             order, for the next cell to go on with; ``cached``: into the latents of all samples.
-        frees: latents that nobody reads after this visit, until they are emitted anew.
+        frees: latents that are not read after this visit until they are emitted again.
         final: whether this visit finishes the cell's training.
         frontier: whether the run can go on from here with the cells of a checkpoint alone, without any latents
             that only unfinished cells could have emitted.
@@ -73,7 +73,7 @@ class Cut:
     cached: frozenset[int] | None = None
 
     def steps(self, steps: int) -> list[tuple[int, int]]:
-        """(first, one behind the last) step of each range of an epoch."""
+        """(first, one past the last) step of each range of an epoch."""
         size = -(-steps // self.ranges)
         return [(first, min(first + size, steps)) for first in range(0, steps, size)]
 

@@ -24,7 +24,7 @@ _TENSOR_BYTES = 256  # of a tensor's place in the header, and of a single number
 
 
 def latent_bytes(work: Workload, index: int) -> int:
-    """Bytes on disk of the training latents that node ``index`` emits; 0 if nobody reads them."""
+    """Bytes on disk of the training latents that node ``index`` emits; 0 if they are not read."""
     return work.views * work.rows * work.row_bytes_into(index + 1) if work.emits(index) else 0
 
 

@@ -21,7 +21,7 @@ def plan_in_words(plan: Plan, bp_peak: int | None, times: Sequence[VisitTime] | 
         yield f"It fits: {show_mb(plan.predicted_peak)}{plan.beside} of {show_mb(plan.stated_budget)}; {smallest}."
     else:
         yield f"It does not fit into {show_mb(plan.stated_budget)}; {smallest}."
-    yield f"Backpropagation on the same net and batch: {show_mb(bp_peak)}."
+    yield f"Backpropagation on the same net and batch: {show_mb(bp_peak)}.{_advice(plan, bp_peak)}"
     yield (
         f"Host {show_mb(plan.host_bytes)}{'' if plan.host_fits else ' (over --max-host-mb)'};"
         f" disk {show_mb(plan.disk_bytes)}{'' if plan.disk_fits else ' (over --max-disk-gb)'};"
@@ -33,8 +33,14 @@ def plan_in_words(plan: Plan, bp_peak: int | None, times: Sequence[VisitTime] | 
         yield f"Time: about {show_seconds(sum(time.seconds for time in times))}, by this machine's measured rates."
 
 
+def _advice(plan: Plan, bp_peak: int | None) -> str:
+    if bp_peak is None or plan.budget is None or bp_peak > plan.budget:
+        return ""
+    return " It fits the budget too, and is the better choice where it does: --method bp."
+
+
 def choices_in_words(plan: Plan) -> Iterator[str]:
-    """Where everything stays, how batches and cells are cut, and what of the latents is kept."""
+    """The placement, micro-batches and tiles, and which latents are kept."""
     if plan.placement == "resident":
         yield "Everything stays on the device: data set, latents and all cells."
     else:

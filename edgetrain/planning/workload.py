@@ -39,7 +39,7 @@ class Workload:
         prefetch: batches gathered ahead.
         views: of the data set that finished cells cache.
         augmentation: of what the first cell learns from, or ``None``.
-        keep_latents: whether latents stay on disk when nobody reads them any more.
+        keep_latents: whether latents stay on disk when they are no longer needed.
     """
 
     nodes: tuple[Node, ...]

@@ -44,7 +44,7 @@ def examine(folder: Path) -> dict[str, Any]:
 
 def show(facts: dict[str, Any]) -> None:
     """The facts as tables, on stdout."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for title in ("machine", "device", "disk", "data"):
         table = Table(title, "", box=None, header_style="bold")
         for key, value in facts[title].items():

@@ -84,12 +84,12 @@ def _by_cell(runs: Named) -> Drawing | None:
         for (name, record), colour, marker in zip(runs, cycle(COLOURS), cycle(MARKERS), strict=False):
             visits = _visits(record)
             numbers = range(1, len(visits) + 1)
-            label, foreseen_label = (name, "_") if len(runs) > 1 else ("measured", "predicted")
+            label, predicted_label = (name, "_") if len(runs) > 1 else ("measured", "predicted")
             style: dict[str, Any] = {"color": colour, "marker": marker if len(visits) <= 4 * _FEW else None}
             axes.plot(numbers, numbers_of([cell.peak_gpu_mb for cell in visits]), label=label, **style)
-            foreseen = numbers_of([cell.predicted_peak_mb for cell in visits])
+            predicted = numbers_of([cell.predicted_peak_mb for cell in visits])
             style |= {"ls": "--", "lw": 3.5, "alpha": 0.4, "marker": None}
-            axes.plot(numbers, foreseen, label=foreseen_label, **style)
+            axes.plot(numbers, predicted, label=predicted_label, **style)
         axes.set_ylabel("peak, MiB")
         sizes = [
             size
@@ -154,7 +154,7 @@ def timeline(name: str, title: str, panels: Sequence[tuple[str, Sequence[MemoryS
     return Drawing(
         name,
         title,
-        "The first two steps of each visit and what it emits, as the dry run foresees them; all panels have the same"
+        "The first two steps of each visit and what it emits, as the dry run predicts them; all panels have the same"
         f" scale{gaps}. The peak (marked): {'; '.join(peaks)}.",
         draw,
         (SIZE[0], 1.4 + 1.7 * len(shown)),
@@ -370,7 +370,7 @@ def _profile(
     title: str,
     unit: str,
     measured: Callable[[Point], float | None],
-    foreseen: Callable[[Point], float | None] | None,
+    predicted: Callable[[Point], float | None] | None,
 ) -> Drawing:
     others = [other for other in ("width", "batch_size", "depth") if other != axis]
     varied = [other for other in others if len({getattr(point, other) for point in points}) > 1]
@@ -387,7 +387,7 @@ def _profile(
             own = sorted((point for point in points if key(point) == series), key=lambda point: getattr(point, axis))
             where = [getattr(point, axis) for point in own]
             seen = [measured(point) for point in own]
-            told = [None] * len(own) if foreseen is None else [foreseen(point) for point in own]
+            told = [None] * len(own) if predicted is None else [predicted(point) for point in own]
             values += [value for value in (*seen, *told) if value is not None]
             # Lines that cover each other stay visible: early ones are broad, and markers are hollow.
             style: dict[str, Any] = {"color": colour, "marker": marker, "mfc": "none", "lw": max(1.2, 3 - 0.6 * number)}
@@ -409,7 +409,7 @@ def _profile(
         axes.set_ylabel(f"{title.lower()}, {unit}" if name == "seconds" else f"peak, {unit}")
         legend_above(axes, 2)
 
-    dashed = any(measured(point) is not None for point in points) and foreseen is not None
+    dashed = any(measured(point) is not None for point in points) and predicted is not None
     caption = "Points are nets of their own." + (" Broad dashed lines are predictions." if dashed else "")
     labels = [f"{series}, predicted" for series in dict.fromkeys(map(key, points))]
     return Drawing(name, title, caption, draw, (SIZE[0], SIZE[1] + room_for(labels)))

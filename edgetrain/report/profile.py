@@ -112,7 +112,7 @@ def spec(family: str, depth: int, width: int) -> str:
     """The net of a point; transformers have heads of 32 numbers, where that divides their width, and patches of 4.
 
     Raises:
-        InputError: there is no such family.
+        InputError: unknown family.
     """
     if family not in FAMILIES:
         raise InputError(f"--family {family!r}; expected one of {', '.join(FAMILIES)}")

@@ -79,7 +79,7 @@ def open_shown(path: Path) -> ShownRun:
     """
     folder = RunFolder(path)
     if not path.is_dir():
-        raise InputError(f"{path}: is no folder; expected that of a run")
+        raise InputError(f"{path}: not a folder; expected a run folder")
     shown = ShownRun(path)
     if not shown.tried(folder.is_run, True) and not (path / RECORD).is_file():
         raise InputError(f"{path}: holds no run")
@@ -163,7 +163,7 @@ def _so_far(shown: ShownRun, last: Checkpoint | None) -> RunRecord | None:
 
 
 def shown_path(path: Path) -> str:
-    """A path as text; what of it is no UTF-8 is replaced."""
+    """A path as text; bytes that are not UTF-8 are replaced."""
     return _readable(str(path))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from edgetrain.planning.plan import CellPlan, Plan, VisitTime
 from edgetrain.planning.words import counted, plan_in_words
@@ -42,7 +42,7 @@ def progress_display(quiet: bool) -> Iterator[callbacks.Callback]:
 
 
 class _Undisturbed(callbacks.Callback):
-    """Shows what another shows; a terminal that was closed, or a pipe that nobody reads, does not end the run."""
+    """Shows what another shows; a terminal that was closed, or a pipe that is not read, does not end the run."""
 
     def __init__(self, shown: callbacks.Callback):
         self._shown = shown
@@ -54,6 +54,10 @@ class _Undisturbed(callbacks.Callback):
     def note(self, text: str) -> None:
         with suppress(OSError):
             self._shown.note(text)
+
+    def warn(self, text: str) -> None:
+        with suppress(OSError):
+            self._shown.warn(text)
 
     def stepped(self, progress: callbacks.Progress) -> None:
         with suppress(OSError):
@@ -101,18 +105,22 @@ class PlainProgress(callbacks.Callback):
         print(f"{_where(progress)}  {', '.join(parts)}", file=sys.stderr)
 
 
+_REST = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what a narrow terminal has no room for is cut off
+
+
 class LiveProgress(callbacks.Callback):
     """A bar for the run and one for the epoch, with loss, accuracy, memory and time left."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, markup=False)
         self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=12),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[figures]}", style="cyan"),
+            TextColumn("{task.fields[figures]}", style="cyan", markup=False, table_column=_REST),
             console=self._console,
             transient=True,
+            expand=True,
         )
         self._run: TaskID | None = None
         self._epoch: TaskID | None = None
@@ -188,8 +196,8 @@ def show_run(record: RunRecord) -> None:
 def _energy_in_words(record: RunRecord) -> str:
     epoch, sample = record.joules_per_epoch, record.joules_per_sample
     if record.energy_j is None or epoch is None or sample is None:
-        asked = "no sensor that can be read tells it" if record.energy_source is None else "it was not told throughout"
-        return f"energy unknown: {asked}"
+        asked = "no readable power sensor" if record.energy_source is None else "the sensor failed during the run"
+        return f"energy: unknown, {asked}"
     each = f"{epoch:.3g} J an epoch, {sample * 1e3:.3g} mJ a sample"
     return f"energy {record.energy_j:.4g} J, {each} ({record.energy_source})"
 
@@ -282,7 +290,7 @@ def show_cells(states: list[CellStatus]) -> None:
 
 def _stdout() -> Console:
     """Where tables go: as wide as the terminal, or wide enough for a row where there is none."""
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 
 def _headline(plan: Plan, record: RunRecord) -> str:

@@ -143,7 +143,7 @@ def checksum(path: Path) -> str:
         CorruptError: it is something else than a file.
     """
     if path.exists() and not path.is_file():
-        raise CorruptError(f"{path}: is no regular file")
+        raise CorruptError(f"{path}: is not a regular file")
     digest = xxhash.xxh3_128()
     with storage_errors(path), path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK):

@@ -122,7 +122,7 @@ class Journal:
         return found.st_ino, found.st_size
 
     def entries(self) -> Iterator[Entry]:
-        """All entries, oldest first, one at a time; none if there is no journal.
+        """All entries, oldest first, one at a time; none if the file does not exist.
 
         Raises:
             CorruptError: a line that was written whole is damaged, or is not an entry.

@@ -103,7 +103,7 @@ class LatentFile:
         self._sums_files = [newest]
 
     def reopen(self, written: int, sums: FileEntry) -> LatentFile:
-        """Open and verify a file of a checkpoint, with so many rows.
+        """Open and verify a file of a checkpoint that holds ``written`` rows.
 
         Raises:
             CorruptError: it does not hold what was saved.

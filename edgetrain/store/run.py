@@ -115,11 +115,11 @@ class RunFolder:
             raise
 
     def begin(self) -> Begin | None:
-        """How the run began, with its newest configuration; ``None``: there is no run."""
+        """How the run began, with its newest configuration; ``None`` if the folder holds no run."""
         return self.journal.history().begin
 
     def config(self) -> str | None:
-        """The run's ``config.toml`` as it was written, or ``None`` if there is no run."""
+        """The run's ``config.toml`` as it was written, or ``None`` if the folder holds no run."""
         begin = self.begin()
         return None if begin is None else begin.config
 
@@ -158,7 +158,7 @@ class RunFolder:
         """Remove a run of ours, and nothing else; its lock stays, which is held, and latents named in ``keep``.
 
         Raises:
-            InputError: the folder holds something that is no run.
+            InputError: the folder holds something other than a run.
         """
         if not (self.is_run() or self.is_free()):
             raise InputError(f"{self.path}: holds no edgetrain run, so --force does not remove it")

@@ -120,7 +120,7 @@ def read_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file, bounded before it is read.
 
     Raises:
-        CorruptError: there is no such header.
+        CorruptError: the header is missing or malformed.
     """
     with storage_errors(path), path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]

@@ -37,7 +37,7 @@ class Builder:
         """The cell of a node.
 
         Args:
-            index: of the node; one behind the last cell: the classifier.
+            index: of the node; the number of cells for the classifier.
             tiles: in how many tiles the cell comes to the device.
             state: host tensors to start from; ``None``: first weights, drawn from the cell's key.
             shapes: cell and head on the meta device, to be given room but no values (a dry run).

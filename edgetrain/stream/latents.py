@@ -344,7 +344,7 @@ class DeviceLatents:
         return any(bool(rows.any()) for rows in self.tensors.values())
 
     def copy_to(self, target: FileLatents) -> FileLatents:
-        """Write the rows that are there to files, as they lie here."""
+        """Write the rows that are there to files, in the same order."""
         for stream, values in self.tensors.items():
             file = target.file(stream, self.formats[stream].shape)
             for first in range(0, self.written, _COPIED_ROWS):

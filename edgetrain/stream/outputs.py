@@ -87,7 +87,7 @@ class Outputs:
 
     Args:
         tally: takes losses.
-        sink: takes latents, or ``None`` if nobody reads them.
+        sink: takes latents, or ``None`` if they are not read.
         base: number of the sink's row for row 0 of the epoch.
         on_scores: takes scores.
     """

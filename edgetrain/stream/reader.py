@@ -189,7 +189,7 @@ class MicroBatch:
 
     Attributes:
         first: its first row within the batch.
-        last: one behind its last row.
+        last: one past its last row.
         start: row of its first sample, in the epoch's order.
     """
 

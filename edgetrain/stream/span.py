@@ -19,7 +19,7 @@ class Span:
         batch_size: samples of a step; the last step of an epoch may have fewer.
         micro_batch: samples that are on the device at once.
         first: first step of the range.
-        last: one behind the last step.
+        last: one past the last step.
         order: the epoch's order of samples [rows], int64; ``None``: in order of their numbers.
         view: of several cached views of the data set, the one whose latents are read.
         epoch: number of the epoch, for random numbers.
@@ -35,12 +35,12 @@ class Span:
     epoch: int = 0
 
     def bounds(self, step: int) -> tuple[int, int]:
-        """First row of a step's batch and one behind its last, counted in the epoch's order."""
+        """First row of a step's batch and one past its last, counted in the epoch's order."""
         start = step * self.batch_size
         return start, min(start + self.batch_size, self.rows)
 
     def micro_batches(self, size: int) -> list[tuple[int, int]]:
-        """(first, one behind the last) row of each micro-batch of a batch with ``size`` rows."""
+        """(first, one past the last) row of each micro-batch of a batch with ``size`` rows."""
         return [(first, min(first + self.micro_batch, size)) for first in range(0, size, self.micro_batch)]
 
     def samples(self, start: int, stop: int) -> NDArray[np.int64]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edgetrain.errors import EdgetrainWarning
 from edgetrain.planning.plan import Plan
 from edgetrain.record import RunRecord
 
@@ -49,6 +51,10 @@ class Callback:
     def note(self, text: str) -> None:
         """Something to know, in a sentence."""
 
+    def warn(self, text: str) -> None:
+        """Something that probably needs attention, such as a cell that does not learn; by default a Python warning."""
+        warnings.warn(EdgetrainWarning(text), stacklevel=2)
+
     def stepped(self, progress: Progress) -> None:
         """Some steps were done; called a few times a second at most."""
 
@@ -74,6 +80,10 @@ class CallbackList(Callback):
         """See ``Callback``."""
         for callback in self._callbacks:
             callback.note(text)
+
+    def warn(self, text: str) -> None:
+        """See ``Callback``; the first one decides how it is shown."""
+        self._callbacks[0].warn(text)
 
     def stepped(self, progress: Progress) -> None:
         """See ``Callback``."""

@@ -277,7 +277,7 @@ class Checkpoints:
         """The node whose files a unit holds.
 
         Raises:
-            CorruptError: there is no such node.
+            CorruptError: the run has no such node.
         """
         if unit == CLASSIFIER:
             return len(self._nodes)

@@ -16,7 +16,7 @@ from edgetrain.training.process import described
 
 
 def config_text(settings: Settings, decisions: Decisions) -> str:
-    """``config.toml``; the time limit of this process is no part of it."""
+    """``config.toml``, without the time limit, which is for one process."""
     import tomli_w
 
     plan = {name: value for name, value in msgspec.structs.asdict(decisions).items() if value is not None}
@@ -28,7 +28,7 @@ def settings_of(path: Path) -> Settings:
     """The settings of the run in a folder, as they were asked for.
 
     Raises:
-        InputError: there is no run, or a setting is unknown or wrong.
+        InputError: the folder holds no run, or a setting is unknown or wrong.
         CorruptError: the journal is damaged.
     """
     return Settings().with_values({name: value for name, value in _values(path).items() if name not in TABLES})
@@ -38,7 +38,7 @@ def decisions_of(path: Path) -> Decisions:
     """What was decided for the run in a folder.
 
     Raises:
-        InputError: there is no run.
+        InputError: the folder holds no run.
         CorruptError: the journal is damaged, or what it holds are no such decisions.
     """
     try:

@@ -49,7 +49,7 @@ class Diagnostics:
             self._once(
                 visit.node,
                 "dead",
-                "emits nothing but zeros, so the cells behind it cannot learn: its units are dead; try a smaller"
+                "outputs only zeros, so later cells cannot learn: its units are dead; try a smaller"
                 " --lr, another --seed, or a net with biases or normalisation",
             )
 

@@ -118,7 +118,7 @@ def drop(
     ``net`` is for runs of your own modules: the same ones again.
 
     Raises:
-        InputError: there is no such cell, or it is the first.
+        InputError: the run has no such cell, or it is the first.
     """
     before = _Finished.of(path, method)
     kept = before.checked(before.depth if number is None else number) - 1
@@ -139,7 +139,7 @@ def retrain(
     """Train cell ``number`` (from 1) anew, and those behind it, which learn from what it emits.
 
     Raises:
-        InputError: there is no such cell.
+        InputError: the run has no such cell.
     """
     before = _Finished.of(path, method)
     kept = before.checked(number) - 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +15,7 @@ from edgetrain.data.augment import Augmentation
 from edgetrain.data.base import DataSet
 from edgetrain.data.layout import Reading
 from edgetrain.data.specs import absolute, open_data
-from edgetrain.errors import InputError
+from edgetrain.errors import EdgetrainWarning, InputError
 from edgetrain.memory import device as devices
 from edgetrain.memory import rates
 from edgetrain.memory.threads import thread_limit
@@ -30,7 +32,7 @@ from edgetrain.stream.cell import OptimizerRecipe
 from edgetrain.training.inputs import Shape, describe
 from edgetrain.training.methods import METHODS, method_of
 from edgetrain.training.process import process_state
-from edgetrain.units import MIB, from_mb, show_mb
+from edgetrain.units import from_mb, show_mb, stated_mb
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Job:
     Attributes:
         settings: with nothing left open but limits.
         data: the data set.
-        shape: what of it the run remembers.
+        shape: what the run remembers of it.
         net: the recipes, before a baseline joins them.
         work: what the planner and the trainer need.
         decided: by the plan of a run that is resumed, and kept; ``None``: nothing yet.
@@ -75,6 +77,7 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None, m
     device = devices.resolve(settings.device)
     settings = with_defaults(settings, method)
     _check_threads(settings)
+    _check_micro_batch(settings)
     opened = open_data(settings.data, stated_reading(settings)) if data is None else data
     if opened.train is None:
         raise InputError(f"data {opened.name!r}: holds no training rows")
@@ -208,6 +211,17 @@ def with_defaults(settings: Settings, method: type[Objective]) -> Settings:
     return replace(settings, **values)
 
 
+def _check_micro_batch(settings: Settings) -> None:
+    """Refuse micro-batches that are larger than the batch.
+
+    Raises:
+        InputError: names the larger one.
+    """
+    asked = settings.micro_batch if isinstance(settings.micro_batch, list) else [settings.micro_batch or 1]
+    if max(asked) > settings.batch_size:
+        raise InputError(f"--micro-batch {max(asked)} is larger than --batch-size {settings.batch_size}")
+
+
 def _check_threads(settings: Settings) -> None:
     """Refuse a number of threads that a parallel region does not get, as the bits of the result depend on it.
 
@@ -219,6 +233,12 @@ def _check_threads(settings: Settings) -> None:
         raise InputError(
             f"--threads {settings.threads}: OMP_THREAD_LIMIT allows {limit} here, and results depend on the number of"
             f" threads; set OMP_THREAD_LIMIT={settings.threads} or unset it"
+        )
+    cores = os.cpu_count() or 1
+    if settings.threads is not None and settings.threads > cores:
+        warnings.warn(
+            EdgetrainWarning(f"--threads {settings.threads}: this machine has {cores} cores, so that is slow"),
+            stacklevel=2,
         )
 
 
@@ -275,7 +295,7 @@ def budget_of(settings: Settings, work: Workload) -> int | None:
         return budget
     if budget <= sum(outside.values()):
         taken = " and ".join(f"{what} ({show_mb(size)})" for what, size in outside.items())
-        raise InputError(f"--max-gpu-mb {budget / MIB:.6g} is taken up by {taken}; state a larger one")
+        raise InputError(f"--max-gpu-mb {stated_mb(budget)} is taken up by {taken}; state a larger one")
     return budget - sum(outside.values())
 
 

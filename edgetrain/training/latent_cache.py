@@ -22,7 +22,7 @@ from edgetrain.stream.state import Host
 
 
 class LatentCache:
-    """Makes latents where a visit emits them, and frees them when nobody reads them any more.
+    """Makes latents where a visit emits them, and frees them when they are no longer needed.
 
     Args:
         work: the run.
@@ -43,7 +43,7 @@ class LatentCache:
         self._saved: list[FileLatents] = []
         self._saving: list[FileLatents] = []
         self._spare: FileLatents | None = None
-        self._stale: set[int] = set()  # kept, though nobody reads them any more
+        self._stale: set[int] = set()  # kept, though no longer needed
         self._bytes = self.peak = self._sums = self._new_sums = 0
 
     def __getitem__(self, number: int) -> Latents:
@@ -204,7 +204,7 @@ class LatentCache:
         return next(name for name in names if name not in taken)
 
     def _take_spare(self, shape: tuple[int, ...], rows: int) -> FileLatents | None:
-        """Files that nobody reads any more, if latents of this shape fit them; others are deleted.
+        """Files that are no longer needed, if latents of this shape fit them; others are deleted.
 
         Overwriting costs a third of writing a new file, whose pages the system must find and clear.
         """

@@ -31,7 +31,7 @@ def method_of(settings: Settings, own: Any = None) -> type[Objective]:
         own: the user's own class instead.
 
     Raises:
-        InputError: unknown method, or what is named is no rule.
+        InputError: unknown method, or not an objective.
     """
     if settings.like is not None and settings.method not in BASELINES:
         raise InputError(f"--like is for baselines ({', '.join(BASELINES)}); {settings.method} has its own options")
@@ -58,7 +58,7 @@ def checked(spec: str, kind: Any) -> type[Objective]:
         InputError: it is none; the message says what is missing.
     """
     if not (isinstance(kind, type) and issubclass(kind, Objective)):
-        raise InputError(f"method {spec!r}: is no class derived from edgetrain.objectives.base.Objective")
+        raise InputError(f"method {spec!r}: is not a class derived from edgetrain.objectives.base.Objective")
     if lacking := sorted(getattr(kind, "__abstractmethods__", ())):
         raise InputError(f"method {spec!r}: {kind.__name__} does not define {', '.join(lacking)}")
     name, vote = getattr(kind, "name", None), getattr(kind, "vote", None)

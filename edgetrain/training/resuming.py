@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from edgetrain.data.arrays import ARRAYS
 from edgetrain.data.specs import absolute, is_path
 from edgetrain.errors import InputError
 from edgetrain.plugins import is_own
+from edgetrain.store.atomic import missing_folders, storage_errors
 from edgetrain.store.edit import open_folder
 from edgetrain.training.config_file import settings_of
 from edgetrain.training.methods import CLASS, given_again
@@ -32,7 +36,7 @@ def resumed_settings(path: Path, given: dict[str, Any], settings: Settings, may_
         may_start: whether a run is started where there is none, as in a loop that starts or resumes.
 
     Raises:
-        InputError: there is no run and none may be started, or something was stated that would change the run.
+        InputError: the folder holds no run and none may be started, or something was stated that would change the run.
     """
     folder = open_folder(path)
     config = folder.config() if folder.is_run() else None
@@ -72,18 +76,40 @@ def _is_own(net: str | None) -> bool:
     return net == "modules" or is_own(net)
 
 
-def free_path(data: str, method: str) -> Path:
-    """The first folder under ``runs/`` that is not taken: ``runs/mnist-mf``, ``runs/mnist-mf-2``, ..."""
+@contextmanager
+def run_folder(stated: Path | None, data: str, method: str) -> Iterator[Path]:
+    """The stated run folder, or else a new one under ``runs/``: ``runs/mnist-mf``, ``runs/mnist-mf-2``, ...
+
+    A new folder is made at once, so that several processes get one each; it is removed if it is still empty at the
+    end.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    if stated is not None:
+        yield stated
+        return
     base = f"{Path(data).stem}-{method.rpartition(':')[2].lower()}"
-    path, number = Path("runs") / base, 1
-    while path.exists():
-        number += 1
-        path = Path("runs") / f"{base}-{number}"
-    return path
+    made = missing_folders(Path("runs"))
+    for number in count(1):
+        path = Path("runs") / (base if number == 1 else f"{base}-{number}")
+        with storage_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+        break
+    try:
+        yield path
+    finally:
+        with suppress(OSError):
+            for folder in (path, *made):
+                folder.rmdir()
 
 
 def resuming_command(path: Path, settings: Settings) -> str:
-    """The command that goes on with a run."""
+    """The command that resumes a run."""
     if settings.data == ARRAYS or settings.net == "modules" or settings.method == CLASS:
         return f"edgetrain.fit(..., run_dir={str(path)!r}, resume=True)"
     own = "".join(

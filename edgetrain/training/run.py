@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from pickle import PicklingError
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -30,6 +31,7 @@ from edgetrain.objectives.base import Node, Objective
 from edgetrain.planning.dryrun import evaluation_seeds
 from edgetrain.planning.plan import Decisions
 from edgetrain.planning.workload import Workload
+from edgetrain.plugins import is_own
 from edgetrain.record import RunRecord
 from edgetrain.store.atomic import check_target
 from edgetrain.store.edit import open_folder
@@ -52,13 +54,13 @@ from edgetrain.training.job import (
     stated_reading,
     with_defaults,
 )
-from edgetrain.training.methods import check_method, given_again, method_of
+from edgetrain.training.methods import CLASS, check_method, given_again, method_of
 from edgetrain.training.model import Model
 from edgetrain.training.predictor import Predictions, Predictor
 from edgetrain.training.process import process_state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished run.
 
@@ -79,6 +81,28 @@ class Run:
     shape: Shape
     nodes: tuple[Node, ...]
     objective: Objective
+
+    def __repr__(self) -> str:
+        record = self.record
+        accuracy = "unknown" if record.test_accuracy is None else f"{record.test_accuracy:.4f}"
+        return (
+            f"Run({str(self.path)!r}: {record.method} on {self.shape.name}, {len(record.cells)} cells,"
+            f" test accuracy {accuracy})"
+        )
+
+    def __reduce__(self) -> tuple[Callable[..., Run], tuple[Path]]:
+        """Pickled as its folder, which must be there when it is unpickled.
+
+        Raises:
+            PicklingError: its net or method is the user's own code.
+        """
+        for name, spec in (("net", self.settings.net), ("method", self.settings.method)):
+            if is_own(spec) or spec in ("modules", CLASS):
+                raise PicklingError(
+                    f"{self.path}: its {name} is your own code; pickle the path, and open the run with"
+                    f" edgetrain.open_run(path, {name}=...)"
+                )
+        return type(self).open, (self.path,)
 
     @classmethod
     def open(cls, path: Path, net: Any = None, method: Any = None) -> Run:
@@ -406,13 +430,22 @@ def parse_record(text: str, path: Path) -> tuple[RunRecord, Shape]:
     """What ``record.json`` of the run in a folder says.
 
     Raises:
-        CorruptError: it is no record.
+        CorruptError: it is not a record.
     """
     try:
-        values = msgspec.json.decode(text, type=dict[str, Any])
+        values = _printable(msgspec.json.decode(text, type=dict[str, Any]))
         shape = msgspec.convert(values.pop("data", None), Shape)
         record = msgspec.convert(values, RunRecord)
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path / 'record.json'}: is not a record of edgetrain ({error})") from error
     record.run = str(path.absolute())
     return record, shape
+
+
+def _printable(value: Any) -> Any:
+    """JSON without control characters, which a forged record could send to a terminal."""
+    if isinstance(value, str):
+        return value if value.isprintable() else "".join(each if each.isprintable() else "\ufffd" for each in value)
+    if isinstance(value, list):
+        return [_printable(each) for each in value]
+    return {name: _printable(each) for name, each in value.items()} if isinstance(value, dict) else value

@@ -51,7 +51,7 @@ def train_and_finish(job: Job, plan: Plan, folder: RunFolder, callback: Callback
     if folder.restore_config():
         callback.note(f"{folder.path / 'config.toml'}: was not as it was written; it was made again from the journal")
     with PeakRss() as host, EnergyMeter(device) as energy, ExitStack() as opened:
-        foreseen = _Foreseen.of(job, plan)
+        predicted = _Predictions.of(job, plan)
         stop = Stop(callback.note, job.settings.time_limit)  # the clock of time and energy starts here
         energy.restart()
         folder.clear_working_files(working_files(folder.last()) | (inputs.names if inputs else set()))
@@ -62,7 +62,7 @@ def train_and_finish(job: Job, plan: Plan, folder: RunFolder, callback: Callback
             plan, record, trainer, test = _train_or_retry(job, plan, around, inputs)
             _evaluate(job, folder, plan, test, meter, record, trainer)
         record.energy_source = energy.source
-        _complete(folder, record, trainer, host, job, plan, foreseen)
+        _complete(folder, record, trainer, host, job, plan, predicted)
     callback.finished(record)
 
 
@@ -102,7 +102,7 @@ def _train_or_retry(
                 raise
             smaller = None if retried else _smaller(job, plan)
             said = (
-                f"memory ran out, though the plan foresees a peak of {show_mb(plan.predicted_peak)}"
+                f"out of memory although the predicted peak was {show_mb(plan.predicted_peak)}"
                 f" ({_budget_in_words(plan)}): {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             )
             if smaller is None:
@@ -191,7 +191,7 @@ def _evaluate(
 
 
 @dataclass(frozen=True)
-class _Foreseen:
+class _Predictions:
     """What dry runs tell of a run and of backpropagation on the same net, for its record."""
 
     plan: Plan
@@ -200,7 +200,7 @@ class _Foreseen:
     bp_peak: int | None = None
 
     @classmethod
-    def of(cls, job: Job, plan: Plan) -> _Foreseen:
+    def of(cls, job: Job, plan: Plan) -> _Predictions:
         memory = timelines.of_run(job.work, plan)
         if job.settings.schedule is None:  # a baseline
             return cls(plan, memory)
@@ -209,7 +209,7 @@ class _Foreseen:
 
 
 def _complete(
-    folder: RunFolder, record: RunRecord, trainer: Trainer, host: PeakRss, job: Job, plan: Plan, foreseen: _Foreseen
+    folder: RunFolder, record: RunRecord, trainer: Trainer, host: PeakRss, job: Job, plan: Plan, predicted: _Predictions
 ) -> None:
     trainer.checkpoints.finish()
     record.waited_seconds = round(sum(cell.waited_seconds for cell in trainer.records), 3)
@@ -218,8 +218,8 @@ def _complete(
     record.context_mb = to_mb(devices.context_bytes(job.work.device))
     record.peak_host_mb = to_mb(host.peak_bytes)
     record.latents_mb = to_mb(trainer.latents_peak)
-    record.memory = foreseen.memory if foreseen.plan is plan else timelines.of_run(job.work, plan)
-    record.bp_memory, record.bp_predicted_peak_mb = foreseen.bp_memory, to_mb(foreseen.bp_peak)
+    record.memory = predicted.memory if predicted.plan is plan else timelines.of_run(job.work, plan)
+    record.bp_memory, record.bp_predicted_peak_mb = predicted.bp_memory, to_mb(predicted.bp_peak)
 
     def measured() -> dict[str, Any]:
         record.disk_mb = to_mb(folder.usage.peak)

@@ -36,7 +36,7 @@ from edgetrain.training.diagnostics import Diagnostics
 from edgetrain.training.latent_cache import LatentCache
 from edgetrain.training.stopping import Stop
 from edgetrain.training.system_monitor import SystemMonitor
-from edgetrain.units import MIB, show_mb, to_mb
+from edgetrain.units import show_mb, stated_mb, to_mb
 
 _SHOW_EVERY_S = 0.25
 
@@ -112,7 +112,7 @@ class Trainer:
             for cell in plan.visits
         ]
         self._monitor = SystemMonitor(work.device, plan.budget, callback.note)
-        self._diagnostics = Diagnostics(work, self.records, callback.note)
+        self._diagnostics = Diagnostics(work, self.records, callback.warn)
         self.checkpoints = Checkpoints(
             folder, work.nodes, self._cells, self._latents, self.records, input_state, digests,
             self._monitor, choices.checkpoint_every, stop.began, energy,
@@ -404,7 +404,7 @@ class Trainer:
         if self._plan.budget is not None and peak > self._plan.budget:
             raise BudgetError(
                 f"cell {node + 1} ({record.name}) took {show_mb(peak)}{self._plan.beside}, over the"
-                f" {(self._plan.stated_budget or 0) / MIB:.6g} MiB allowed; its module allocates what the plan"
+                f" {stated_mb(self._plan.stated_budget or 0)} MiB allowed; its module allocates what the plan"
                 " did not predict"
             )
 

@@ -56,7 +56,7 @@ MISTAKES = {
     "resume without a folder": (["fit", "--resume"], 2, ["--run-dir"]),
     "resume and force": (["fit", "--resume", "--force", "--run-dir", "r"], 2, ["--resume", "--force"]),
     "folder that is a file": (["fit", "--run-dir", "net.py"], 2, ["net.py"]),
-    "force over strangers' files": (["fit", "--force", "--run-dir", "strangers"], 2, ["strangers", "--force"]),
+    "force over other files": (["fit", "--force", "--run-dir", "others"], 2, ["others", "--force"]),
     "schedule for a baseline": (["fit", "--method", "bp", "--schedule", "separate"], 2, ["--schedule"]),
     "classifier of a method without": (["fit", "--classifier-lr", "1"], 2, ["--classifier-lr"]),
     "like for a local method": (["fit", "--like", "mf"], 2, ["--like"]),
@@ -83,8 +83,8 @@ def files(tmp_path: Path) -> Path:
     (tmp_path / "truncated.npz").write_bytes((tmp_path / "table.npz").read_bytes()[:700])
     (tmp_path / "wrong.toml").write_text("epoch_count = 3\n")
     (tmp_path / "net.py").write_text("from torch import nn\ndef wrong():\n    return [nn.Linear(63, 4)]\n")
-    (tmp_path / "strangers").mkdir()
-    (tmp_path / "strangers" / "letter.txt").write_text("dear")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "letter.txt").write_text("dear")
     return tmp_path
 
 

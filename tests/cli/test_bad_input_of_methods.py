@@ -64,7 +64,7 @@ MISTAKES = {
     "vit with sizes missing": ([*DIGITS, "--net", "vit:depth=2"], ["width, heads, patch missing"]),
     "vit with an unknown size": ([*DIGITS, "--net", f"{VIT},deep=3"], ["deep", "ratio"]),
     "vit with a size twice": ([*DIGITS, "--net", f"{VIT},depth=3"], ["depth=3", "once"]),
-    "vit with a size that is no number": ([*DIGITS, "--net", "vit:depth=two"], ["depth=two"]),
+    "vit with a size that is not a number": ([*DIGITS, "--net", "vit:depth=two"], ["depth=two"]),
     "vit of depth 0": ([*DIGITS, "--net", VIT.replace("depth=2", "depth=0")], ["depth=0"]),
     "vit with heads that do not fit": ([*DIGITS, "--net", VIT.replace("heads=2", "heads=3")], ["8", "3 heads"]),
     "vit with patches that do not fit": ([*DIGITS, "--net", VIT.replace("patch=4", "patch=3")], ["8x8", "side 3"]),
@@ -121,11 +121,11 @@ MISTAKES = {
     "constant of another rule": ([*DIGITS, "--method", "ff", "--constants", "alpha=1"], ["alpha", "known: threshold"]),
     "constant of a rule without": ([*DIGITS, "--constants", "beta=1"], ["mf has no constants", "beta"]),
     "constant of a baseline": ([*DIGITS, "--method", "bp", "--constants", "beta=1"], ["bp has no constants"]),
-    "constant that is no number": ([*DIGITS, "--method", "symba", "--constants", "alpha=high"], ["alpha='high'"]),
+    "constant that is not a number": ([*DIGITS, "--method", "symba", "--constants", "alpha=high"], ["alpha='high'"]),
     "constant without a value": ([*DIGITS, "--method", "sll", "--constants", "beta"], ["beta=''", "number"]),
     "constant below 0": ([*DIGITS, "--method", "lbp-dae", "--constants", "noise=-1"], ["noise=-1", "from 0 on"]),
     "constant beyond all numbers": ([*DIGITS, "--method", "ff", "--constants", "threshold=1e999"], ["1e999"]),
-    "constant that is not a number": ([*DIGITS, "--method", "sll", "--constants", "beta=nan"], ["beta=nan"]),
+    "constant that is nan": ([*DIGITS, "--method", "sll", "--constants", "beta=nan"], ["beta=nan"]),
     # the classifier
     "rate of a classifier that is not trained": (
         [*DIGITS, "--method", "ff", "--classifier-lr", "1e-3"],

@@ -76,11 +76,11 @@ LINK = {"type": tarfile.SYMTYPE, "linkname": "0_7.txt"}
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (member("aclImdb/test/pos/9.txt", **LINK), "'aclImdb/test/pos/9.txt' is no plain file, expected a review"),
-        (member("aclImdb/test/pos/9.txt", type=tarfile.LNKTYPE, linkname="x"), "is no plain file"),
-        (member("aclImdb/test/pos/9.txt", type=tarfile.FIFOTYPE), "is no plain file"),
-        (member("aclImdb/test/pos/9.txt", type=tarfile.CHRTYPE), "is no plain file"),
-        (member("aclImdb/test/pos/9.txt", type=tarfile.DIRTYPE), "is no plain file"),
+        (member("aclImdb/test/pos/9.txt", **LINK), "'aclImdb/test/pos/9.txt' is not a regular file, expected a review"),
+        (member("aclImdb/test/pos/9.txt", type=tarfile.LNKTYPE, linkname="x"), "is not a regular file"),
+        (member("aclImdb/test/pos/9.txt", type=tarfile.FIFOTYPE), "is not a regular file"),
+        (member("aclImdb/test/pos/9.txt", type=tarfile.CHRTYPE), "is not a regular file"),
+        (member("aclImdb/test/pos/9.txt", type=tarfile.DIRTYPE), "is not a regular file"),
         (
             member("aclImdb/test/pos/9\n.txt", bytes(MAX_TEXT_BYTES + 1)),
             r"'aclImdb/test/pos/9\\n.txt' holds 1048577 bytes, expected a review of at most 1048576",

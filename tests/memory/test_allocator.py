@@ -69,7 +69,7 @@ def test_the_last_512_bytes_are_a_block_in_the_small_pool() -> None:
 def test_a_remainder_of_one_mib_is_handed_out_in_the_large_pool() -> None:
     model = CachingAllocatorModel()
     model.alloc(0, 9 * MIB + 512 * KIB)
-    model.alloc(1, 9 * MIB + 512 * KIB)  # takes all 10.5 MiB that are left: 1 MiB is no block
+    model.alloc(1, 9 * MIB + 512 * KIB)  # takes all 10.5 MiB that are left: 1 MiB is not enough for a block
     assert model.reserved_bytes == 20 * MIB
     assert model.allocated_bytes == 20 * MIB
     assert model.requested_bytes == 19 * MIB

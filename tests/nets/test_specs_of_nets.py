@@ -121,8 +121,8 @@ def test_options_of_the_spec_beat_the_methods() -> None:
         ("vgg99:4", "unknown net 'vgg99:4'; expected mlp:"),
         ("", "unknown net ''"),
         ("cnn:4", "needs images"),
-        ("missing.py:build", "there is no file missing.py"),
-        ("missing.py", "there is no file"),
+        ("missing.py:build", "no file missing.py"),
+        ("missing.py", "no file"),
         ("missing.py:build;bias=1", "options are for built-in nets"),
     ],
 )

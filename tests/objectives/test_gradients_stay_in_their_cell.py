@@ -45,7 +45,7 @@ def weights_stay(monkeypatch):
 
 
 def reached(objective, net):
-    """What the machine lets a first cell hand on, and the parameters of it that the second one's losses reach."""
+    """What the machine lets a first cell emit, and the parameters of it that the second one's losses reach."""
     first, second = (
         ResidentCell(node, Setup(objective, OptimizerRecipe("sgd", 0.1), CPU))
         for node in nodes(list(open_net(net, SHAPE, objective.net_defaults).cells), SHAPE, SEED)

@@ -909,7 +909,7 @@ class TwoPhases(Objective):
 
 
 class MakerFirst(TwoPhases):
-    """The first phase changes what the cell hands on."""
+    """The first phase changes what the cell emits."""
 
     name = "toy-phases-reversed"
     phases = TwoPhases.phases[::-1]

@@ -64,6 +64,6 @@ def test_the_number_of_parameters_is_the_papers(of: str) -> None:
 
 
 def test_a_trained_classifier_is_counted_where_it_is_asked_for() -> None:
-    """The classifier of Hinton's one-pass reading is no part of FedFwd's numbers."""
+    """The classifier of Hinton's one-pass reading is not counted in FedFwd's numbers."""
     found = counts("ff", "mlp:500x2", MNIST, 10, classifier_epochs=1)
     assert found == {"cells": 643_000, "heads": 0, "classifier": 10 * (500 + 500 + 1)}

@@ -96,10 +96,10 @@ def test_the_real_run_s_timeline_is_the_dry_run_s(
     asked = settings(method=method, net="mlp:24x2", placement=placement, epochs=2, **given)
     fitting.fit(asked, tmp_path / "run", data=data("pixels").set)
     record, _ = read_record(tmp_path / "run")
-    foreseen = max(record.memory, key=lambda series: series.peak_mb)
+    predicted = max(record.memory, key=lambda series: series.peak_mb)
     live = timeline.bytes_by_kind() / MIB
-    assert to_mb(timeline.peak) == foreseen.peak_mb
-    highest, expected = live[live.sum(1) == live.sum(1).max()].round(4), np.array(list(peak(foreseen).values()))
+    assert to_mb(timeline.peak) == predicted.peak_mb
+    highest, expected = live[live.sum(1) == live.sum(1).max()].round(4), np.array(list(peak(predicted).values()))
     if method == "sll":  # autograd sums fake gradients into new tensors, real ones in place
         gradients = KINDS.index("gradients")
         highest[:, -1] += highest[:, gradients]

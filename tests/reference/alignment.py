@@ -39,7 +39,7 @@ class Network:
 
     Feedback alignment: ``feedback`` holds, for every layer but the first, a fixed B of its W's shape
     (the first one's, if given, is never used). Direct: for every hidden layer a fixed B [C, n], with n
-    the number of values that the layer hands on.
+    the number of values that the layer emits.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Network:
         return logits
 
     def _to_z(self, da: Tensor, seen: Seen) -> Tensor:
-        """From the gradient at what a hidden layer handed on to that at its z."""
+        """From the gradient with respect to a hidden layer's output to that with respect to its z."""
         if seen.where is not None:
             da = da.reshape(seen.where.shape)  # a dense layer above read it flattened
             height, width = seen.z.shape[2:]

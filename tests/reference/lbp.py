@@ -62,7 +62,7 @@ class Classifier:
 def sequence(
     cells: list[Cell], classifier: Classifier, x: Tensor, y: Tensor, seed: int, epochs: int, size: int
 ) -> None:
-    """In each epoch: batch by batch through all cells, then the classifier on what they handed on."""
+    """In each epoch: batch by batch through all cells, then the classifier on what they emitted."""
     for epoch in range(epochs):
         seen = []
         for number, batch in enumerate(shuffled(seed, epoch, len(x), size)):

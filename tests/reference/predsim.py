@@ -62,7 +62,7 @@ class Cell:
         head: weight [C, n] (dense) or [C, n p p], and bias [C].
         mapping: without bias, [m, n] (dense) or [m, n, 3, 3].
         lr: Adam's.
-        pool: 2x2 maximum of what is handed on; no loss sees it.
+        pool: 2x2 maximum of the output; no loss sees it.
         matrix: how similarity is computed.
     """
 
@@ -116,7 +116,7 @@ class Cell:
         return PREDICTION * cross_entropy(logits, y, reduction="sum") + SIMILARITY * difference * len(a)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One step of Adam; what is handed on, from before it, normalised over this batch."""
+        """One step of Adam; the output from before it, normalised over this batch."""
         self.norm.train()
         a = self.activations(x)
         self.optimizer.zero_grad()
@@ -126,7 +126,7 @@ class Cell:
 
     @torch.no_grad()
     def finished(self, x: Tensor) -> Tensor:
-        """What is handed on once the cell is trained: normalised by the running statistics."""
+        """The output once the cell is trained: normalised by the running statistics."""
         self.norm.eval()
         return self.handed_on(self.activations(x))
 

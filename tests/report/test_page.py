@@ -121,7 +121,7 @@ def test_what_a_stranger_wrote_is_text(runs: dict[str, Path], tmp_path: Path) ->
     record = json.loads((runs["mf"] / "record.json").read_text())
     attack = "<script>alert(1)</script><img src=x onerror=alert(1)>{{ 7 * 7 }}"
     record["method"] = record["cells"][0]["name"] = record["plan"][0] = attack
-    folder = tmp_path / "stranger"
+    folder = tmp_path / "unknown"
     folder.mkdir()
     (folder / "record.json").write_text(json.dumps(record))
     (folder / "config.toml").write_text(f"method = '{attack}'</pre>")
@@ -146,7 +146,7 @@ def test_what_a_stranger_wrote_is_text(runs: dict[str, Path], tmp_path: Path) ->
     ],
 )
 def test_what_cannot_be_shown_is_no_record(change: dict[str, Any], runs: dict[str, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "stranger"
+    folder = tmp_path / "unknown"
     folder.mkdir()
     known = json.loads((runs["mf"] / "record.json").read_text())
     (folder / "record.json").write_text(json.dumps({**known, **change}))

@@ -86,7 +86,7 @@ def test_a_latent_file_behaves_as_an_array(program: tuple[int, int, int, list], 
                 file.distrust()
             elif kind == "restart":
                 file.restart(tmp_path / "x.rows", 0)
-            else:  # another process goes on with what was saved
+            else:  # another process continues with what was saved
                 sums, written, digest = file.save(number), file.written, file.digest()
                 file.settle()
                 file.close()

@@ -411,7 +411,7 @@ def test_the_journal_remembers_the_configuration(tmp_path: Path) -> None:
         assert (folder.path / "config.toml").read_text() == written
 
 
-# --- strangers' folders -----------------------------------------------------------------------
+# --- untrusted folders  -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["../../precious", "/etc/precious", ".hidden", "a/b", "", "a\n", 3])
@@ -440,7 +440,7 @@ def test_something_else_than_a_file_is_corrupt(tmp_path: Path) -> None:
     path = folder.units.path_of(files["000"]["weights"])
     path.unlink()
     os.mkfifo(path)  # reading it would wait for ever
-    with pytest.raises(CorruptError, match="is no regular file"):
+    with pytest.raises(CorruptError, match="is not a regular file"):
         folder.units.read(files["000"])
 
 

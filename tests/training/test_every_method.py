@@ -1,4 +1,4 @@
-"""Every rule and baseline from data to labels: its memory is foreseen, no placement changes a bit, the CLI takes it."""
+"""Every rule and baseline from data to labels: its memory is predicted, placement changes no bit, the CLI takes it."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_streamed_and_resident_runs_give_the_same_bits(run_of: RunOf, case: Case
     assert resident.record.votes == streamed.record.votes
 
 
-class PowerCut(Exception):  # noqa: N818 (it is no error of ours)
+class PowerCut(Exception):  # noqa: N818 (it is not one of our errors)
     """Stands for the end of a process."""
 
 

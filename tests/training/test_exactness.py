@@ -357,7 +357,7 @@ def test_noise_of_a_step_is_drawn_whole_and_sliced():
 # -- interrupted and resumed ---------------------------------------------------------------------------
 
 
-class PowerCut(Exception):  # noqa: N818 (it is no error of ours)
+class PowerCut(Exception):  # noqa: N818 (it is not one of our errors)
     """Stands for the end of a process."""
 
 

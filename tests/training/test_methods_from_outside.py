@@ -207,9 +207,9 @@ MF = "from edgetrain.objectives.mf import MonoForward\nclass Mine(MonoForward):\
     ("text", "said"),
     [
         ("", "has no 'Mine'"),
-        ("Mine = 3", "is no class derived from"),
+        ("Mine = 3", "is not a class derived from"),
         ("1 / 0", "fails on import: ZeroDivisionError"),
-        ("def Mine(): ...", "is no class derived from"),
+        ("def Mine(): ...", "is not a class derived from"),
         ("from edgetrain.objectives.base import Objective\nclass Mine(Objective): ...", "does not define loss"),
         (MF + "    name = ''", "expected a text"),
         (
@@ -232,7 +232,7 @@ def test_what_is_no_rule_is_refused_in_one_line(tmp_path: Path, text: str, said:
 
 
 def test_a_file_that_is_not_there_and_a_name_that_nobody_knows_are_refused(tmp_path: Path) -> None:
-    for method, said in (("nowhere.py:Mine", "there is no file nowhere.py"), ("mff", "did you mean 'mf'")):
+    for method, said in (("nowhere.py:Mine", "no file nowhere.py"), ("mff", "did you mean 'mf'")):
         found = edgetrain_in(tmp_path, *FIT, "--method", method, "--run-dir", "r")
         assert (found.returncode, found.stderr.count("\n")) == (2, 1)
         assert said in found.stderr

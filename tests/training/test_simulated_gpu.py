@@ -131,7 +131,7 @@ def test_a_simulated_first_copy_waits_for_who_had_its_memory_before(tmp_path, mo
                     assert micro.read().streams["x"].sum().item() == 4 * 256
 
 
-class Abandoned(Exception):  # noqa: N818 (it is no error of ours)
+class Abandoned(Exception):  # noqa: N818 (it is not one of our errors)
     """Ends a run in the middle of a step."""
 
 
@@ -255,7 +255,7 @@ def test_scratch_memory_of_kernels_is_found_by_trying_a_cell_of_each_kind(tmp_pa
 
 
 def test_a_cell_of_which_kernels_take_more_gets_smaller_micro_batches(monkeypatch):
-    """On this device a sample takes 1 MiB more than the dry run foresees."""
+    """On this device a sample takes 1 MiB more than the dry run predicts."""
     tried = []
 
     def unforeseen(probe, work, index, micro_batch, tiles, predicted):

@@ -225,7 +225,7 @@ def test_a_signal_finishes_the_step_checkpoints_and_stops(number: signal.Signals
     with pytest.raises(Stopped, match=f"stopped by {number.name} at step 1 of epoch 1 of cell 2") as stopped:
         fit(asked, path, data=rows, callback=heard)
     assert stopped.value.exit_code == 128 + number
-    assert any("once more ends at once" in note for note in heard.notes)
+    assert any("a second signal ends at once" in note for note in heard.notes)
     assert any(f"resume with: edgetrain fit --resume --run-dir {path}" in note for note in heard.notes)
     assert signal.getsignal(number) is before
     last = RunFolder(path).last()

@@ -54,7 +54,7 @@ def projection(node):
 
 
 class Remembers(sll.Cell):
-    """Keeps what it handed on, for the classifier."""
+    """Keeps what it emitted, for the classifier."""
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named)

@@ -129,7 +129,7 @@ def test_a_run_whose_system_runs_out_of_memory_checkpoints_now(tmp_path: Path, m
 
 
 def fails(monkeypatch: pytest.MonkeyPatch, times: int, error: Exception, visit: int = 2) -> None:
-    """Let the first so many tries of training end with ``error`` in their second visit."""
+    """Let the first tries of training end with ``error`` in their second visit."""
     carry_out, state = Trainer._train, {"left": times, "visit": 0}
 
     def failing(self: Trainer, *arguments: Any) -> Any:
@@ -160,7 +160,7 @@ def test_out_of_memory_is_said_and_tried_once_more_with_smaller_micro_batches(
     said = [note for note in heard.notes if "memory ran out" in note]
     assert len(said) == 1
     assert "trying once more, with micro-batches of 16" in said[0]
-    assert "foresees a peak of" in said[0]
+    assert "predicted peak was" in said[0]
     assert run.record.cells[1].train_loss == pytest.approx(plain.record.cells[1].train_loss, rel=1e-3)
 
 

@@ -1,6 +1,6 @@
-"""Run folders of strangers: tensors, journals and rates are read right, or refused in one line that names the file.
+"""Untrusted run folders: tensors, journals and rates are read right, or refused in one line that names the file.
 
-``pytest tests/strangers/test_fuzzed_store_files.py``; ``EDGETRAIN_EXAMPLES=10000`` tries more.
+``pytest tests/untrusted/test_fuzzed_store_files.py``; ``EDGETRAIN_EXAMPLES=10000`` tries more.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""No file of a stranger is ever run: no pickle, no eval, no archive unpacked by its own names.
+"""No untrusted file is ever run: no pickle, no eval, no archive unpacked by its own names.
 
-``pytest tests/strangers/test_no_foreign_code.py``.
+``pytest tests/untrusted/test_no_foreign_code.py``.
 """
 
 from __future__ import annotations

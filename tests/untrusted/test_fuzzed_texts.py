@@ -1,6 +1,6 @@
-"""Reviews, tables of texts and tar archives of strangers are read right, or refused in one line that names the file.
+"""Untrusted reviews, tables of texts and tar archives are read right, or refused in one line that names the file.
 
-``pytest tests/strangers/test_fuzzed_texts.py``; ``EDGETRAIN_EXAMPLES=10000`` tries more.
+``pytest tests/untrusted/test_fuzzed_texts.py``; ``EDGETRAIN_EXAMPLES=10000`` tries more.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def test_a_link_or_a_device_is_never_made(number: int, tmp_path: Path) -> None:
 
 
 def packed(head: bytes, block: bytes, times: int) -> bytes:
-    """``head`` and so many blocks of a MiB, as gzip."""
+    """``head`` and ``blocks`` blocks of a MiB, as gzip."""
     out = io.BytesIO()
     with gzip.GzipFile(fileobj=out, mode="w", compresslevel=1) as file:
         file.write(head)

@@ -1,4 +1,4 @@
-"""What strangers send: damaged bytes, extreme numbers, odd words; and what may come of it."""
+"""Untrusted input: damaged bytes, extreme numbers, odd words; and the allowed outcomes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUMBERS = sorted({0, 2, 3, 7, *(sign * ((1 << bits) + by) for bits in _BITS for 
 
 
 def fuzzing(examples: int) -> settings:
-    """Settings of a property that tries so many examples, or ``EDGETRAIN_EXAMPLES`` where that is set."""
+    """Settings of a property that tries ``count`` examples, or ``EDGETRAIN_EXAMPLES`` where that is set."""
     return settings(
         max_examples=int(os.environ.get("EDGETRAIN_EXAMPLES", examples)),
         deadline=None,
@@ -64,7 +64,7 @@ def refused(call: Callable[[], object], kind: type[EdgetrainError], message: str
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes, changes: int = 4) -> bytes:
-    """``content`` after up to so many changes: bytes, numbers, cuts, insertions, repetitions."""
+    """``content`` after up to ``most`` changes: bytes, numbers, cuts, insertions, repetitions."""
     found = bytearray(content)
     for _ in range(draw(st.integers(0, changes))):
         draw(st.sampled_from(_CHANGES))(draw, found)

@@ -1,6 +1,6 @@
-"""Images, arrays and labels of strangers are read right, or refused in one line that names the file.
+"""Untrusted images, arrays and labels are read right, or refused in one line that names the file.
 
-``pytest tests/strangers/test_fuzzed_data_files.py``; ``EDGETRAIN_EXAMPLES=10000`` tries more.
+``pytest tests/untrusted/test_fuzzed_data_files.py``; ``EDGETRAIN_EXAMPLES=10000`` tries more.
 """
 
 from __future__ import annotations

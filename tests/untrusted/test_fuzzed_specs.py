@@ -1,6 +1,6 @@
-"""What strangers write for a net, data, constants, a device or a profile is read, or refused in one line.
+"""Untrusted text for a net, data, constants, a device or a profile is read, or refused in one line.
 
-``pytest tests/strangers/test_fuzzed_specs.py``; ``EDGETRAIN_EXAMPLES=10000`` tries more.
+``pytest tests/untrusted/test_fuzzed_specs.py``; ``EDGETRAIN_EXAMPLES=10000`` tries more.
 """
 
 from __future__ import annotations
