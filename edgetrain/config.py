@@ -305,10 +305,13 @@ def parse_size(text: str, unit: str) -> float:
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     hints = get_type_hints(Settings)
     found = {}
-    known = [*_OTHER_VARIABLES, *(f"EDGETRAIN_{setting.name.upper()}" for setting in fields(Settings))]
+    known = [setting.name.upper() for setting in fields(Settings)]
     for variable in environment:
-        if variable.startswith("EDGETRAIN_") and variable not in known:
-            raise InputError(f"{variable}: unknown setting{did_you_mean(variable, known)}")
+        name = variable.removeprefix("EDGETRAIN_")
+        if name == variable or name in known or variable in _OTHER_VARIABLES:
+            continue
+        if close := difflib.get_close_matches(name[:_SEARCHED], known, 1):  # others may be somebody else's
+            raise InputError(f"{variable}: unknown setting; did you mean 'EDGETRAIN_{close[0]}'?")
     for setting in fields(Settings):
         variable = f"EDGETRAIN_{setting.name.upper()}"
         if setting.name != "data" and variable in environment:

@@ -116,7 +116,7 @@ def test_more_threads_than_cores_are_a_warning(monkeypatch: pytest.MonkeyPatch) 
 def test_misspelt_variables_are_refused() -> None:
     with pytest.raises(InputError, match="EDGETRAIN_EPOCH: unknown setting; did you mean 'EDGETRAIN_EPOCHS'"):
         resolve({}, None, {"EDGETRAIN_EPOCH": "3"})
-    resolve({}, None, {"EDGETRAIN_DATA": "x", "EDGETRAIN_DEBUG": "1", "HOME": "/"})
+    resolve({}, None, {"EDGETRAIN_DATA": "x", "EDGETRAIN_DEBUG": "1", "EDGETRAIN_XYZZY": "1", "HOME": "/"})
 
 
 def test_one_class_is_refused() -> None:
