@@ -52,13 +52,14 @@ def fit(
         profile: name or path of a profile to start from.
         resume: continue the run in ``run_dir``, which must be given; start it if the folder is missing or empty.
         force: replace the run in ``run_dir``.
-        callback: is told of progress; by default nobody is.
+        callback: receives progress and notes.
         tensorboard: write TensorBoard's event files into the run folder.
         **settings: any field of ``edgetrain.config.Settings``, e.g. ``max_gpu_mb=512``.
 
     Raises:
         EdgetrainError: see ``edgetrain.errors``; nothing is left half-written.
-        Stopped: a signal came, or ``time_limit`` is over; what was done is in a checkpoint, ``resume=True`` goes on.
+        Stopped: a signal came, or ``time_limit`` is over; ``resume=True`` continues
+            from the checkpoint.
     """
     if resume and run_dir is None:
         raise InputError("resume=True needs run_dir, the folder of the run to resume")
@@ -115,7 +116,7 @@ def append_cells(run: Run, net: Any, data: Any = None, callback: Callback | None
         run: the finished run.
         net: a longer net that begins with the run's cells.
         data: the run's data again, if they were arrays.
-        callback: is told of progress.
+        callback: receives progress and notes.
         **settings: for the new cells, such as ``epochs`` and ``lr``.
 
     Raises:

@@ -64,7 +64,7 @@ class DivergedError(EdgetrainError):
 class Stopped(BaseException):
     """Training was asked to stop, by a signal or a time limit; what was done is in a checkpoint.
 
-    Like ``KeyboardInterrupt`` it is no ``Exception``: code that goes on after errors must not go on after this.
+    Like ``KeyboardInterrupt`` it is not an ``Exception``: code that handles errors must not continue after this.
     """
 
     def __init__(self, message: str, exit_code: int):
@@ -73,7 +73,12 @@ class Stopped(BaseException):
 
 
 class EdgetrainWarning(UserWarning):
-    """Something is not as it should be, and edgetrain goes on without it."""
+    """Something is not as it should be; edgetrain continues without it."""
+
+
+class DiagnosticWarning(EdgetrainWarning):
+    """A cell does not learn, or a setting is probably a mistake."""
+
 
 
 def shown(value: object) -> str:

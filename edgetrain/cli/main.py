@@ -31,7 +31,7 @@ COMMANDS = {
 }
 EPILOG = """\b
 Exit codes: 0 done; 2 wrong input; 3 disk or I/O; 4 corrupt file; 5 run folder in use;
-  6 the budget cannot hold it; 7 training diverged; 70 a bug of ours;
+  6 the budget cannot hold it; 7 training diverged; 70 internal error;
   130, 143, 129 stopped by SIGINT, SIGTERM or --time-limit, SIGHUP, after a checkpoint.
 
 Example: edgetrain fit --data mnist --net mlp:1000x2 --max-gpu-mb 64"""
@@ -123,7 +123,7 @@ def _unforeseen(error: BaseException) -> tuple[int, str]:
         return 6, f"out of memory, although the plan fitted: {error}; state a smaller --max-gpu-mb"
     if isinstance(error, OSError):
         return 3, f"{error.filename or 'I/O'}: {error.strerror or error}"
-    return 70, f"a bug of edgetrain: {type(error).__name__}: {error}; please report it with --debug's output"
+    return 70, f"internal error: {type(error).__name__}: {error}; please report it with --debug's output"
 
 
 def _end(code: int, line: str, debug: bool) -> NoReturn:

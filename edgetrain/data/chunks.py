@@ -41,7 +41,7 @@ def byte_rows(stream: ByteStream, rows: int, row_bytes: int, where: str) -> Iter
     """Chunks [n, row_bytes], uint8, each in memory of its own; together ``rows`` rows.
 
     Raises:
-        CorruptError: the stream ends before the last row or goes on behind it.
+        CorruptError: the stream ends before the last row or continues after it.
         InputError: a row is too large.
     """
     step = rows_per_chunk(row_bytes, where)

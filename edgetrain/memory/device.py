@@ -98,7 +98,7 @@ class Cuda:
         self.default_generators[device.index].manual_seed(key)
 
     def page_locked(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Host memory, uninitialised, that the device can copy from and to while the host goes on."""
+        """Host memory, uninitialised, that the device can copy from and to while the host continues."""
         import torch
 
         return torch.empty(shape, dtype=dtype, pin_memory=True)

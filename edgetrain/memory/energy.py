@@ -42,7 +42,7 @@ _COUNTER_EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class Sensor:
-    """Something that tells energy.
+    """An energy sensor.
 
     Attributes:
         name: what it is, and of what.
@@ -115,7 +115,7 @@ class EnergyMeter:
 
 
 def sensor_of(device: torch.device, sysfs: Path = SYSFS) -> Sensor | None:
-    """The sensor that tells a device's energy, if this machine has one that can be read."""
+    """The energy sensor of a device, if this machine has one that can be read."""
     if device.type == "cuda" and not devices.is_integrated(device):
         return _gpu(device)
     if device.type == "mps":

@@ -58,7 +58,7 @@ def copies(device: torch.device) -> Copies | None:
 
 
 def copies_async(device: torch.device) -> bool:
-    """Whether a copy to the device may go on while the host does: on CUDA only.
+    """Whether a copy to the device may run while the host continues: on CUDA only.
 
     MPS would read a host buffer after it was filled again (pytorch issues 139550, 189690).
     """

@@ -38,7 +38,7 @@ class CellRecipe:
         body_shape: of one sample of the activations before pooling (``Layer.body``), where it differs
             from ``out_shape``; else ``None``.
         needs_values: whether the module fails on fake tensors, which have shapes but no values.
-        behaviour: numbers that a user's module came to in its trial, by which it is known again.
+        behaviour: outputs of a user's module in its trial, by which it is recognised.
         tied: tensors that are tensors of earlier cells too.
         kept_bytes: host memory that a user's module takes between visits.
     """
@@ -73,7 +73,7 @@ class CellRecipe:
             return self.build()
 
     def fingerprints(self) -> list[Fingerprint]:
-        """By what the cell is known again; a recipe of several cells gives one for each."""
+        """By what the cell is recognised; a recipe of several cells gives one for each."""
         return [Fingerprint(self.name, xxhash.xxh3_64_hexdigest(repr(self.signature).encode()), self.behaviour)]
 
     def parameters(self) -> int:

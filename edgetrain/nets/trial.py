@@ -53,7 +53,7 @@ class Trial:
             another reason.
         changes_input: whether it changes its input in place, and therefore gets a copy of it.
         needs_values: whether it fails on fake tensors, which have shapes but no values.
-        behaviour: numbers that its output comes to with fixed weights on fixed rows; empty where they are not
+        behaviour: numbers of its output with fixed weights on fixed rows; empty if they are not
             finite.
     """
 

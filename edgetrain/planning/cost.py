@@ -29,7 +29,7 @@ class OperationTime(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         rates: of the machine.
-        overlaps: whether calls go on while the device computes (CUDA).
+        overlaps: whether calls return while the device computes (CUDA).
     """
 
     def __init__(self, rates: Rates, overlaps: bool):
@@ -84,7 +84,7 @@ class _Work:
 
 
 def visit_times(work: Workload, plan: Plan, rates: Rates, page_cache: int) -> list[VisitTime]:
-    """Of each cell and of the classifier; streams go on behind the computation, so the slowest tells.
+    """Of each cell and of the classifier; streams run beside the computation, so the slowest counts.
 
     Args:
         work: the run.

@@ -32,10 +32,10 @@ class Visit:
         emit: ``training``: latents from before each update, in step order; ``finished``: after the
             steps, from the finished cell, in sample order, of all samples. The others train nothing, but let a
             finished cell emit a range: ``again``: in the order of the epoch's steps; ``onward``: in sample
-            order, for the next cell to go on with; ``cached``: into the latents of all samples.
+            order, for the next cell; ``cached``: into the latents of all samples.
         frees: latents that are not read after this visit until they are emitted again.
         final: whether this visit finishes the cell's training.
-        frontier: whether the run can go on from here with the cells of a checkpoint alone, without any latents
+        frontier: whether the run can continue from here with the cells of a checkpoint alone, without any latents
             that only unfinished cells could have emitted.
     """
 
@@ -172,7 +172,7 @@ def sequence(
 
 
 def frontier_before(visits: Sequence[Visit], number: int) -> int:
-    """Where to go on from, so as to come to a visit with all that it reads: behind the last frontier before it."""
+    """Where to continue so that a visit finds all that it reads: after the last frontier before it."""
     while number and not visits[number - 1].frontier:
         number -= 1
     return number

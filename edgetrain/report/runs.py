@@ -30,7 +30,7 @@ class ShownRun:
     Attributes:
         path: its folder.
         record: what it measured; of an unfinished run what its newest checkpoint knows; ``None`` if nothing is known.
-        finished: whether it came to its end.
+        finished: whether the run is finished.
         settings: as it was begun, or ``None``.
         config: the same as text.
         problems: what is missing or damaged, in sentences.

@@ -1,4 +1,4 @@
-"""What a run tells while it goes, as TensorBoard's event files in the run folder."""
+"""Progress of a run as TensorBoard event files in the run folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgetrain.units import MIB, to_mb
 
 @contextmanager
 def logged(callback: Callback, asked: bool = True) -> Iterator[Callback]:
-    """A callback that tells the given one and, if asked, TensorBoard; what is left is written at the end.
+    """The given callback and, if asked, one for TensorBoard, which is closed at the end.
 
     Raises:
         InputError: the package is not installed.

@@ -33,7 +33,7 @@ Files = dict[FileName, dict[FileName, FileEntry]]
 
 
 class Fingerprint(Struct, frozen=True, array_like=True):
-    """By what a cell is known again.
+    """By what a cell is recognised.
 
     Attributes:
         name: of the cell.
@@ -47,7 +47,7 @@ class Fingerprint(Struct, frozen=True, array_like=True):
 
 
 class MethodFingerprint(Struct, frozen=True):
-    """By what a method of the user's own is known again.
+    """By what a user's own method is recognised.
 
     Attributes:
         name: of the method.

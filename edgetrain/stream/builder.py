@@ -38,7 +38,7 @@ class Builder:
 
         Args:
             index: of the node; the number of cells for the classifier.
-            tiles: in how many tiles the cell comes to the device.
+            tiles: number of tiles in which the cell is trained.
             state: host tensors to start from; ``None``: first weights, drawn from the cell's key.
             shapes: cell and head on the meta device, to be given room but no values (a dry run).
         """

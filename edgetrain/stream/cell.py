@@ -67,7 +67,7 @@ class Cell(Protocol):
 
     @property
     def tiles(self) -> int:
-        """In how many tiles it comes to the device."""
+        """Number of tiles in which it is trained."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""What a backward pass needs waits on the host until the pass comes to it."""
+"""Saved tensors of a backward pass wait on the host until the pass needs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cell that comes to the device in tiles: the exact step in two sweeps over them.
+"""A cell that is trained in tiles: the exact step in two sweeps over them.
 
 A local objective sees a wide cell only through a statistic that is a sum over its units, so that a step can be
 done with one tile on the device at a time (Mono-Forward: S are the logits):

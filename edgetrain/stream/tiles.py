@@ -117,7 +117,7 @@ class TiledCell(Tiled):
         _cut(whole, axis, units).copy_(value)
 
     def _part(self, units: slice, first: bool) -> CellState:
-        """What a tile starts from; the first one has what belongs to no unit."""
+        """The state of a tile; the first one has the tensors that are not split across units."""
         state = self._state
         head = {name: self._axis(f"head.{name}") for name in state.head}
         optimizer = {slot: self._axis(slot[1]) for slot in state.optimizer} if self._has_stepped else {}
@@ -132,7 +132,7 @@ class TiledCell(Tiled):
         )
 
     def _axis(self, owner: str) -> int | None:
-        """The axis of the units of a learned tensor (``cell.*`` or ``head.*``); ``None``: it belongs to no unit."""
+        """The axis of the units of a learned tensor (``cell.*`` or ``head.*``); ``None``: it is not split."""
         kind, _, name = owner.partition(".")
         return 0 if kind == "cell" else (self.objective.tile_axes or {}).get(name)
 
@@ -169,7 +169,7 @@ def build_cell(
 
 
 def _cut(whole: Tensor, axis: int | None, units: slice) -> Tensor:
-    """The part of a cell's tensor that belongs to some of its units; all of it where it belongs to none."""
+    """The part of a cell's tensor for some of its units; all of it if it is not split across units."""
     if axis is None or whole.ndim == 0:
         return whole
     return whole.narrow(axis, units.start, units.stop - units.start)

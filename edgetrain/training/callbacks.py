@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgetrain.errors import EdgetrainWarning
+from edgetrain.errors import DiagnosticWarning
 from edgetrain.planning.plan import Plan
 from edgetrain.record import RunRecord
 
@@ -53,7 +53,7 @@ class Callback:
 
     def warn(self, text: str) -> None:
         """Something that probably needs attention, such as a cell that does not learn; by default a Python warning."""
-        warnings.warn(EdgetrainWarning(text), stacklevel=2)
+        warnings.warn(DiagnosticWarning(text), stacklevel=2)
 
     def stepped(self, progress: Progress) -> None:
         """Some steps were done; called a few times a second at most."""

@@ -88,7 +88,7 @@ def _holds(visit: Visit, step: int) -> bool:
 
 @dataclass(frozen=True)
 class Digests:
-    """Of the prepared rows of a data set, by which they are known again.
+    """Of the prepared rows of a data set, by which they are recognised.
 
     Attributes:
         data: of the training rows.

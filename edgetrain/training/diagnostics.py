@@ -1,4 +1,4 @@
-"""What a person would look at while a run goes on: cells that do not learn, are dead, or get worse."""
+"""What a person would look for during a run: cells that do not learn, are dead, or get worse."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Hot-plugging: change one cell of a finished run and leave the earlier ones untouched.
 
-A cell learns from what the cells before it emit, and from nothing behind it. So a run can be taken up
+A cell learns from what the cells before it emit, and from nothing behind it. So a run can be continued
 again after any finished cell: the cells that stay emit their latents once more, and the new ones are trained
 as under the ``separate`` schedule, whatever schedule the run had. What is behind a changed cell has to go
 or to be trained again, and so has a classifier on all cells' latents.
@@ -93,7 +93,7 @@ def append(
             which cells were dropped before.
         changes: settings for the new cells, such as ``epochs`` and ``lr``.
         data: the run's data set, if it was given in memory.
-        callback: is told of progress.
+        callback: receives progress and notes.
         method: the run's method again, if it is your own class: the class or ``file.py:Class``.
 
     Raises:
@@ -189,7 +189,7 @@ class _Finished:
 
 @dataclass(frozen=True)
 class _Edit:
-    """A run that is taken up again.
+    """A finished run that is continued.
 
     Attributes:
         before: the run as it stands.

@@ -58,7 +58,7 @@ def fit(
         data: a data set instead of ``settings.data``.
         resume: resume from the folder's newest checkpoint; a finished run is returned as it is.
         force: remove the folder's run first.
-        callback: is told of progress.
+        callback: receives progress and notes.
         method: a class instead of ``settings.method``.
 
     Raises:
@@ -159,7 +159,7 @@ def _check_folder(folder: RunFolder, resume: bool, force: bool) -> bool:
         return folder.last() is not None
     if not force:
         kind = "a run" if folder.is_run() else "files that are no run of edgetrain"
-        hint = "use --resume to go on with it, --force to replace it, or" if folder.is_run() else ""
+        hint = "use --resume to continue it, --force to replace it, or" if folder.is_run() else ""
         raise InputError(f"{folder.path}: exists and holds {kind}; {hint} choose another --run-dir".replace("  ", " "))
     if not folder.is_run():
         raise InputError(f"{folder.path}: holds no edgetrain run, so --force does not remove it")

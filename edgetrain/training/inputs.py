@@ -72,7 +72,7 @@ class Shape:
 
 
 def digest(rows: Prepared) -> str:
-    """A checksum of prepared rows and their labels, in hex, to know them again."""
+    """A checksum of prepared rows and their labels, in hex, to recognise them."""
     return rows.x.digest() + ("" if rows.y is None else rows.y.digest())
 
 

@@ -15,7 +15,7 @@ from edgetrain.data.augment import Augmentation
 from edgetrain.data.base import DataSet
 from edgetrain.data.layout import Reading
 from edgetrain.data.specs import absolute, open_data
-from edgetrain.errors import EdgetrainWarning, InputError
+from edgetrain.errors import DiagnosticWarning, InputError
 from edgetrain.memory import device as devices
 from edgetrain.memory import rates
 from edgetrain.memory.threads import thread_limit
@@ -237,7 +237,7 @@ def _check_threads(settings: Settings) -> None:
     cores = os.cpu_count() or 1
     if settings.threads is not None and settings.threads > cores:
         warnings.warn(
-            EdgetrainWarning(f"--threads {settings.threads}: this machine has {cores} cores, so that is slow"),
+            DiagnosticWarning(f"--threads {settings.threads}: this machine has {cores} cores, so that is slow"),
             stacklevel=2,
         )
 

@@ -57,7 +57,7 @@ class LatentCache:
         self._held[0] = inputs
 
     def make(self, visit: Visit, goes_on: bool = False) -> Latents:
-        """Where the visit's cell emits to; a visit that goes on emits behind what it emitted before."""
+        """Where the visit's cell emits to; a visit that continues appends to what it emitted before."""
         number = visit.node + 1
         self._stale.discard(number)
         if goes_on or (visit.emit == "cached" and visit.first > 0):

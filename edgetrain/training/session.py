@@ -81,7 +81,7 @@ class _Surroundings:
 def _train_or_retry(
     job: Job, plan: Plan, around: _Surroundings, inputs: Inputs | None
 ) -> tuple[Plan, RunRecord, Trainer, Prepared | None]:
-    """Train; if memory runs out all the same, or latents are damaged, say so and go on once from the newest checkpoint.
+    """Train; if memory runs out or latents are damaged, say so and retry once from the newest checkpoint.
 
     Raises:
         BudgetError: memory ran out, and there is nothing smaller to try.
@@ -96,7 +96,7 @@ def _train_or_retry(
         except DamagedLatentsError as error:
             if retried:
                 raise
-            around.callback.note(f"{error}; going on from the newest checkpoint, with latents made anew")
+            around.callback.note(f"{error}; resuming from the newest checkpoint, with new latents")
         except Exception as error:
             if not devices.is_out_of_memory(error):
                 raise

@@ -1,4 +1,4 @@
-"""What changes around a run while it goes on: other programs take memory, the device slows down.
+"""What changes around a run: other programs take memory, the device slows down.
 
 Seen and said, each once; and a run that is about to lose its memory to the system saves a checkpoint first.
 """

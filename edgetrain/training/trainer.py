@@ -69,7 +69,7 @@ class Trainer:
         labels: of the training rows.
         input_state: how inputs were scaled, saved with the cells.
         meter: watches the device side.
-        callback: is told of progress.
+        callback: receives progress and notes.
         choices: see ``Choices``.
         stop: asked whether to end early.
         energy: joules of the device so far, or ``None``.
@@ -160,7 +160,7 @@ class Trainer:
     def _take_up(self, position: Position) -> None:
         """Bring everything to where the newest checkpoint stood."""
         if position != Position.before(0, self._visits):
-            self._callback.note(f"going on {self._where(position)}; finished cells emit their latents again")
+            self._callback.note(f"resuming {self._where(position)}; finished cells emit their latents again")
         self._begin()
         for visit in self._visits[: position.done]:
             if not self._replay(visit):
@@ -230,7 +230,7 @@ class Trainer:
         """Train all steps of a visit, with checkpoints between them when they are due.
 
         Args:
-            begun: where the visit begins, or goes on.
+            begun: where the visit begins, or continues.
             visit: which.
             train: does steps from one on until the visit ends or it is told to pause; returns where it stands.
 
@@ -256,7 +256,7 @@ class Trainer:
         return self._read(tally, visit)
 
     def _emit_range(self, visit: Visit, following: int | None) -> bool:
-        """Let a finished cell emit a range of its latents again; whether it came to the end."""
+        """Let a finished cell emit a range of its latents again; whether it finished."""
         work, node = self._work, visit.node
         cell = self._cells.visit(node, changes=False)
         if following is not None and following not in (node, work.depth):
@@ -279,7 +279,7 @@ class Trainer:
         return all(self._emit_span(cell, reader, out, span) for span in spans)
 
     def _emit_span(self, cell: Cell, reader: Reader, out: Latents, span: Span) -> bool:
-        """Emit until the end, or until the run is to stop; whether it came to the end."""
+        """Emit until the end, or until the run is to stop; whether it finished."""
         sink = out.sink()
         outputs = Outputs(sink=sink, base=span.epoch * span.rows)
         try:
@@ -329,7 +329,7 @@ class Trainer:
             self._label_source = labels.source()
 
     def _replay(self, visit: Visit) -> bool:
-        """Emit again the latents that a finished cell left behind before the checkpoint; whether it came to the end."""
+        """Emit again the latents that a finished cell left behind before the checkpoint; whether it finished."""
         whole = True
         if visit.emit == "finished":
             cell = self._cells.visit(visit.node, changes=False)

@@ -97,7 +97,7 @@ def test_a_run_whose_terminal_is_gone_still_checkpoints(gone: str, whole: bytes,
     second = started(tmp_path, "--resume", words=["--run-dir", "run"])
     _, err = second.communicate(timeout=120)
     assert second.returncode == 0, err
-    assert "going on at step" in err
+    assert "resuming at step" in err
     assert cells(tmp_path / "run") == whole
 
 

@@ -195,7 +195,7 @@ def test_an_edit_that_was_interrupted_is_resumed_to_the_same_files(tmp_path, mon
     told: list[str] = []
     run = edits.append(tmp_path / "run", THREE, callback=Notes(told))
     assert saved
-    assert any("going on" in note for note in told)
+    assert any("resuming" in note for note in told)
     assert not (tmp_path / "run" / "edit").exists()
     assert files(tmp_path / "run") == files(tmp_path / "three")
     assert len(run.record.edits) == 1
