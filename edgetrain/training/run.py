@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from pickle import PicklingError
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -94,11 +93,11 @@ class Run:
         """Pickled as its folder, which must be there when it is unpickled.
 
         Raises:
-            PicklingError: its net or method is the user's own code.
+            TypeError: its net or method is the user's own code.
         """
         for name, spec in (("net", self.settings.net), ("method", self.settings.method)):
             if is_own(spec) or spec in ("modules", CLASS):
-                raise PicklingError(
+                raise TypeError(
                     f"{self.path}: its {name} is your own code; pickle the path, and open the run with"
                     f" edgetrain.open_run(path, {name}=...)"
                 )

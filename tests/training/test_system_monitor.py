@@ -157,7 +157,7 @@ def test_out_of_memory_is_said_and_tried_once_more_with_smaller_micro_batches(
     run = fit(asked(checkpoint_every=checkpoint_every), tmp_path / "run", data=data(), callback=heard)
     assert [cell.micro_batch for cell in run.record.cells] == [16, 16]
     assert read_profile(tmp_path / "run" / "config.toml")["plan"]["micro_batch"] == 16
-    said = [note for note in heard.notes if "memory ran out" in note]
+    said = [note for note in heard.notes if "out of memory although" in note]
     assert len(said) == 1
     assert "trying once more, with micro-batches of 16" in said[0]
     assert "predicted peak was" in said[0]
@@ -168,14 +168,14 @@ def test_out_of_memory_twice_is_exit_code_6_and_what_was_saved_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fails(monkeypatch, 2, torch.cuda.OutOfMemoryError("CUDA out of memory."))
-    with pytest.raises(BudgetError, match="memory ran out, .* state a smaller"):
+    with pytest.raises(BudgetError, match="out of memory although .* state a smaller"):
         fit(asked(), tmp_path / "run", data=data())
     assert not (tmp_path / "run").exists()
 
 
 def test_batches_that_cannot_be_split_are_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fails(monkeypatch, 1, torch.cuda.OutOfMemoryError("CUDA out of memory."))
-    with pytest.raises(BudgetError, match="memory ran out"):
+    with pytest.raises(BudgetError, match="out of memory although"):
         fit(asked(method="predsim"), tmp_path / "run", data=data())
 
 
