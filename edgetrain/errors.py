@@ -80,7 +80,6 @@ class DiagnosticWarning(EdgetrainWarning):
     """A cell does not learn, or a setting is probably a mistake."""
 
 
-
 def shown(value: object) -> str:
     """A wrong value as a message quotes it; what is too deep or too long for Python to print, by its type."""
     try:
