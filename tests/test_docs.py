@@ -40,6 +40,25 @@ def test_every_command_runs(page: str, tmp_path: Path, monkeypatch: pytest.Monke
         assert capsys.readouterr().out, command
 
 
+def test_the_readme_prints_what_its_commands_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Accuracies may differ a little between machines; what a plan says may not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plan, fit, evaluate, _ = commands(README)
+    _, planned, evaluated = blocks(README, "text")
+    cli.main(shlex.split(plan)[1:], standalone_mode=False)
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert printed[: len(planned.splitlines())] == planned.splitlines()
+    for command in (fit, evaluate):
+        capsys.readouterr()
+        cli.main(shlex.split(command)[1:], standalone_mode=False)
+    found, expected = (
+        [float(number) for number in re.findall(r"0\.\d{4}", text)] for text in (capsys.readouterr().out, evaluated)
+    )
+    assert len(found) == len(expected) == 2
+    assert found == pytest.approx(expected, abs=0.03)
+
+
 def test_the_python_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     exec("\n".join(blocks(PAGES["python"], "python")), {})

@@ -395,7 +395,7 @@ class _Chooser:
             key = index, found.micro, found.tiles
             if self._probe is None or key in self._scratch or not self.fits(found.peak.bytes):
                 return replace(found, scratch=self._scratch.get(key, 0))
-            self._scratch[key] = self._probe.unforeseen(self._work, *key, found.peak)
+            self._scratch[key] = self._probe.scratch_bytes(self._work, *key, found.peak)
 
     def _choose(self, index: int) -> _Choice:
         work, node = self._work, self._work.nodes[index]

@@ -26,10 +26,10 @@ class Probe:
     def __init__(self, budget: int | None):
         self._budget = budget
 
-    def unforeseen(self, work: Workload, index: int, micro_batch: int, tiles: int, predicted: Peak) -> int:
+    def scratch_bytes(self, work: Workload, index: int, micro_batch: int, tiles: int, predicted: Peak) -> int:
         """Bytes that a visit to cell ``index`` reserves beyond the predicted peak.
 
-        Where memory runs out, as many as bring the peak beyond the budget.
+        If memory runs out, enough to exceed the budget.
         """
         try:
             with devices.running_on(work.device, self._budget):

@@ -113,8 +113,8 @@ def _beside_parameters(work: Workload, node: Node) -> tuple[int, int]:
 def disk_bytes(work: Workload, params: int, placement: str, cut: Cut = WHOLE, budget: int | None = None) -> int:
     """The most that the run folder holds: inputs, the latents needed at once, cells, the model, and the rest.
 
-    Latents on the device are written by checkpoints within an epoch; where a ``budget`` has no room for that, the run
-    does without such checkpoints.
+    Latents on the device are written by checkpoints within an epoch; if ``budget`` is too small for that, the run
+    skips such checkpoints.
     """
     on_device = placement == "resident" and (budget is not None or not work.emits_in_training)
     latents = 0 if on_device else latents_held(work, cut)

@@ -105,7 +105,7 @@ class PlainProgress(callbacks.Callback):
         print(f"{_where(progress)}  {', '.join(parts)}", file=sys.stderr)
 
 
-_REST = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what a narrow terminal has no room for is cut off
+_REST = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # truncated on a narrow terminal
 
 
 class LiveProgress(callbacks.Callback):

@@ -22,7 +22,7 @@ from edgetrain.stream.state import CellState
 
 
 class Shelf(Protocol):
-    """Where cells go that the host tier has no room for (``store.units.UnitFiles``)."""
+    """Stores cells that do not fit into the host tier (``store.units.UnitFiles``)."""
 
     def spill(self, unit: str, kinds: Mapping[str, Mapping[str, torch.Tensor]]) -> Spilled:
         """Put a cell on disk for a while."""
@@ -54,7 +54,7 @@ class CellStream:
         place: makes a cell on the device from its state (``None``: its first weights).
         device: where that is.
         meter: watches the device side.
-        shelf: takes cells that the host tier has no room for.
+        shelf: stores cells that do not fit into the host tier.
         host_bytes: size of the host tier.
         keep: leave cells on the device when the next one comes.
     """

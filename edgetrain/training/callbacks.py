@@ -43,7 +43,7 @@ class Progress:
 
 
 class Callback:
-    """Is told what a run does and changes nothing of it; by default it shows nothing."""
+    """Receives the progress of a run. The methods of this class do nothing, except that ``warn`` warns."""
 
     def planned(self, plan: Plan, record: RunRecord) -> None:
         """The plan fits and the run begins."""
@@ -66,7 +66,7 @@ class Callback:
 
 
 class CallbackList(Callback):
-    """Tells several callbacks the same."""
+    """Calls several callbacks in turn."""
 
     def __init__(self, callbacks: Sequence[Callback]):
         self._callbacks = callbacks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -85,7 +86,7 @@ class Run:
         record = self.record
         accuracy = "unknown" if record.test_accuracy is None else f"{record.test_accuracy:.4f}"
         return (
-            f"Run({str(self.path)!r}: {record.method} on {self.shape.name}, {len(record.cells)} cells,"
+            f"Run({str(self.path)!r}: {record.method} on {self.shape.name!r}, {len(record.cells)} cells,"
             f" test accuracy {accuracy})"
         )
 
@@ -432,19 +433,21 @@ def parse_record(text: str, path: Path) -> tuple[RunRecord, Shape]:
         CorruptError: it is not a record.
     """
     try:
-        values = _printable(msgspec.json.decode(text, type=dict[str, Any]))
+        values = msgspec.json.decode(text, type=dict[str, Any])
         shape = msgspec.convert(values.pop("data", None), Shape)
-        record = msgspec.convert(values, RunRecord)
+        record = msgspec.convert(_without_controls(values), RunRecord)
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path / 'record.json'}: is not a record of edgetrain ({error})") from error
     record.run = str(path.absolute())
     return record, shape
 
 
-def _printable(value: Any) -> Any:
-    """JSON without control characters, which a forged record could send to a terminal."""
+def _without_controls(value: Any) -> Any:
+    """JSON whose texts and keys hold no control characters, which a forged record could send to a terminal."""
     if isinstance(value, str):
-        return value if value.isprintable() else "".join(each if each.isprintable() else "\ufffd" for each in value)
+        return "".join("\ufffd" if unicodedata.category(each) == "Cc" else each for each in value)
     if isinstance(value, list):
-        return [_printable(each) for each in value]
-    return {name: _printable(each) for name, each in value.items()} if isinstance(value, dict) else value
+        return [_without_controls(each) for each in value]
+    if isinstance(value, dict):
+        return {_without_controls(name): _without_controls(each) for name, each in value.items()}
+    return value

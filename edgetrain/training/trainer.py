@@ -362,7 +362,7 @@ class Trainer:
         """Save a checkpoint, because the run is to stop, and stop."""
         if self._resident and self._work.emits_in_training and not self._latents.has_room(self._plan.spare_disk):
             self._callback.note(
-                "the disk has no room for what is on the device; the run stops at its newest checkpoint"
+                "not enough disk space to save the latents on the device; the run stops at its newest checkpoint"
             )
         else:
             self._save(position)

@@ -50,6 +50,8 @@ def test_a_forged_record_sends_no_control_characters(tmp_path: Path, capsys: pyt
     run = edgetrain.fit("mlp:4", "digits", run_dir=tmp_path / "r", epochs=1, device="cpu")
     forged = json.loads((run.path / "record.json").read_text())
     forged["cells"][0]["name"] = "a\x1b[31mred\x07"
+    forged["votes"]["\x1b[2Jsum"] = 0.5
+    forged["input"] = "na\u00efve\u00a0\u6f22"
     forged["citations"] = ["\x1b]0;title\x07", "[bold]x"]
     record, _ = parse_record(json.dumps(forged), run.path)
     terminal.show_run(record)
@@ -57,3 +59,4 @@ def test_a_forged_record_sends_no_control_characters(tmp_path: Path, capsys: pyt
     assert "\x1b" not in out
     assert "\x07" not in out
     assert "[bold]x" in out
+    assert record.input == "na\u00efve\u00a0\u6f22"  # letters and spaces of any language stay

@@ -192,7 +192,7 @@ def test_a_simulated_run_that_was_killed_after_every_checkpoint_ends_the_same(tm
 
 
 def test_a_simulated_run_that_runs_out_of_memory_tries_once_more_within_the_same_budget(tmp_path, monkeypatch):
-    monkeypatch.setattr(Probe, "unforeseen", lambda *arguments: 0)  # which would find it
+    monkeypatch.setattr(Probe, "scratch_bytes", lambda *arguments: 0)  # which would find it
     with simulated_cuda(fails_at=300) as cuda:
         limits: list[float] = []
         real = SimulatedCuda.set_per_process_memory_fraction
@@ -249,8 +249,8 @@ def test_scratch_memory_of_kernels_is_found_by_trying_a_cell_of_each_kind(tmp_pa
         assert 30 < found.peak_gpu_mb <= found.predicted_peak_mb <= found.peak_gpu_mb + 22
         with pytest.raises(BudgetError, match="cannot hold"):
             run(tmp_path / "small", placement=placement, max_gpu_mb=30.0)
-        monkeypatch.setattr(Probe, "unforeseen", lambda *arguments: 0)
-        with pytest.raises(BudgetError, match="out of memory|memory ran out|did not predict"):
+        monkeypatch.setattr(Probe, "scratch_bytes", lambda *arguments: 0)
+        with pytest.raises(BudgetError, match="out of memory although the predicted peak was"):
             run(tmp_path / "unseen", placement=placement, max_gpu_mb=30.0)
 
 
@@ -258,11 +258,11 @@ def test_a_cell_of_which_kernels_take_more_gets_smaller_micro_batches(monkeypatc
     """On this device a sample takes 1 MiB more than the dry run predicts."""
     tried = []
 
-    def unforeseen(probe, work, index, micro_batch, tiles, predicted):
+    def scratch_bytes(probe, work, index, micro_batch, tiles, predicted):
         tried.append((index, micro_batch))
         return micro_batch * MIB
 
-    monkeypatch.setattr(Probe, "unforeseen", unforeseen)
+    monkeypatch.setattr(Probe, "scratch_bytes", scratch_bytes)
     asked = settings("mf", device="cuda", **STREAM).with_values({"micro_batch": None})
     with simulated_cuda():
         free = plan_job(open_job(asked, data=data("pixels").set))
