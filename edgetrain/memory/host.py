@@ -7,6 +7,7 @@ mapped files that the system could take back. Its growth says more than its heig
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
@@ -93,7 +94,8 @@ class PeakRss:
             self._sample()
 
     def _sample(self) -> None:
-        with self._lock:
+        """Take one sample; one that cannot be read, as when no more files can be opened, is left out."""
+        with self._lock, contextlib.suppress(OSError):
             mark = (_high_water() or 0) if self._exact else 0
             self._peak = max(self._peak, rss_bytes(), mark)
 

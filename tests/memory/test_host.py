@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -159,3 +161,18 @@ def test_a_full_disk_is_a_storage_error_and_nothing_stays(monkeypatch: pytest.Mo
     with pytest.raises(StorageError, match="No space left"):
         host.disk_rates(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_that_cannot_be_read_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with host.PeakRss(interval_s=0.001) as peak:
+        before = peak.peak_bytes
+
+        def too_many_open_files() -> int:
+            failed.set()
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        failed = threading.Event()
+        monkeypatch.setattr(host, "rss_bytes", too_many_open_files)
+        assert failed.wait(10)  # in the thread; pytest fails a test whose thread raises
+        assert peak.peak_bytes >= before
+    assert peak.peak_bytes >= before
