@@ -70,8 +70,8 @@ def compared(given: dict[str, Any], rounds: int) -> dict[str, Any]:
     job = open_job(settings)
     plan, began = plan_job(job), time.perf_counter()
     timelines.of_run(job.work, plan)
-    timelines.of_backpropagation(job.work, job.net.cells, job.net.options)
-    backprop_peak(job.work, job.net.cells, job.net.options)
+    timelines.of_backpropagation(job.work, job.net)
+    backprop_peak(job.work, job.net)
     return {
         **medians,
         "default / off": medians["default"] / medians["off"],

@@ -45,6 +45,7 @@ class Backpropagation(Objective):
     needs = "labels; any net; holds the whole net and its activations on the device"
     defaults = Defaults(schedule=None, optimizer="adam", lr=1e-3)
     vote = "last"
+    keeps_output = True
     like: ClassVar[str | None] = "mf"
 
     def join(self, recipes: list[CellRecipe]) -> list[CellRecipe]:
@@ -52,7 +53,9 @@ class Backpropagation(Objective):
         return [joined(recipes)]
 
     def head(self, node: Node) -> nn.Module:
-        """The classifier: a linear map [n] -> [C], with bias where the net's layers have one."""
+        """The output layer [n] -> [C]: the net's own, or a linear map with bias where the net's layers have one."""
+        if node.output is not None:
+            return node.output.materialise(node.seed, node.index)
         return nn.Linear(self.width(node.shape), self.classes, bias=self.options["bias"] == "1")
 
     def loss(self, phase: str, cell: nn.Module, head: Any, batch: Batch) -> Step:
@@ -106,10 +109,11 @@ class SingleLayer(Backpropagation):
     citation = "F. Rosenblatt: The Perceptron. Psychological Review 65(6), 1958."
     needs = "labels; takes no net: the classifier alone reads the inputs"
     takes_tokens = False
+    keeps_output = False
     like = None
 
     def join(self, recipes: list[CellRecipe]) -> list[CellRecipe]:
-        """A cell that hands the inputs on as they are, flattened."""
+        """A cell that only flattens the inputs."""
         shape = recipes[0].in_shape
         inputs = prod(shape)
         return [CellRecipe(f"linear {inputs}-{self.classes}", shape, (inputs,), nn.Flatten, ("inputs", shape))]

@@ -29,10 +29,10 @@ def command(profile: str | None, as_json: bool, **flags: Any) -> None:
     with stdout_for_results(), process_state(settings):
         job = open_job(settings)
         plan = plan_job(job)
-        bp = backprop_peak(job.work, list(job.net.cells), job.net.options)
+        bp = backprop_peak(job.work, job.net)
         times = times_of(job, plan)
         _ = plan.min_budget  # cached: finding it runs the user's code, which may print
     if as_json:
         click.echo(json.dumps({"data": job.input, **plan.as_dict(bp, times)}))
     else:
-        show_plan(plan, bp, times, job.input)
+        show_plan(plan, bp, times, [f"data: {job.input}", *job.notes])

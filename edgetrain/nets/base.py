@@ -41,6 +41,7 @@ class CellRecipe:
         behaviour: outputs of a user's module in its trial, by which it is recognised.
         tied: tensors that are tensors of earlier cells too.
         kept_bytes: host memory that a user's module takes between visits.
+        made_of: the modules of a user's net that form the cell, by class, for people.
     """
 
     name: str
@@ -56,6 +57,7 @@ class CellRecipe:
     behaviour: tuple[float, ...] = ()
     tied: tuple[Tie, ...] = ()
     kept_bytes: int = 0
+    made_of: str = ""
 
     @property
     def width(self) -> int:
@@ -89,11 +91,13 @@ class Net:
         spec: what the user wrote, or the name of the user's own net.
         cells: the recipes, first to last.
         options: the options that were in force, for records and for baselines like it.
+        output: the output layer of a user's net that has one, which reads the last cell's latents, flattened.
     """
 
     spec: str
     cells: Sequence[CellRecipe]
     options: Options
+    output: CellRecipe | None = None
 
     @property
     def in_shape(self) -> tuple[int, ...]:

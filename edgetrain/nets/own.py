@@ -3,6 +3,7 @@
 The function returns a list of modules or an ``nn.Sequential``, or yields modules one by one. It is called once,
 under the run's seed, and one copy of each module stays on the host; every visit trains a copy of that.
 A generator is run again for each cell instead, so that a net may be larger than the host's memory.
+``nets/grouping.py`` says which modules form a cell.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from edgetrain.errors import InputError
 from edgetrain.keys import generator, seeded
 from edgetrain.nets.base import CellRecipe, Tie
 from edgetrain.nets.copying import cloned, named_tensors, on_host, on_meta
+from edgetrain.nets.grouping import grouped, is_output, layer_of
 from edgetrain.nets.trial import ROWS, Trial, attributes, check_memory, copy_inputs_of, said, try_module
 from edgetrain.plugins import load
 
@@ -41,11 +43,13 @@ class Inputs:
         shape: of one sample.
         vocabulary: the number of token ids if rows are int64 token ids; ``None``: rows are float32.
         reads: shape of one sample that the method makes of it; a user's first module may read either.
+        classes: a final ``nn.Linear`` with so many outputs is the output layer; ``None``: no module is.
     """
 
     shape: tuple[int, ...]
     vocabulary: int | None
     reads: tuple[int, ...]
+    classes: int | None = None
 
     def candidates(self, seed: int) -> list[Tensor]:
         """Random rows to try the first module on, [ROWS, ...], those that the method would like best first."""
@@ -77,8 +81,21 @@ def load_function(spec: str) -> Build:
     return found
 
 
-def cells(spec: str, build: Build, inputs: Inputs, seed: int) -> list[CellRecipe]:
-    """The recipes of a user's net; its function is called once, and each module tried on a few rows.
+@dataclass(frozen=True)
+class Recipes:
+    """What a user's net is made of.
+
+    Attributes:
+        cells: the recipes of the cells.
+        output: the recipe of the output layer; ``None``: the net has none.
+    """
+
+    cells: list[CellRecipe]
+    output: CellRecipe | None
+
+
+def cells(spec: str, build: Build, inputs: Inputs, seed: int) -> Recipes:
+    """The recipes of a user's net; its function is called once, and each cell tried on a few rows.
 
     Args:
         spec: what the net is called in messages.
@@ -101,7 +118,7 @@ def cells(spec: str, build: Build, inputs: Inputs, seed: int) -> list[CellRecipe
     return _kept(spec, list(whole), inputs, seed)
 
 
-def given(spec: str, modules: Iterable[nn.Module], inputs: Inputs, seed: int) -> list[CellRecipe]:
+def given(spec: str, modules: Iterable[nn.Module], inputs: Inputs, seed: int) -> Recipes:
     """The recipes of modules that exist; these are copied once and never changed.
 
     Raises:
@@ -165,50 +182,93 @@ class _Ties:
         return tuple(found)
 
 
-def _kept(spec: str, modules: Sequence[nn.Module], inputs: Inputs, seed: int) -> list[CellRecipe]:
+def _kept(spec: str, modules: Sequence[nn.Module], inputs: Inputs, seed: int) -> Recipes:
     """Recipes that copy modules which stay on the host."""
-    rows, ties = inputs.candidates(seed), _Ties()
-    recipes: list[CellRecipe] = []
-    for index, module in enumerate(modules):
-        with seeded(seed, "lazy", index):
-            x, trial, _ = _tried(module, rows, _name(spec, index, module))
-        size = sum(value.nbytes for _, value in named_tensors(module))
-        recipe = _recipe(index, module, x, trial, partial(_copied, module))
-        recipes.append(replace(recipe, tied=ties.of(index, module), kept_bytes=size))
-        rows = [trial.out]
-    return _some(spec, recipes)
+    chain = _Chain(spec, inputs, seed)
+    for group in grouped(modules, inputs.classes):
+        cell = _one(group)
+        with seeded(seed, "lazy", len(chain.recipes)):
+            x, trial, _ = _tried(cell, chain.rows, chain.name(group))
+        chain.add(group, cell, x, trial, partial(_copied, cell))
+    return chain.recipes_of()
 
 
 def _generated(
     spec: str, call: Callable[[], Iterable[Any]], first: Iterable[Any], inputs: Inputs, seed: int
-) -> list[CellRecipe]:
-    """Recipes that run a generator again up to their module; one module at a time is in memory."""
-    rows, ties = inputs.candidates(seed), _Ties()
-    recipes: list[CellRecipe] = []
-    tried: dict[Hashable, _Tried] = {}  # of modules that are alike
-    for index, module in enumerate(_checked(spec, first)):
-        name = _name(spec, index, module)
-        check_memory(module, name)
-        if _is_lazy(module):
+) -> Recipes:
+    """Recipes that run a generator again up to their modules; three cells at a time are in memory."""
+    chain = _Chain(spec, inputs, seed)
+    tried: dict[Hashable, _Tried] = {}  # of cells that are alike
+    for number, group in enumerate(grouped(_checked(spec, first), inputs.classes)):
+        cell, name = _one(group), chain.name(group)
+        check_memory(cell, name)
+        if _is_lazy(cell):
             raise InputError(f"{name} has lazy layers, which need a list of modules instead of a generator")
-        kind = tuple(rows[0].shape), _signature(module), str(attributes(module))
+        kind = tuple(chain.rows[0].shape), _signature(cell), str(attributes(cell))
         if kind not in tried:
-            tried[kind] = _tried(module, rows, name)
+            tried[kind] = _tried(cell, chain.rows, name)
         x, trial, flattens = tried[kind]
-        build = partial(_taken, spec, call, index, trial.changes_input, flattens)
-        recipes.append(replace(_recipe(index, module, x, trial, build), tied=ties.of(index, module)))
-        rows = [trial.out]
-    return _some(spec, recipes)
+        build = partial(_taken, spec, call, number, inputs.classes, trial.changes_input, flattens)
+        chain.add(group, cell, x, trial, build, kept=False)
+    return chain.recipes_of()
 
 
-def _some(spec: str, recipes: list[CellRecipe]) -> list[CellRecipe]:
-    if not recipes:
-        raise InputError(f"net {spec!r}: has no modules; expected at least one")
-    return recipes
+class _Chain:
+    """Collects the recipes of a net's cells.
+
+    Attributes:
+        rows: on which the next cell is tried.
+        recipes: of the cells so far.
+    """
+
+    def __init__(self, spec: str, inputs: Inputs, seed: int):
+        self._spec, self._inputs, self._ties = spec, inputs, _Ties()
+        self.rows = inputs.candidates(seed)
+        self.recipes: list[CellRecipe] = []
+        self._ends_in_output = False
+
+    def name(self, group: Sequence[nn.Module]) -> str:
+        """What a cell is called in messages."""
+        return f"net {self._spec!r}: cell {len(self.recipes) + 1} ({_classes(group)})"
+
+    def add(
+        self,
+        group: list[nn.Module],
+        cell: nn.Module,
+        x: Tensor,
+        trial: Trial,
+        build: Callable[[], nn.Module],
+        kept: bool = True,
+    ) -> None:
+        """Add the cell of a group; ``x`` are the rows on which it was tried."""
+        name = f"{type(layer_of(group)).__name__} {len(self.recipes)}"
+        recipe = _recipe(name, cell, x, trial, build)
+        size = sum(value.nbytes for _, value in named_tensors(cell)) if kept else 0
+        ties = self._ties.of(len(self.recipes), cell)
+        self.recipes.append(replace(recipe, tied=ties, kept_bytes=size, made_of=_classes(group)))
+        width = self.rows[0][0].numel()
+        self._ends_in_output = len(group) == 1 and not ties and is_output(cell, self._inputs.classes, width)
+        self.rows = [trial.out]
+
+    def recipes_of(self) -> Recipes:
+        """What was collected, with the output layer apart.
+
+        Raises:
+            InputError: there are no modules.
+        """
+        if not self.recipes:
+            raise InputError(f"net {self._spec!r}: has no modules; expected at least one")
+        if self._ends_in_output and len(self.recipes) > 1:
+            return Recipes(self.recipes[:-1], self.recipes[-1])
+        return Recipes(self.recipes, None)
 
 
-def _name(spec: str, index: int, module: nn.Module) -> str:
-    return f"net {spec!r}: module {index + 1} ({type(module).__name__})"
+def _classes(group: Iterable[nn.Module]) -> str:
+    return ", ".join(type(module).__name__ for module in group)
+
+
+def _one(group: list[nn.Module]) -> nn.Module:
+    return group[0] if len(group) == 1 else nn.Sequential(*group)
 
 
 _Tried = tuple[Tensor, Trial, bool]  # the rows that a module read, its trial, and whether it reads them flattened
@@ -289,9 +349,16 @@ def _copied(module: nn.Module) -> nn.Module:
     return on_meta(module) if torch.empty(0).is_meta else cloned(module)
 
 
-def _taken(spec: str, call: Callable[[], Iterable[Any]], index: int, changes_input: bool, flattens: bool) -> nn.Module:
-    """The module of that number out of a fresh run of the generator."""
-    module = next(islice(_checked(spec, call()), index, None))
+def _taken(
+    spec: str,
+    call: Callable[[], Iterable[Any]],
+    number: int,
+    classes: int | None,
+    changes_input: bool,
+    flattens: bool,
+) -> nn.Module:
+    """The cell of that number out of a fresh run of the generator."""
+    module = _one(next(islice(grouped(_checked(spec, call()), classes), number, None)))
     if flattens:
         module.register_forward_pre_hook(_flattened)
     if changes_input:
@@ -299,10 +366,10 @@ def _taken(spec: str, call: Callable[[], Iterable[Any]], index: int, changes_inp
     return module
 
 
-def _recipe(index: int, module: nn.Module, x: Tensor, trial: Trial, build: Callable[[], nn.Module]) -> CellRecipe:
+def _recipe(name: str, module: nn.Module, x: Tensor, trial: Trial, build: Callable[[], nn.Module]) -> CellRecipe:
     in_shape, out_shape = tuple(x.shape[1:]), tuple(trial.out.shape[1:])
     return _OwnCell(
-        name=f"{type(module).__name__} {index}",
+        name=name,
         in_shape=in_shape,
         out_shape=out_shape,
         build=build,

@@ -65,6 +65,7 @@ def open_net(
     vocabulary: int | None = None,
     seed: int = 0,
     reads: tuple[int, ...] | None = None,
+    classes: int | None = None,
 ) -> Net:
     """A net for samples of ``in_shape``.
 
@@ -76,21 +77,26 @@ def open_net(
         seed: of the run; a user's function is called under it.
         reads: shape of one sample that the first cell reads, if the method makes another one of it; a user's net
             may read either.
+        classes: of the data set; a final ``nn.Linear`` of a user's net with so many outputs is its output layer.
 
     Raises:
         InputError: the spec cannot be read or does not fit the data.
     """
-    inputs, options = own.Inputs(in_shape, vocabulary, reads or in_shape), {**STANDARD, **preferred}
+    inputs, options = own.Inputs(in_shape, vocabulary, reads or in_shape, classes), {**STANDARD, **preferred}
     if isinstance(net, str):
         return _from_spec(net, inputs, preferred, seed)
     if isinstance(net, Iterable):
-        return Net("modules", own.given("modules", net, inputs, seed), options)
+        return _own("modules", own.given("modules", net, inputs, seed), options)
     if isinstance(net, nn.Module):
         raise InputError(f"net: a single {type(net).__name__} is not a chain of cells; pass a list or an nn.Sequential")
     if callable(net):
         name = getattr(net, "__name__", "function")
-        return Net(name, own.cells(name, net, inputs, seed), options)
+        return _own(name, own.cells(name, net, inputs, seed), options)
     raise InputError(f"net {net!r}: expected a spec such as {mlp.EXAMPLE}, a function, or modules")
+
+
+def _own(name: str, recipes: own.Recipes, options: Options) -> Net:
+    return Net(name, recipes.cells, options, recipes.output)
 
 
 def _examples() -> list[str]:
@@ -110,7 +116,7 @@ def _from_spec(spec: str, inputs: own.Inputs, preferred: Mapping[str, str], seed
     if family.endswith(".py"):
         if settings:
             raise InputError(f"net {spec!r}: options are for built-in nets; your function decides for itself")
-        return Net(spec, own.cells(spec, own.load_function(spec), inputs, seed), {**STANDARD, **preferred})
+        return _own(spec, own.cells(spec, own.load_function(spec), inputs, seed), {**STANDARD, **preferred})
     raise InputError(f"unknown net {spec!r}; expected {', '.join(_examples())}, or path/to/net.py:function")
 
 

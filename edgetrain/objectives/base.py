@@ -82,6 +82,7 @@ class Node(_Keyed):
         shape: of one sample of its latents.
         seed: the run's.
         parent: whose latents it reads: a cell, or the network's input.
+        output: of the last cell: the output layer of a net that has its own, for objectives that keep it.
     """
 
     index: int
@@ -89,14 +90,18 @@ class Node(_Keyed):
     shape: tuple[int, ...]
     seed: int
     parent: Node | Input = field(repr=False)
+    output: CellRecipe | None = field(default=None, repr=False)
 
 
-def nodes(recipes: list[CellRecipe], in_shape: tuple[int, ...], seed: int) -> list[Node]:
-    """One node for each cell, each knowing its parent."""
+def nodes(
+    recipes: list[CellRecipe], in_shape: tuple[int, ...], seed: int, output: CellRecipe | None = None
+) -> list[Node]:
+    """One node for each cell, each knowing its parent; the last one knows the net's output layer."""
     parent: Node | Input = Input(in_shape, seed)
     chain: list[Node] = []
     for index, recipe in enumerate(recipes):
-        parent = Node(index, recipe, recipe.out_shape, seed, parent)
+        last = index == len(recipes) - 1
+        parent = Node(index, recipe, recipe.out_shape, seed, parent, output if last else None)
         chain.append(parent)
     return chain
 
@@ -186,6 +191,7 @@ class Objective(ABC):
         takes_tokens: whether it can learn from rows of token ids.
         draws_streams: whether ``streams`` draws, so that views of the data differ without augmentation.
         saves_on_host: whether what the backward pass needs waits on the host.
+        keeps_output: whether the output layer of a user's net is trained; otherwise it is left out.
         like: for baselines: the method whose net options are taken where none is named.
         phases: a step's optimisations, in order.
         stream_names: of the latents between cells.
@@ -208,6 +214,7 @@ class Objective(ABC):
     takes_tokens: ClassVar[bool] = True
     draws_streams: ClassVar[bool] = False
     saves_on_host: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
     like: ClassVar[str | None] = None
     phases: ClassVar[tuple[Phase, ...]] = (Phase("step"),)
     stream_names: tuple[str, ...] = ("x",)

@@ -6,7 +6,7 @@ fits stays there. On the CPU nothing is gained by keeping what lies in files in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby, islice
@@ -18,7 +18,7 @@ import torch
 from edgetrain.baselines.backprop import Backpropagation
 from edgetrain.baselines.whole import joined
 from edgetrain.errors import BudgetError, InputError
-from edgetrain.nets.base import CellRecipe, Options
+from edgetrain.nets.base import Net
 from edgetrain.objectives.base import nodes
 from edgetrain.planning import storage
 from edgetrain.planning.dryrun import Peak, cell_peak, refusal_of_one_row, resident_peak
@@ -221,46 +221,46 @@ class _LastRow:
         return None
 
 
-def backprop_peak(work: Workload, recipes: Sequence[CellRecipe], options: Options) -> int | None:
+def backprop_peak(work: Workload, net: Net) -> int | None:
     """Peak device bytes of plain backpropagation on the same net, batch and optimizer.
 
     A long row of equal cells adds the same with every cell, so its peak is found from short rows. ``None`` where
     backpropagation fails on the net, such as after an in-place operation: a comparison must not end a run.
     """
     try:
-        return _backprop_peak(work, recipes, options)
+        return _backprop_peak(work, net)
     except RuntimeError:
         return None
 
 
-def _backprop_peak(work: Workload, recipes: Sequence[CellRecipe], options: Options) -> int:
-    runs = [list(group) for _, group in groupby(recipes, key=lambda recipe: recipe.signature)]
+def _backprop_peak(work: Workload, net: Net) -> int:
+    runs = [list(group) for _, group in groupby(net.cells, key=lambda recipe: recipe.signature)]
     short = [run[: _REPEATS[0]] for run in runs]
-    base = _backprop(work, [recipe for run in short for recipe in run], options)
+    base = _backprop(work, replace(net, cells=[recipe for run in short for recipe in run]))
     total = base
     for number, run in enumerate(runs):
         if len(run) > _REPEATS[0]:
             longer = [*short[:number], run[: _REPEATS[1]], *short[number + 1 :]]
-            step = _backprop(work, [recipe for part in longer for recipe in part], options) - base
+            step = _backprop(work, replace(net, cells=[recipe for part in longer for recipe in part])) - base
             total += step * (len(run) - _REPEATS[0])
     return total
 
 
-def backprop_work(work: Workload, recipes: Sequence[CellRecipe], options: Options) -> Workload:
+def backprop_work(work: Workload, net: Net) -> Workload:
     """Plain backpropagation on the same data, net, batch and optimizer."""
-    whole = nodes([joined(list(recipes))], recipes[0].in_shape, work.seed)
+    whole = nodes([joined(list(net.cells))], net.in_shape, work.seed, net.output)
     return replace(
         work,
         nodes=tuple(whole),
-        inputs=replace(work.inputs, shape=recipes[0].in_shape),  # a method may give the net more than the data have
-        objective=Backpropagation(work.classes, options),
+        inputs=replace(work.inputs, shape=net.in_shape),  # a method may give the net more than the data have
+        objective=Backpropagation(work.classes, net.options),
         classifier=None,
         classifier_epochs=0,
     )
 
 
-def _backprop(work: Workload, recipes: list[CellRecipe], options: Options) -> int:
-    return cell_peak(backprop_work(work, recipes, options), 0, work.batch_size).bytes
+def _backprop(work: Workload, net: Net) -> int:
+    return cell_peak(backprop_work(work, net), 0, work.batch_size).bytes
 
 
 def _asked(work: Workload, micro_batch: int | list[int] | None) -> list[int] | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from itertools import groupby
 from typing import Any
 
 from numpy.typing import NDArray
 
 from edgetrain.memory.timeline import thinned
-from edgetrain.nets.base import CellRecipe, Options
+from edgetrain.nets.base import Net
 from edgetrain.planning.dryrun import Bench, visited, visited_all
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.planner import backprop_work
@@ -36,12 +36,12 @@ def of_run(work: Workload, plan: Plan) -> list[MemorySeries]:
     return found
 
 
-def of_backpropagation(work: Workload, recipes: Sequence[CellRecipe], options: Options) -> MemorySeries | None:
+def of_backpropagation(work: Workload, net: Net) -> MemorySeries | None:
     """Of plain backpropagation on the same net; ``None`` where that fails or the net is too deep for it."""
-    if len(recipes) > DEEPEST:
+    if len(net.cells) > DEEPEST:
         return None
     try:
-        table = visited(backprop_work(work, recipes, options), 0, work.batch_size)
+        table = visited(backprop_work(work, net), 0, work.batch_size)
     except RuntimeError:  # see ``planner.backprop_peak``
         return None
     return _series("whole net", 1, table, 2 * _MOST)

@@ -202,8 +202,8 @@ def _energy_in_words(record: RunRecord) -> str:
     return f"energy {record.energy_j:.4g} J, {each} ({record.energy_source})"
 
 
-def show_plan(plan: Plan, bp_peak: int | None, times: Sequence[VisitTime] | None, data: str) -> None:
-    """A plan, on stdout, and how the ``data`` were read."""
+def show_plan(plan: Plan, bp_peak: int | None, times: Sequence[VisitTime] | None, notes: Sequence[str]) -> None:
+    """A plan, on stdout, with ``notes`` on how data and net were read."""
     console = _stdout()
     names = ["cell", "parameters", "micro-batch", "tiles", "peak", "latents on disk", *(["time"] if times else [])]
     table = Table(*names, box=None, header_style="bold")
@@ -213,7 +213,8 @@ def show_plan(plan: Plan, bp_peak: int | None, times: Sequence[VisitTime] | None
     for cell, run in groupby(zip(plan.visits, each, strict=True), key=itemgetter(0)):
         table.add_row(*_plan_row(cell, [time for _, time in run]))
     console.print(table)
-    for line in (f"Data: {data}.", *plan_in_words(plan, bp_peak, times)):
+    sentences = [f"{note[0].upper()}{note[1:]}." for note in notes]
+    for line in (*sentences, *plan_in_words(plan, bp_peak, times)):
         console.print(line, soft_wrap=True)
 
 

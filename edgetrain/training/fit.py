@@ -96,6 +96,8 @@ def fit(
                     inputs = Inputs.prepared(job, folder, "new-")
                 folder.clear(keep=() if inputs is None else inputs.names)
                 folder.create(beginning(job, plan))
+                for note in job.notes:
+                    callback.note(note)
             try:
                 train_and_finish(job, plan, folder, callback, inputs)
             except BaseException as error:

@@ -34,6 +34,8 @@ from edgetrain.training.methods import METHODS, method_of
 from edgetrain.training.process import process_state
 from edgetrain.units import from_mb, show_mb, stated_mb
 
+_LISTED = 10  # cells of a user's net, in a note
+
 
 @dataclass(frozen=True)
 class Job:
@@ -54,6 +56,22 @@ class Job:
     net: Net
     work: Workload
     decided: Decisions | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the modules of a user's net were read, in sentences."""
+        cells = [recipe for recipe in self.net.cells if recipe.made_of]
+        if not cells:
+            return ()
+        listed = [f"{number} {recipe.made_of}" for number, recipe in enumerate(cells, 1)]
+        if len(listed) > 2 * _LISTED:
+            listed = [*listed[:_LISTED], f"and so on to {listed[-1]}"]
+        notes = (f"cells: {'; '.join(listed)}",)
+        output, method = self.net.output, self.work.objective
+        if output is None:
+            return notes
+        kept = "is trained" if method.keeps_output else f"is left out: {method.name} trains none"
+        return (*notes, f"the output layer, {output.made_of}, {kept}")
 
     @property
     def input(self) -> str:
@@ -122,14 +140,15 @@ def net_of(settings: Settings, method: type[Objective], shape: Shape, net: Any) 
     like = settings.like or method.like
     preferred = METHODS[like] if like else method
     reads = method.reads(shape.shape, shape.input == "table", shape.classes)
-    found = open_net(net, shape.shape, preferred.net_defaults, shape.vocabulary, settings.seed, reads)
+    found = open_net(net, shape.shape, preferred.net_defaults, shape.vocabulary, settings.seed, reads, shape.classes)
     if found.in_shape != shape.shape:
         found = replace(found, options={**found.options, "label": "beside"})
     if settings.cells is None:
         return found
     if settings.cells > len(found.cells):
         raise InputError(f"--cells {settings.cells}: net {found.spec!r} has {len(found.cells)} cells")
-    return replace(found, cells=found.cells[: settings.cells])
+    whole = settings.cells == len(found.cells)
+    return replace(found, cells=found.cells[: settings.cells], output=found.output if whole else None)
 
 
 def objective_of(settings: Settings, method: type[Objective], shape: Shape, net: Net) -> Objective:
@@ -155,7 +174,8 @@ def cells_of(settings: Settings, objective: Objective, shape: Shape, net: Net) -
                 " cells apart, so weights cannot be shared between them; put both layers into one module, or use"
                 " --method bp"
             )
-    cells = tuple(nodes(joined, shape.shape, settings.seed))
+    output = net.output if objective.keeps_output else None
+    cells = tuple(nodes(joined, shape.shape, settings.seed, output))
     objective.check(cells)
     return cells
 

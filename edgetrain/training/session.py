@@ -204,8 +204,8 @@ class _Predictions:
         memory = timelines.of_run(job.work, plan)
         if job.settings.schedule is None:  # a baseline
             return cls(plan, memory)
-        net = job.net.cells, job.net.options
-        return cls(plan, memory, timelines.of_backpropagation(job.work, *net), backprop_peak(job.work, *net))
+        whole = timelines.of_backpropagation(job.work, job.net)
+        return cls(plan, memory, whole, backprop_peak(job.work, job.net))
 
 
 def _complete(

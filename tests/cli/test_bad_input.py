@@ -37,7 +37,7 @@ MISTAKES = {
     "unknown net option": (["fit", "--net", "mlp:8;colour=1"], 2, ["colour", "bias"]),
     "net that does not fit the data": (["fit", "--data", "table.npz", "--net", "cnn:4"], 2, ["images"]),
     "net with too many poolings": (["fit", "--net", "cnn:4,4,4,4"], 2, ["8x8", "3"]),
-    "own net that does not fit": (["fit", "--net", "net.py:wrong"], 2, ["net.py:wrong", "module 1"]),
+    "own net that does not fit": (["fit", "--net", "net.py:wrong"], 2, ["net.py:wrong", "cell 1"]),
     "own net without the function": (["fit", "--net", "net.py:nothing"], 2, ["nothing"]),
     "own net without the file": (["fit", "--net", "no.py:build"], 2, ["no.py"]),
     "wrong flag": (["fit", "--epoch", "3"], 2, ["--epoch"]),

@@ -430,7 +430,7 @@ def test_a_list_without_modules_is_refused(net: Any) -> None:
 
 
 def test_modules_that_do_not_fit_each_other_are_refused_by_number() -> None:
-    assert_one_line([nn.Linear(6, 5), nn.Linear(4, 3)], "module 2 (Linear) fails on rows of shape (5,)")
+    assert_one_line([nn.Linear(6, 5), nn.Linear(4, 3)], "cell 2 (Linear) fails on rows of shape (5,)")
 
 
 class Two(nn.Module):
@@ -445,7 +445,7 @@ class Total(nn.Module):
 
 @pytest.mark.parametrize("module", [Two(), Total()])
 def test_a_module_must_give_one_tensor_with_rows(module: nn.Module) -> None:
-    assert_one_line([module], f"module 1 ({type(module).__name__}) must return one tensor")
+    assert_one_line([module], f"cell 1 ({type(module).__name__}) must return one tensor")
 
 
 def test_the_elements_of_a_cell_are_those_of_its_shape() -> None:

@@ -276,21 +276,21 @@ def test_backpropagations_extrapolated_peak_is_that_of_its_dry_run(net: str, sha
     work = workload("mf", net, shape)
     opened = open_net(net, shape, MonoForward.net_defaults)
     direct = workload("bp", net, shape)
-    assert backprop_peak(work, opened.cells, opened.options) == cell_peak(direct, 0, 16)
+    assert backprop_peak(work, opened) == cell_peak(direct, 0, 16)
 
 
 def test_backpropagation_of_a_thousand_layers_is_extrapolated() -> None:
     opened = open_net("mlp:30x1000", (30,), MonoForward.net_defaults)
     few = open_net("mlp:30x4", (30,), MonoForward.net_defaults)
     work = workload("mf", "mlp:30x2", (30,))
-    deep, shallow = (backprop_peak(work, net.cells, net.options) for net in (opened, few))
+    deep, shallow = (backprop_peak(work, net) for net in (opened, few))
     assert deep - shallow == 996 * (16 * 30 * 30 + 4)  # weight, gradient, two moments and a step count of each layer
 
 
 def test_a_local_rule_needs_less_than_backpropagation_on_a_deep_net() -> None:
     work = workload("mf", "mlp:60x8", (60,))
     opened = open_net("mlp:60x8", (60,), MonoForward.net_defaults)
-    assert make_plan(work, None).predicted_peak < backprop_peak(work, opened.cells, opened.options) / 3
+    assert make_plan(work, None).predicted_peak < backprop_peak(work, opened) / 3
 
 
 # --- what else a plan says --------------------------------------------------------------------

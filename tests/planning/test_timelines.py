@@ -75,12 +75,12 @@ def test_equal_cells_in_a_row_stand_there_once() -> None:
 
 def test_backpropagation_s_timeline_reaches_its_peak_unless_the_net_is_too_deep() -> None:
     job = job_of(method="mf", net="mlp:24x5")
-    series = timelines.of_backpropagation(job.work, job.net.cells, job.net.options)
+    series = timelines.of_backpropagation(job.work, job.net)
     assert series is not None
-    assert series.peak_mb == to_mb(backprop_peak(job.work, job.net.cells, job.net.options))
+    assert series.peak_mb == to_mb(backprop_peak(job.work, job.net))
     assert "in the backward pass" in series.peak_at
     deep = job_of(method="mf", net="mlp:24x65")
-    assert timelines.of_backpropagation(deep.work, deep.net.cells, deep.net.options) is None
+    assert timelines.of_backpropagation(deep.work, deep.net) is None
 
 
 @pytest.mark.parametrize("placement", ["stream", "resident"])

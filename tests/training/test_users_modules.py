@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import edgetrain
 from edgetrain.errors import BudgetError, InputError, Stopped
+from edgetrain.training.callbacks import Callback
 from edgetrain.training.stopping import Stop
 
 ROWS, WIDTH, CLASSES = 64, 6, 3
@@ -270,3 +271,45 @@ def test_the_same_net_elsewhere_is_taken(saved: Path, tmp_path: Path) -> None:
     assert whole.evaluate().accuracy["sum"] == whole.record.test_accuracy
     resumed = edgetrain.fit(net, str(saved / "rows.npz"), run_dir=saved / "part", resume=True, **FAST)
     assert same(values(resumed.cells()), values(whole.cells()))
+
+
+def with_output() -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(
+        nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, CLASSES)
+    )
+
+
+@pytest.mark.parametrize("method", ["bp", "bp-checkpoint", "bp-offload"])
+def test_backpropagation_trains_a_users_output_layer_as_plain_pytorch_does(method: str, tmp_path: Path) -> None:
+    net = with_output()
+    run = fit(net, tmp_path / "run", method, optimizer="sgd", epochs=1, batch_size=ROWS)
+    x, y = (torch.from_numpy(value) for value in rows())
+    x = (x.double() - x.double().mean(0)) / x.double().std(0, unbiased=False)
+    plain = with_output()
+    functional.cross_entropy(plain(x.float()), y).backward()
+    with torch.no_grad():
+        for value in plain.parameters():
+            value -= FAST["lr"] * value.grad
+    trained = run.model().eval()
+    assert torch.allclose(trained(torch.from_numpy(rows()[0])), plain.eval()(x.float()), atol=1e-5)
+    assert edgetrain.open_run(run.path, net).evaluate(rows()).accuracy == run.evaluate(rows()).accuracy
+
+
+@pytest.mark.parametrize("method", ["mf", "ff", "predsim", "slp", "dfa"])
+def test_activations_belong_to_their_layer_and_the_cells_are_listed(method: str, tmp_path: Path) -> None:
+    class Notes(Callback):
+        def __init__(self) -> None:
+            self.said: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.said.append(text)
+
+    notes = Notes()
+    run = fit(with_output(), tmp_path / "run", method, epochs=1, callback=notes)
+    assert "cells: 1 Linear, BatchNorm1d, ReLU; 2 Linear, Tanh" in notes.said
+    kept = "is trained" if method == "dfa" else f"is left out: {method} trains none"
+    assert f"the output layer, Linear, {kept}" in notes.said
+    if method in ("mf", "ff", "predsim"):
+        assert len(run.cells()) == 2
+    assert len(run.predict(rows()[0])) == ROWS
