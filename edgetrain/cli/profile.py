@@ -116,6 +116,8 @@ def command(
     lived = timelines_of(settings, varied) if timeline or png or html else {}
     if png or html:
         write_profile(html, png, found, steep, lived)
+    if not as_json:
+        click.echo("".join(f"wrote {path}\n" for path in (csv_path, png, html) if path), nl=False)
     if as_json:
         values: dict[str, Any] = {"rows": [asdict(point) for point in found], "slopes_mb_per_layer": steep}
         if timeline:

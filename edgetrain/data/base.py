@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -28,6 +28,19 @@ class Part:
     rows: int
     chunks: Callable[[], Iterator[Chunk]]
     where: str
+
+    def first(self, rows: int) -> Part:
+        """The first rows, or all if there are no more."""
+        return replace(self, rows=min(rows, self.rows), chunks=lambda: _first(self.chunks(), min(rows, self.rows)))
+
+
+def _first(chunks: Iterator[Chunk], rows: int) -> Iterator[Chunk]:
+    left = rows
+    for x, y in chunks:
+        yield x[:left], None if y is None else y[:left]
+        left -= len(x)
+        if left <= 0:
+            return
 
 
 @dataclass(frozen=True)

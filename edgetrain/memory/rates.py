@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from edgetrain.memory import facts, queues
 from edgetrain.memory.host import disk_rates
 from edgetrain.units import MIB
 
-_TRIED_S = 0.2  # at least so long is each thing tried
+_ROUNDS = 5  # of which the fastest counts: other programs can only slow a measurement down
+_ROUND_S = 0.1  # at least
 _TINY = 8  # numbers of a tensor that costs nothing but the call
 _TINY_STEP_CALLS = 12  # operations of ``_tiny_step`` as ``planning.cost`` counts them
 
@@ -34,6 +36,7 @@ class Rates:
         bus: bytes per second from pinned host memory to the device; ``None`` on the CPU.
         disk_read: bytes per second past the page cache; ``None``: unknown.
         disk_write: bytes per second until they are safe; ``None``: unknown.
+        measured: the date, ``2026-11-30``.
     """
 
     flops: float
@@ -42,10 +45,11 @@ class Rates:
     bus: float | None
     disk_read: float | None
     disk_write: float | None
+    measured: str = ""
 
 
 def measure(device: torch.device, folder: Path) -> Rates:
-    """Try everything for a moment; ``folder`` says whose disk.
+    """Measure each rate several times and take the best; ``folder`` says whose disk.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -63,11 +67,12 @@ def measure(device: torch.device, folder: Path) -> Rates:
         bus=_bus(device),
         disk_read=_bytes(disk["read_mb_per_s"]),
         disk_write=_bytes(disk["write_mb_per_s"]),
+        measured=date.today().isoformat(),
     )
 
 
 def save(rates: Rates, device: torch.device) -> None:
-    """Keep the rates of a device for later plans; a folder that cannot be written keeps none."""
+    """Store the rates of a device for later plans; a folder that cannot be written stores none."""
     path = _path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,11 +86,12 @@ def save(rates: Rates, device: torch.device) -> None:
 
 
 def load(device: torch.device) -> Rates | None:
-    """The rates that ``doctor`` measured of this device with this many threads, if it did."""
+    """The rates that ``doctor`` measured of this device in its power mode and with this many threads, if it did."""
     try:
         found = Rates(**_known(_path())[_key(device)])
         optional = [rate for rate in (found.bus, found.disk_read, found.disk_write) if rate is not None]
         sound = all(0 < rate < float("inf") for rate in (found.flops, found.memory, found.call_s, *optional))
+        sound = sound and isinstance(found.measured, str)
     except (KeyError, TypeError):
         return None  # there are none, or another version wrote them
     return found if sound else None
@@ -106,14 +112,19 @@ def _known(path: Path) -> dict[str, Any]:
 
 def _key(device: torch.device) -> str:
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return f"{facts.name(device)}, torch {torch.__version__}{threads}"
+    mode = facts.power_mode()
+    return f"{facts.name(device)}, torch {torch.__version__}{threads}{(mode and f', power mode {mode}') or ''}"
 
 
 def _tried(device: torch.device, work: Callable[[], object]) -> float:
-    """Seconds of one call, from many."""
+    """Seconds of one call, in the fastest of some rounds of calls."""
     work()
+    return min(_round(device, work) for _ in range(_ROUNDS))
+
+
+def _round(device: torch.device, work: Callable[[], object]) -> float:
     calls, spent = 0, 0.0
-    while spent < _TRIED_S:
+    while spent < _ROUND_S:
         start = time.perf_counter()
         for _ in range(8):
             work()

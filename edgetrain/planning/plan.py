@@ -30,6 +30,24 @@ class VisitTime:
 
 
 @dataclass(frozen=True)
+class RunTimes:
+    """What a run will take.
+
+    Attributes:
+        visits: of each cell and of the classifier.
+        measured: the date on which the machine's rates were measured.
+    """
+
+    visits: Sequence[VisitTime]
+    measured: str
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return sum(time.seconds for time in self.visits)
+
+
+@dataclass(frozen=True)
 class CellPlan:
     """Of one cell, or of the trained classifier.
 
@@ -184,10 +202,9 @@ class Plan:
             self.placement, one_if_equal(self.micro_batches), one_if_equal(self.tiles), self.cut.ranges, cached
         )
 
-    def as_dict(self, bp_peak: int | None, times: Sequence[VisitTime] | None = None) -> dict[str, Any]:
+    def as_dict(self, bp_peak: int | None, times: RunTimes | None = None) -> dict[str, Any]:
         """What ``plan --json`` prints; times are unknown where the machine's rates are."""
-        total = None if times is None else round(sum(time.seconds for time in times), 1)
-        each: Sequence[VisitTime | None] = times or [None] * len(self.visits)
+        each: Sequence[VisitTime | None] = [None] * len(self.visits) if times is None else times.visits
         return {
             "fits": self.fits,
             "host_fits": self.host_fits,
@@ -202,7 +219,7 @@ class Plan:
             "written_mb": to_mb(self.written_bytes),
             "ranges": self.cut.ranges,
             "cached": None if self.cut.cached is None else sorted(self.cut.cached),
-            "seconds": total,
+            "seconds": None if times is None else round(times.seconds, 1),
             "cells": [_as_dict(cell, time) for cell, time in zip(self.visits, each, strict=True)],
         }
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from edgetrain.planning.plan import Plan, VisitTime
+from edgetrain.planning.plan import Plan, RunTimes
 from edgetrain.units import ceil_mb, show_mb, show_seconds
 
 
-def plan_in_words(plan: Plan, bp_peak: int | None, times: Sequence[VisitTime] | None) -> Iterator[str]:
+def plan_in_words(plan: Plan, bp_peak: int | None, times: RunTimes | None) -> Iterator[str]:
     """All that a plan says; times are ``None`` where the machine's rates are unknown.
 
     It finds the smallest budget that works, which takes longer than the plan.
@@ -30,7 +30,7 @@ def plan_in_words(plan: Plan, bp_peak: int | None, times: Sequence[VisitTime] | 
     if times is None:
         yield "Time: unknown until `edgetrain doctor` has measured this machine once."
     else:
-        yield f"Time: about {show_seconds(sum(time.seconds for time in times))}, by this machine's measured rates."
+        yield f"Time: about {show_seconds(times.seconds)}, by what `edgetrain doctor` measured on {times.measured}."
 
 
 def _advice(plan: Plan, bp_peak: int | None) -> str:

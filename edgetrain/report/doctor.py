@@ -54,7 +54,7 @@ def show(facts: dict[str, Any]) -> None:
     for warning in facts["warnings"]:
         console.print(f"- {warning}", soft_wrap=True)
     if not facts["warnings"]:
-        console.print("Nothing here stands in the way of a run.")
+        console.print("No problems found.")
 
 
 def _show(value: Any) -> str:
@@ -68,12 +68,13 @@ def _sensor_name(device: torch.device) -> str | None:
     return sensor.name if sensor else None
 
 
-def _speeds(found: Rates) -> dict[str, float | None]:
+def _speeds(found: Rates) -> dict[str, float | str | None]:
     """Rates of the device as people read them."""
     return {
         "gflops_float32": round(found.flops / 1e9, 1),
         "memory_mb_per_s": round(found.memory / MIB),
         "call_us": round(found.call_s * 1e6, 1),
+        "measured": found.measured,
         "bus_mb_per_s": None if found.bus is None else round(found.bus / MIB),
     }
 

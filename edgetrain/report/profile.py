@@ -1,7 +1,7 @@
 """Peak device memory against depth, width and batch size, of methods side by side.
 
-Each point is a net of its own with ``--placement stream``: trained for as long as it takes to reach its peak, or
-with ``dry`` only predicted, which takes neither memory nor time.
+Each point is a net of its own with ``--placement stream``: trained on as many rows as it takes to reach its peak and
+to time its steps, or with ``dry`` only predicted, which takes neither memory nor time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby, product
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +33,7 @@ from edgetrain.training.methods import method_of
 from edgetrain.units import to_mb
 
 FAMILIES = ("mlp", "cnn", "vit")
+_TIMED_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Point:
     """One net; memory in MiB, ``None`` where it was not measured.
 
     Attributes:
+        inputs: features (``cnn``: channels) of one sample.
+        seconds_per_epoch: of all cells, from the first steps of an epoch.
         moved_mb_per_epoch: rows and latents that come to the device or leave it; cells that stay there do not count.
     """
 
@@ -50,6 +54,7 @@ class Point:
     predicted_mb: float | None
     seconds_per_epoch: float | None
     moved_mb_per_epoch: float | None
+    inputs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,12 +130,15 @@ def spec(family: str, depth: int, width: int) -> str:
 
 
 def slopes(found: Iterable[Point]) -> list[dict[str, Any]]:
-    """MiB for each further layer by least squares, of each method, width and batch size with several depths."""
+    """MiB for each further layer by least squares, of each method, width and batch size with several depths.
+
+    A net of one layer is left out where that layer reads fewer inputs than later ones do.
+    """
     rows = []
     for (method, width, batch), group in groupby(
         found, key=lambda point: (point.method, point.width, point.batch_size)
     ):
-        listed = list(group)
+        listed = [point for point in group if point.depth > 1 or (point.inputs or width) >= width]
         rows.append(
             {
                 "method": method,
@@ -198,12 +206,33 @@ def _point(settings: Settings, depth: int, width: int, batch: int, dry: bool, da
     require_fit(plan)
     peak = seconds = None
     if not dry:
-        epochs = 1 if work.rows >= 2 * work.batch_size else 2  # the second full batch finds the optimizer's state there
+        few = _few_rows(job.data, work.batch_size)
+        assert few.train is not None
+        # The second full batch finds the optimizer's state on the device.
+        epochs = 1 if few.train.rows >= 2 * work.batch_size else 2
         with TemporaryDirectory(prefix="edgetrain-") as folder:
-            run = fit(settings.with_values({"epochs": epochs}), Path(folder) / "run", data=data)
-        cells = run.record.visits
-        peak, seconds = run.record.peak_gpu_mb, round(math.fsum(cell.seconds for cell in cells) / epochs, 3)
-    return Point(settings.method, depth, width, batch, peak, to_mb(plan.predicted_peak), seconds, to_mb(_moved(work)))
+            run = fit(settings.with_values({"epochs": epochs}), Path(folder) / "run", data=few)
+        share = few.train.rows * epochs / work.rows
+        peak, seconds = run.record.peak_gpu_mb, math.fsum(cell.seconds for cell in run.record.visits) / share
+    return Point(
+        method=settings.method,
+        depth=depth,
+        width=width,
+        batch_size=batch,
+        peak_mb=peak,
+        predicted_mb=to_mb(plan.predicted_peak),
+        seconds_per_epoch=None if seconds is None else round(seconds, 3),
+        moved_mb_per_epoch=to_mb(_moved(work)),
+        inputs=work.inputs.shape[0] if settings.net and settings.net.startswith("cnn") else prod(work.inputs.shape),
+    )
+
+
+def _few_rows(data: DataSet, batch_size: int) -> DataSet:
+    """The first rows of a data set: some whole batches, and a short last one where the whole set has one."""
+    assert data.train is not None
+    rows = min(data.train.rows, _TIMED_STEPS * batch_size + data.train.rows % batch_size)
+    test = None if data.test is None else data.test.first(batch_size)
+    return replace(data, train=data.train.first(rows), test=test)
 
 
 def _moved(work: Workload) -> int:

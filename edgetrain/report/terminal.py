@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
-from edgetrain.planning.plan import CellPlan, Plan, VisitTime
+from edgetrain.planning.plan import CellPlan, Plan, RunTimes, VisitTime
 from edgetrain.planning.words import counted, plan_in_words
 from edgetrain.record import KINDS, CellRecord, MemorySeries, RunRecord
 from edgetrain.report.profile import Point
@@ -202,14 +202,14 @@ def _energy_in_words(record: RunRecord) -> str:
     return f"energy {record.energy_j:.4g} J, {each} ({record.energy_source})"
 
 
-def show_plan(plan: Plan, bp_peak: int | None, times: Sequence[VisitTime] | None, notes: Sequence[str]) -> None:
+def show_plan(plan: Plan, bp_peak: int | None, times: RunTimes | None, notes: Sequence[str]) -> None:
     """A plan, on stdout, with ``notes`` on how data and net were read."""
     console = _stdout()
     names = ["cell", "parameters", "micro-batch", "tiles", "peak", "latents on disk", *(["time"] if times else [])]
     table = Table(*names, box=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
-    each: Sequence[VisitTime | None] = times or [None] * len(plan.visits)
+    each: Sequence[VisitTime | None] = [None] * len(plan.visits) if times is None else times.visits
     for cell, run in groupby(zip(plan.visits, each, strict=True), key=itemgetter(0)):
         table.add_row(*_plan_row(cell, [time for _, time in run]))
     console.print(table)

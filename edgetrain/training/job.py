@@ -24,7 +24,7 @@ from edgetrain.nets.spec import open_net
 from edgetrain.objectives.base import Node, Objective, nodes
 from edgetrain.planning import storage
 from edgetrain.planning.cost import visit_times
-from edgetrain.planning.plan import Decisions, Plan, VisitTime
+from edgetrain.planning.plan import Decisions, Plan, RunTimes
 from edgetrain.planning.planner import make_plan
 from edgetrain.planning.probe import Probe
 from edgetrain.planning.workload import Workload
@@ -365,11 +365,14 @@ def plan_job(job: Job, budget: int | None = None) -> Plan:
     )
 
 
-def times_of(job: Job, plan: Plan) -> list[VisitTime] | None:
+def times_of(job: Job, plan: Plan) -> RunTimes | None:
     """What each cell and the classifier will take on this machine, if ``doctor`` measured its rates."""
     with process_state(job.settings):
         known = rates.load(job.work.device)
-        return None if known is None else visit_times(job.work, plan, known, psutil.virtual_memory().available // 2)
+        if known is None:
+            return None
+        times = visit_times(job.work, plan, known, psutil.virtual_memory().available // 2)
+        return RunTimes(times, known.measured or "an unknown date")
 
 
 def host_tier(job: Job, plan: Plan) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from edgetrain.memory import rates
 from edgetrain.memory.rates import Rates
 from edgetrain.planning.cost import OperationTime, visit_times
 from edgetrain.planning.plan import VisitTime
+from edgetrain.planning.words import plan_in_words
 from edgetrain.training.job import Job, open_job, plan_job, times_of
 
 CPU = torch.device("cpu")
@@ -99,7 +101,7 @@ def test_what_is_emitted_again_on_a_small_disk_is_counted() -> None:
 
 def test_rates_are_measured_kept_by_device_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(rates, "_TRIED_S", 0.001)
+    monkeypatch.setattr(rates, "_ROUND_S", 0.001)
     assert rates.load(CPU) is None
     found = rates.measure(CPU, tmp_path)
     assert min(found.flops, found.memory, found.call_s) > 0
@@ -109,7 +111,9 @@ def test_rates_are_measured_kept_by_device_and_read_again(tmp_path: Path, monkey
     job = open_job(asked("mf", threads=torch.get_num_threads()), data=table())
     times = times_of(job, plan_job(job))
     assert times is not None
-    assert plan_job(job).as_dict(None, times)["seconds"] == round(sum(time.seconds for time in times), 1)
+    assert plan_job(job).as_dict(None, times)["seconds"] == round(times.seconds, 1)
+    assert times.measured == date.today().isoformat()
+    assert f"measured on {times.measured}" in " ".join(plan_in_words(plan_job(job), None, times))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"KEY": {"flops": 1}}', '{"KEY": 3}', "\xff\xfe"])
@@ -119,3 +123,19 @@ def test_damaged_rates_are_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path.parent.mkdir()
     path.write_text(text.replace("KEY", json.dumps(rates._key(CPU))[1:-1]), encoding="latin-1")
     assert rates.load(CPU) is None
+
+
+def test_the_fastest_of_several_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(
+        [0.0, 0.9, 1.0, 1.2, 2.0, 2.3, 3.0, 3.4, 4.0, 4.5]
+    )  # five rounds
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: next(seconds))
+    assert rates._tried(CPU, lambda: None) == pytest.approx(0.2 / 8)
+
+
+def test_rates_are_those_of_a_power_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = set()
+    for mode in (None, "0 (MAXN)", "2 (15W)"):
+        monkeypatch.setattr(rates.facts, "power_mode", lambda mode=mode: mode)
+        keys.add(rates._key(CPU))
+    assert len(keys) == 3

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 from edgetrain.cli.profile import command
 from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
-from edgetrain.data.base import DataSet
+from edgetrain.data.base import DataSet, Part
 from edgetrain.data.layout import Reading
 from edgetrain.errors import BudgetError, EdgetrainError, InputError
 from edgetrain.report.profile import Point, Varied, points, slopes, spec, write_csv
@@ -138,3 +139,52 @@ def test_what_is_wrong_with_a_later_point_is_said_before_the_first() -> None:
 def test_a_slope_of_nothing_is_plain_nothing() -> None:
     flat = [Point("mf", depth, 8, 8, None, peak, None, None) for depth, peak in ((1, 2.00001), (2, 2.0), (4, 2.0))]
     assert str(slopes(flat)[0]["predicted"]) == "0.0"
+
+
+def test_a_narrower_first_layer_does_not_count_in_the_slope() -> None:
+    peaks = {1: 1.0, 2: 5.0, 3: 5.0, 6: 5.0}
+    listed = [Point("mf", depth, 8, 8, None, peak, None, None, inputs=4) for depth, peak in peaks.items()]
+    assert slopes(listed)[0]["predicted"] == 0.0
+    assert slopes([replace(point, inputs=8) for point in listed])[0]["predicted"] > 0.3
+    assert slopes(listed[:2])[0]["predicted"] is None
+
+
+@pytest.mark.parametrize("rest", [0, 7])
+def test_a_large_data_set_is_not_read_whole(rest: int, tmp_path: Path) -> None:
+    read = 0
+    whole = data(rows=4 * 100 + rest)
+
+    def counted(part: Part) -> Part:
+        def chunks() -> Iterator[Any]:
+            nonlocal read
+            for x, y in part.chunks():
+                for start in range(0, len(x), 16):
+                    read += 1
+                    yield x[start : start + 16], y[start : start + 16]
+
+        return replace(part, chunks=chunks)
+
+    settings = Settings().with_values({"threads": 1, "device": "cpu"})
+    varied = Varied(["mf", "bp"], "mlp", [2], [20], [4])
+    given = replace(whole, train=counted(whole.train), test=counted(whole.test))
+    few, all_rows = (list(points(settings, varied, False, given)) for given in (given, whole))
+    assert read <= 2 * 2 * (80 / 16 + 2)  # each method reads labels and rows of 20 batches of 4, and a few test rows
+    for point in few:
+        assert point.peak_mb == point.predicted_mb
+    run = fit(
+        settings.with_values({"net": "mlp:20x2", "batch_size": 4, "placement": "stream", "epochs": 1}),
+        tmp_path / "run",
+        data=whole,
+    )
+    assert few[0].peak_mb == run.record.peak_gpu_mb
+    assert [point.moved_mb_per_epoch for point in few] == [point.moved_mb_per_epoch for point in all_rows]
+
+
+def test_the_command_names_the_files_that_it_wrote(tmp_path: Path) -> None:
+    words = ["--methods", "mf", "--depths", "2,3", "--widths", "16", "--dry"]
+    files = {"--csv": tmp_path / "p.csv", "--png": tmp_path / "figures", "--html": tmp_path / "p.html"}
+    given = [str(word) for pair in files.items() for word in pair]
+    told = CliRunner().invoke(command, [*words, *given], catch_exceptions=False)
+    for path in files.values():
+        assert f"wrote {path}\n" in told.stdout
+        assert path.exists()
