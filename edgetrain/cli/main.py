@@ -38,7 +38,7 @@ Example: edgetrain fit --data mnist --net mlp:1000x2 --max-gpu-mb 64"""
 
 
 class Terminated(BaseException):
-    """The process was asked to end (SIGTERM)."""
+    """The process was asked to end: SIGTERM, or SIGHUP when its terminal closed."""
 
 
 class _LazyGroup(click.Group):
@@ -78,7 +78,9 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv or os.environ.get("EDGETRAIN_DEBUG", "") not in ("", "0")
     if sys.platform == "win32":
         _end(2, "native Windows is not supported; use WSL2", debug=False)
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _terminate)
     warnings.showwarning = _show_warning
     try:
         code = cli.main(standalone_mode=False)  # what a command exits with, if it does
@@ -94,7 +96,7 @@ def _show_warning(message: Warning | str, *details: Any, **more: Any) -> None:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    raise Terminated
+    raise Terminated(number)
 
 
 def _verdict(error: BaseException) -> tuple[int, str]:
@@ -112,7 +114,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return 130, "stopped"
     if isinstance(error, Terminated):
-        return 143, "stopped"
+        return 128 + error.args[0], "stopped"
     return _unforeseen(error)
 
 
@@ -127,7 +129,7 @@ def _unforeseen(error: BaseException) -> tuple[int, str]:
 
 
 def _end(code: int, line: str, debug: bool) -> NoReturn:
-    if debug and code not in (0, 130, 143):
+    if debug and code not in (0, 130, 143, 129):
         traceback.print_exc()
     if line:
         with suppress(OSError):  # the terminal may be gone

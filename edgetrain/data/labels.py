@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edgetrain.errors import InputError
 
-_MOST_ROWS = 1 << 27  # labels are held whole, 8 bytes each: no header may ask for any number of them
+_MOST_ROWS = 1 << 25  # labels are held whole and sorted, some 32 bytes each: no header may ask for any number
 
 
 def class_labels(labels: NDArray[Any], rows: int, where: str) -> NDArray[np.int64]:
@@ -28,6 +28,13 @@ def class_labels(labels: NDArray[Any], rows: int, where: str) -> NDArray[np.int6
     if float(flat.max()) > np.iinfo(np.int32).max:
         raise InputError(f"{where}: labels must be 0..C-1 without gaps; found up to {flat.max()}")
     return flat.astype(np.int64)
+
+
+def unknown_labels(labels: NDArray[Any]) -> bool:
+    """Whether a label says that it is unknown: -1, or NaN."""
+    if labels.dtype.kind not in "if":
+        return False
+    return bool((np.isnan(labels) | (labels == -1)).any() if labels.dtype.kind == "f" else (labels == -1).any())
 
 
 def check_label_count(rows: int, where: str) -> None:

@@ -106,6 +106,21 @@ def measure_scaling(part: Part, kind: Literal["standard", "unit"]) -> Scaling:
     return Scaling(shift, scale, kind == "unit", rest)
 
 
+def scaling_beyond_unit(part: Part) -> Scaling | None:
+    """One scaling of all values from their least..greatest to 0..1; ``None`` if they are within 0..1.
+
+    Raises:
+        InputError: a value is not finite.
+    """
+    least, greatest = np.inf, -np.inf
+    for values, _ in _checked_chunks(part):
+        least, greatest = min(least, float(values.min())), max(greatest, float(values.max()))
+    if least >= 0 and greatest <= 1:
+        return None
+    spread = greatest - least
+    return Scaling(np.array([least]), np.array([1 / spread if spread else 1.0]), clip=True)
+
+
 def prepare(data: DataSet, part: Part, folder: Path, name: str, scaling: Scaling | None) -> Prepared:
     """Write a part's rows to ``folder/<name>.x.rows`` and its labels to ``folder/<name>.y.rows``.
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.data.base import Chunk, DataSet, Part
-from edgetrain.data.labels import check_range, class_labels, count_classes
+from edgetrain.data.labels import check_range, class_labels, count_classes, unknown_labels
 from edgetrain.data.layout import (
     AS_FOUND,
     MOST_IDS,
@@ -109,12 +109,16 @@ def rows_alone(
 ) -> DataSet:
     """Rows to predict on, as the test part; ``classes`` is 0 without labels, else the greatest label + 1.
 
+    Where a label is unknown (-1, or NaN), the rows count as rows without labels.
+
     ``whole``: whether training rows may be among them.
 
     Raises:
         InputError: dims, dtypes or labels are not those of a data set.
     """
     layout = layout_of(source.dtype, source.dims, source.where, reading)
+    if labels is not None and unknown_labels(labels):
+        labels = None
     checked = None if labels is None else class_labels(labels, source.dims[0], where_labels)
     rows = _Rows(source, layout, checked)
     classes = 0 if checked is None else int(checked.max()) + 1

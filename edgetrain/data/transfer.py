@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import re
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from typing import IO, Any, cast
 
 _BLOCK = 256 << 10
 _PATIENCE = 30.0  # seconds without a byte
+_LONGEST_S = 3600.0  # of a whole file
+_MOST_BYTES = 256 << 20  # of a file: the largest of a known data set has 163 MiB
 
 
 class RemoteError(Exception):
@@ -27,18 +30,29 @@ def download_blocks(url: str) -> Iterator[bytes]:
     """The content of ``url`` in blocks; a progress bar on stderr, or one line if stderr is not a terminal.
 
     Raises:
-        RemoteError: no connection, a refusal, or an end before the announced length.
+        RemoteError: no connection, a refusal, an end before the announced length, more bytes than any data set has,
+            or a transfer of more than an hour.
     """
+    end = time.monotonic() + _LONGEST_S
     with _opened(url) as response:
         total = _announced(response)
+        _check_size(url, total or 0)
         done = 0
         with _progress(url, total) as advance:
             while block := _read(response, url):
                 yield block
                 done += len(block)
+                _check_size(url, done)
+                if time.monotonic() > end:
+                    raise RemoteError(f"could not download {url}: {done} bytes took more than {_LONGEST_S:.0f} s")
                 advance(len(block))
     if total is not None and done < total:
         raise RemoteError(f"could not download {url}: connection ended after {done} of {total} bytes")
+
+
+def _check_size(url: str, size: int) -> None:
+    if size > _MOST_BYTES:
+        raise RemoteError(f"could not download {url}: it has {size} bytes or more, expected at most {_MOST_BYTES}")
 
 
 def _announced(response: IO[bytes]) -> int | None:

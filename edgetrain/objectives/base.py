@@ -187,7 +187,7 @@ class Objective(ABC):
         classifier: the cells whose latents a trained classifier may read; ``None``: there is none.
         classifier_stream: of their latents, the stream that it reads.
         couples_batch: whether the samples of a batch influence each other's loss.
-        nonnegative_input: whether tables are brought to 0..1 instead of standardised.
+        nonnegative_input: whether tables are scaled to 0..1 instead of standardised.
         takes_tokens: whether it can learn from rows of token ids.
         draws_streams: whether ``streams`` draws, so that views of the data differ without augmentation.
         saves_on_host: whether what the backward pass needs waits on the host.

@@ -16,6 +16,7 @@ from edgetrain.report.drawing import Drawing, png, svg
 from edgetrain.report.profile import Point
 from edgetrain.report.runs import ShownRun, open_shown, shown_path
 from edgetrain.store.atomic import check_name, storage_errors, write_text
+from edgetrain.store.run import RunFolder
 from edgetrain.units import MIB, show_mb, show_seconds
 
 _UNKNOWN = "unknown"
@@ -35,6 +36,7 @@ def write_report(paths: Sequence[Path], folder: Path | None = None) -> tuple[Pat
 
     Raises:
         InputError: a folder is none of a run, or a package is not installed.
+        CorruptError: a link is in the place of a file or folder of a run to write to.
         StorageError: the disk refused.
     """
     require_packages()
@@ -43,6 +45,8 @@ def write_report(paths: Sequence[Path], folder: Path | None = None) -> tuple[Pat
     target = folder or (paths[0] if len(paths) == 1 else Path("report"))
     check_name(target)
     runs = [open_shown(path) for path in paths]
+    if folder is None:
+        RunFolder(target).refuse_links()
     if (target / _REPORT).is_dir():
         raise InputError(f"{target / _REPORT}: is a folder; expected room for the page")
     names = _distinct(runs)

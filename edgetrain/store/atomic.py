@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,8 @@ import xxhash
 from edgetrain.errors import CorruptError, InputError, StorageError
 
 CHUNK = 1 << 20
+_MOST_HOLES = 64 << 30  # bytes of a sparse file
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # by the file system
 
 
 @contextmanager
@@ -104,10 +107,15 @@ def reserve(descriptor: int, size: int) -> None:
     """
     if size == 0:
         return
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    else:  # macOS has no posix_fallocate; writes there still report a full disk, one by one
-        os.ftruncate(descriptor, size)
+    try:
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(descriptor, 0, size)
+            return
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    for first in range(0, size, CHUNK):
+        os.pwrite(descriptor, bytes(min(CHUNK, size - first)), first)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -131,8 +139,43 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Force renames inside the folder onto the medium."""
-    sync_file(path)
+    """Force renames inside the folder onto the medium, where the file system can do that for a folder."""
+    try:
+        sync_file(path)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
+def verify(path: Path, expected: str, size: int) -> None:
+    """Compare a file with what was written: its size, then its checksum.
+
+    Raises:
+        StorageError: the file is missing or unreadable.
+        CorruptError: it differs, or is something else than a file.
+    """
+    if path.is_file() and (there := path.stat().st_size) != size:
+        raise CorruptError(f"{path}: holds {there} bytes, expected {size}: the file is damaged")
+    if (found := checksum(path)) != expected:
+        raise CorruptError(f"{path}: checksum {found}, expected {expected}: the file is damaged")
+
+
+def _holes(descriptor: int) -> int:
+    """Bytes of an open file that are not allocated, counted until there are more than ``_MOST_HOLES``."""
+    if not hasattr(os, "SEEK_HOLE"):
+        return 0
+    size, position, holes = os.fstat(descriptor).st_size, 0, 0
+    while position < size and holes <= _MOST_HOLES:
+        hole = os.lseek(descriptor, position, os.SEEK_HOLE)
+        try:
+            position = os.lseek(descriptor, hole, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # no data after it
+                raise
+            position = size
+        holes += position - hole
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return holes
 
 
 def checksum(path: Path) -> str:
@@ -140,12 +183,14 @@ def checksum(path: Path) -> str:
 
     Raises:
         StorageError: the file is missing or unreadable.
-        CorruptError: it is something else than a file.
+        CorruptError: it is something else than a file, or has holes that would take minutes to read.
     """
     if path.exists() and not path.is_file():
         raise CorruptError(f"{path}: is not a regular file")
     digest = xxhash.xxh3_128()
     with storage_errors(path), path.open("rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size > _MOST_HOLES and _holes(file.fileno()) > _MOST_HOLES:
+            raise CorruptError(f"{path}: is a sparse file with more than {_MOST_HOLES >> 30} GiB of holes")
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -22,9 +22,11 @@ def open_folder(path: Path) -> RunFolder:
 
     Raises:
         BusyError: another process works in it.
+        CorruptError: a link is in the place of one of its files or folders.
         StorageError: the disk refused.
     """
     folder = RunFolder(path)
+    folder.refuse_links()
     if (path / ADOPTED).is_dir():
         with folder.locked():
             _move_adopted(folder)

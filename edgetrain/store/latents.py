@@ -22,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from edgetrain.errors import CorruptError, DamagedLatentsError, StorageError
-from edgetrain.store.atomic import checksum, reserve, storage_errors, write_bytes
+from edgetrain.store.atomic import reserve, storage_errors, verify, write_bytes
 from edgetrain.store.entries import FileEntry
 from edgetrain.store.rows import RowFormat
 
@@ -110,8 +110,9 @@ class LatentFile:
             StorageError: it is missing or unreadable.
         """
         path, self.written = self.path.with_name(sums.name), written
-        if sums.size != 8 * self._blocks() or checksum(path) != sums.checksum:
+        if sums.size != 8 * self._blocks():
             raise CorruptError(f"{path}: the checksums of {self.path.name} are damaged themselves")
+        verify(path, sums.checksum, sums.size)
         with storage_errors(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
             found = os.fstat(self._descriptor).st_size

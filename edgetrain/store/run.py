@@ -20,12 +20,12 @@ from msgspec import json, structs
 from edgetrain.errors import BusyError, CorruptError, InputError, StorageError
 from edgetrain.store.atomic import (
     check_name,
-    checksum,
     missing_folders,
     size_of,
     storage_errors,
     sync_folder,
     temporary_of,
+    verify,
     write_bytes,
     write_text,
 )
@@ -37,6 +37,7 @@ from edgetrain.store.usage import DiskUsage
 
 RECORD, MODEL = "record.json", "model.safetensors"
 REPORT = "report.html"
+_LARGEST_RECORD = 1 << 30  # bytes; that of a run of 100,000 cells takes 100 MiB
 _RESULTS = (RECORD, MODEL, REPORT)  # of a finished run
 _MEMBERS = ("config.toml", "journal.jsonl", "lock", *_RESULTS)
 TENSORBOARD = "tensorboard"
@@ -82,9 +83,7 @@ class RunFolder:
             StorageError: the disk refused.
         """
         check_name(self.path)
-        for name in (*_FOLDERS, *_MEMBERS):
-            if (self.path / name).is_symlink():
-                raise CorruptError(f"{self.path / name}: is a link; a run folder holds none")
+        self.refuse_links()
         with storage_errors(self.path / "lock"):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
@@ -95,6 +94,16 @@ class RunFolder:
             yield
         finally:
             self._lock.release()  # the file stays: removing it could take it from under the next holder
+
+    def refuse_links(self) -> None:
+        """Refuse links in the place of the run's files and folders.
+
+        Raises:
+            CorruptError: there is one; it may lead out of the folder.
+        """
+        for name in (*_FOLDERS, *_MEMBERS):
+            if (self.path / name).is_symlink():
+                raise CorruptError(f"{self.path / name}: is a link; a run folder holds none")
 
     def create(self, begin: Begin) -> None:
         """Begin a run in the folder: in its journal, and with its ``config.toml``.
@@ -247,9 +256,11 @@ class RunFolder:
         """Whether the run is finished, and model and record are as they were written."""
         found = self.results()
         try:
-            return bool(found) and all(checksum(self.path / name) == file.checksum for name, file in found.items())
-        except StorageError:
+            for name, file in found.items():
+                verify(self.path / name, file.checksum, file.size)
+        except (CorruptError, StorageError):
             return False
+        return bool(found)
 
     def read_record(self) -> str:
         """What ``record.json`` holds.
@@ -264,11 +275,12 @@ class RunFolder:
         if known is None:
             unfinished = "an unfinished run; finish it with fit --resume" if self.is_run() else "no run"
             raise InputError(f"{self.path}: holds {unfinished}")
-        if (found := checksum(path)) != known.checksum:
-            raise CorruptError(
-                f"{path}: checksum {found}, expected {known.checksum}: the file is damaged; fit --resume --run-dir"
-                f" {self.path} makes it again"
-            )
+        try:
+            if known.size > _LARGEST_RECORD:
+                raise CorruptError(f"{path}: is said to hold {known.size} bytes, expected at most {_LARGEST_RECORD}")
+            verify(path, known.checksum, known.size)
+        except CorruptError as error:
+            raise CorruptError(f"{error}; fit --resume --run-dir {self.path} makes it again") from None
         with storage_errors(path):
             return path.read_text(encoding="utf-8")
 

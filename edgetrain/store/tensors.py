@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from edgetrain.errors import CorruptError, StorageError
-from edgetrain.store.atomic import CHUNK, checksum, replacing, storage_errors, sync_file, sync_folder
+from edgetrain.store.atomic import CHUNK, checksum, replacing, storage_errors, sync_file, sync_folder, verify
 from edgetrain.store.entries import FileEntry
 
 _METADATA = "edgetrain"
@@ -35,15 +35,9 @@ _PREAD = {"backend": "pread"} if "backend" in str(inspect.signature(safe_open)) 
 
 @dataclass(frozen=True)
 class Spilled:
-    """A unit that waits on disk between visits, not durable and not in the journal: a file for each kind.
+    """A unit that waits on disk between visits, not durable and not in the journal: a file for each kind."""
 
-    Attributes:
-        paths: of the files.
-        checksums: of what they hold.
-    """
-
-    paths: dict[str, Path]
-    checksums: dict[str, str]
+    files: dict[str, FileEntry]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> FileEntry:
@@ -67,8 +61,11 @@ def write_plain(
         StorageError: the disk refused; it names ``shown``, by default ``path``.
         OSError: likewise, where the library lets it through.
     """
+    path.touch()
+    mode = path.stat().st_mode  # as the umask wants it; the library's files are for their owner alone
     try:
         save_file(dict(tensors), path, {_METADATA: json.dumps(metadata, sort_keys=True)})
+        path.chmod(mode)
     except SafetensorError as error:  # the library wraps the operating system's refusal
         code = re.search(r"\(os error (\d+)\)", str(error))
         reason = os.strerror(int(code[1])) if code else str(error)
@@ -76,32 +73,30 @@ def write_plain(
     return path.stat().st_size
 
 
-def move_durably(source: Path, target: Path, digest: str) -> FileEntry:
-    """Rename a plainly written file with that checksum to ``target`` once it is on the medium; returns its entry.
+def move_durably(source: Path, target: Path, file: FileEntry) -> FileEntry:
+    """Rename a plainly written file to ``target`` once it is on the medium; returns its entry there.
 
     Raises:
         CorruptError: it does not hold what was written.
         StorageError: the disk refused.
     """
-    if (found := checksum(source)) != digest:
-        raise CorruptError(f"{source}: checksum {found}, expected {digest}: the file is damaged")
+    verify(source, file.checksum, file.size)
     with storage_errors(target):
         sync_file(source)
-        size = source.stat().st_size
         source.replace(target)
         sync_folder(target.parent)
-    return FileEntry(target.name, digest, size)
+    return FileEntry(target.name, file.checksum, file.size)
 
 
-def read_tensors(path: Path, expected: str | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a file, on the host; its checksum is verified first if one is given.
+def read_tensors(path: Path, expected: FileEntry | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a file, on the host; size and checksum are verified first if they are given.
 
     Raises:
-        CorruptError: the checksum differs, or the file is not a whole safetensors file.
+        CorruptError: it is not what was written, or not a whole safetensors file.
         StorageError: it is missing or unreadable.
     """
-    if expected is not None and (found := checksum(path)) != expected:
-        raise CorruptError(f"{path}: checksum {found}, expected {expected}: the file is damaged")
+    if expected is not None:
+        verify(path, expected.checksum, expected.size)
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from edgetrain.errors import CorruptError
-from edgetrain.store.atomic import checksum, storage_errors, sync_folder
+from edgetrain.store.atomic import checksum, storage_errors, sync_folder, verify
 from edgetrain.store.entries import FileEntry, Files
 from edgetrain.store.tensors import Spilled, move_durably, read_tensors, write_plain, write_tensors
 from edgetrain.store.usage import DiskUsage
@@ -55,8 +54,8 @@ class UnitFiles:
             StorageError: the disk refused.
         """
         return {
-            kind: move_durably(path, self.path / _name(f"{unit}@{number}", kind), spilled.checksums[kind])
-            for kind, path in spilled.paths.items()
+            kind: move_durably(self.scratch / file.name, self.path / _name(f"{unit}@{number}", kind), file)
+            for kind, file in spilled.files.items()
         }
 
     def path_of(self, file: FileEntry) -> Path:
@@ -76,8 +75,7 @@ class UnitFiles:
             CorruptError: it is not.
         """
         path = self.path_of(file)
-        if (found := checksum(path)) != file.checksum:
-            raise CorruptError(f"{path}: checksum {found}, expected {file.checksum}: the file is damaged")
+        verify(path, file.checksum, file.size)
         return path
 
     def read(self, files: Mapping[str, FileEntry], optimizer: bool = True) -> dict[str, dict[str, torch.Tensor]]:
@@ -90,11 +88,8 @@ class UnitFiles:
         Raises:
             CorruptError: a file does not hold what was written.
         """
-        return {
-            kind: read_tensors(self.path_of(file), file.checksum)
-            for kind, file in files.items()
-            if kind == "weights" or optimizer
-        }
+        wanted = {kind: file for kind, file in files.items() if kind == "weights" or optimizer}
+        return {kind: read_tensors(self.path_of(file), file) for kind, file in wanted.items()}
 
     def name_finally(self, files: Files) -> Files:
         """Give the files of a finished run their final names, durably.
@@ -137,16 +132,17 @@ class UnitFiles:
         Raises:
             StorageError: the disk refused.
         """
-        paths, checksums = {}, {}
+        files = {}
         with storage_errors(self.scratch):
             self.scratch.mkdir(exist_ok=True)
         for kind, tensors in kinds.items():
-            paths[kind] = self.scratch / _name(unit, kind)
-            self._usage.replaces(paths[kind])
-            with storage_errors(paths[kind]):
-                self._usage.stored(write_plain(paths[kind], tensors, _metadata(unit)))
-            checksums[kind] = checksum(paths[kind])
-        return Spilled(paths, checksums)
+            path = self.scratch / _name(unit, kind)
+            self._usage.replaces(path)
+            with storage_errors(path):
+                size = write_plain(path, tensors, _metadata(unit))
+            self._usage.stored(size)
+            files[kind] = FileEntry(path.name, checksum(path), size)
+        return Spilled(files)
 
     def unspill(self, spilled: Spilled) -> dict[str, dict[str, torch.Tensor]]:
         """The tensors of a spilled unit by kind; its files stay.
@@ -154,11 +150,11 @@ class UnitFiles:
         Raises:
             CorruptError: a file does not hold what was written.
         """
-        return {kind: read_tensors(path, spilled.checksums[kind]) for kind, path in spilled.paths.items()}
+        return {kind: read_tensors(self.scratch / file.name, file) for kind, file in spilled.files.items()}
 
     def discard(self, spilled: Spilled) -> None:
         """Remove a spilled unit that was not checkpointed."""
-        for path in spilled.paths.values():
+        for path in (self.scratch / file.name for file in spilled.files.values()):
             with storage_errors(path):
                 self._usage.replaces(path)
                 path.unlink(missing_ok=True)

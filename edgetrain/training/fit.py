@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,9 @@ def _as_it_is(
     if data is None and absolute(settings.data) != run.settings.data:
         given = open_data(settings.data, stated_reading(settings))
         digests_of(folder, given).check(folder, given.name)
+    if not run.settings.keep_latents and (folder.latents.exists() or folder.units.scratch.exists()):
+        with suppress(BusyError), folder.locked():
+            folder.clear_working_files()  # of a process that was killed when it had finished the run
     callback.note(f"{folder.path}: this run is finished")
     if is_pending(folder):
         callback.note(f"{folder.path}: an unfinished edit is kept; repeat the cells command to continue it")

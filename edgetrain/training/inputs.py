@@ -9,7 +9,7 @@ import torch
 
 from edgetrain.data.base import DataSet, Part
 from edgetrain.data.layout import Channels, Input, Reading
-from edgetrain.data.prepare import Prepared, Scaling, measure_scaling
+from edgetrain.data.prepare import Prepared, Scaling, measure_scaling, scaling_beyond_unit
 from edgetrain.errors import InputError
 from edgetrain.store.rows import RowFormat
 
@@ -85,9 +85,9 @@ def describe(data: DataSet, nonnegative: bool) -> str:
     """
     assert data.train is not None
     size = "x".join(map(str, data.shape))
-    scaled = "brought to 0..1" if nonnegative else "standardised"
+    scaled = "scaled to 0..1" if nonnegative else "standardised"
     words = {
-        "image": [f"images, {size}", _values_in_words(data)],
+        "image": [f"images, {size}", _values_in_words(data, nonnegative)],
         "table": [f"rows of a table, {size} columns", f"each {scaled}"],
         "signal": [f"signals, {size}", f"each channel {scaled}"],
         "tokens": [f"rows of {size} token ids, 0..{(data.vocabulary or 0) - 1}"],
@@ -97,8 +97,10 @@ def describe(data: DataSet, nonnegative: bool) -> str:
     return f"{data.train.rows:,} {', '.join(words)}{data.hint and f'; {data.hint}'}"
 
 
-def _values_in_words(data: DataSet) -> str:
-    return "values as they are" if data.pixel_max is None else f"0..{data.pixel_max:g} scaled to 0..1"
+def _values_in_words(data: DataSet, nonnegative: bool) -> str:
+    if data.pixel_max is not None:
+        return f"0..{data.pixel_max:g} scaled to 0..1"
+    return "values scaled to 0..1 unless they are within it" if nonnegative else "values as they are"
 
 
 def _kind(rows: DataSet | Shape) -> str:
@@ -111,10 +113,15 @@ def _kind(rows: DataSet | Shape) -> str:
 
 
 def scaling_of(data: DataSet, part: Part, nonnegative: bool) -> Scaling | None:
-    """Tables and signals are standardised, or brought to 0..1 for rules that reconstruct their input."""
-    if data.input not in ("table", "signal"):
-        return None
-    return measure_scaling(part, "unit" if nonnegative else "standard")
+    """Tables and signals are standardised, or scaled to 0..1 for rules that reconstruct their input.
+
+    Floating-point images stay as they are, but for those rules they are scaled to 0..1 if they are not within it.
+    """
+    if data.input in ("table", "signal"):
+        return measure_scaling(part, "unit" if nonnegative else "standard")
+    if data.input == "image" and data.pixel_max is None and nonnegative:
+        return scaling_beyond_unit(part)
+    return None
 
 
 def pack(scaling: Scaling | None) -> dict[str, torch.Tensor]:

@@ -160,7 +160,7 @@ class Run:
             raise InputError(f"data {opened.name!r}: holds no test rows")
         with self._prepared(opened, opened.test) as rows:
             if rows.y is None:
-                raise InputError(f"data {opened.name!r}: holds no labels to compare with; use predict")
+                raise InputError(f"data {opened.name!r}: has rows without labels (-1 is unknown); use predict")
             if data is None:
                 check_test_rows(RunFolder(self.path), opened.name, digest(rows))
             found = self._predict(rows, device)

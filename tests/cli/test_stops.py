@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgetrain.store.run import RunFolder
@@ -185,3 +186,28 @@ def test_a_disk_too_small_from_the_start_is_refused_and_nothing_is_left(small_di
     assert child.returncode == 3
     assert "free, the run needs" in err.splitlines()[-1]
     assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_prediction_that_is_stopped_leaves_no_temporary_files(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    child = started(tmp_path, "--quiet", words=["--net", "mlp:8x1", "--epochs", "1", "--run-dir", "run"])
+    child.communicate(timeout=120)
+    assert child.returncode == 0
+    np.savez(tmp_path / "rows.npz", x=np.zeros((400_000, 8, 8), np.uint8))
+    command = [sys.executable, "-m", "edgetrain", "predict", "run", "--data", "rows.npz", "--out", "labels.csv"]
+    env = {**os.environ, "TMPDIR": str(scratch)}
+    child = subprocess.Popen(command, cwd=tmp_path, env=env, preexec_fn=_heard, stderr=subprocess.PIPE)
+    limit = time.monotonic() + 60
+    while not list(scratch.glob("edgetrain-*/*")):
+        assert child.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err.strip()) == (code, b"edgetrain: stopped")
+    assert list(scratch.iterdir()) == []
+    assert not (tmp_path / "labels.csv").exists()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from made_files import cifar_rows, cycle, idx_images, idx_labels, pixels, rows_of
 
-from edgetrain.data import known, specs
+from edgetrain.data import known, specs, transfer
 from edgetrain.data.fetch import cache_folder, ensure, fetch, locate
 from edgetrain.data.known import KNOWN, Download
 from edgetrain.data.specs import open_data
@@ -274,3 +274,21 @@ def test_table_of_known_sets_is_sound():
             assert len(digest) == 2 * hashlib.new(algorithm).digest_size
     assert len(KNOWN["cifar100"].class_names) == 100
     assert KNOWN["cifar100"].file_sizes == {"train.bin": 153_700_000, "test.bin": 30_740_000}
+
+
+def test_a_server_that_sends_without_end_is_cut_off(served, tiny_mnist, monkeypatch):
+    serve(served, {**tiny_mnist, "train-images-idx3-ubyte.gz": bytes(5000)})
+    monkeypatch.setattr(transfer, "_MOST_BYTES", 4000)
+    with pytest.raises(StorageError, match=r"it has 5000 bytes or more, expected at most 4000; put the files in"):
+        ensure(KNOWN["mnist"])
+    monkeypatch.setattr(transfer, "_announced", lambda response: None)  # as it may say nothing of the length
+    with pytest.raises(StorageError, match="or more, expected at most 4000"):
+        ensure(KNOWN["mnist"])
+    assert not [path for path in cache_folder(KNOWN["mnist"]).iterdir() if path.name != ".lock"]
+
+
+def test_a_server_that_takes_too_long_is_cut_off(served, tiny_mnist, monkeypatch):
+    serve(served, tiny_mnist)
+    monkeypatch.setattr(transfer, "_LONGEST_S", -1.0)
+    with pytest.raises(StorageError, match="took more than"):
+        ensure(KNOWN["mnist"])

@@ -154,6 +154,7 @@ def test_channels_of_signals_are_scaled_over_rows_and_positions(monkeypatch, dty
         (pixels(800, 3, 8, 8), Reading(), False, "800 images, 3x8x8, 0..255 scaled to 0..1, channels first"),
         (pixels(800, 8, 8), Reading(), False, "800 images, 1x8x8, 0..255 scaled to 0..1"),
         (floats(1200, 2, 2), Reading(), False, "1,200 images, 1x2x2, values as they are"),
+        (floats(1200, 2, 2), Reading(), True, "1,200 images, 1x2x2, values scaled to 0..1 unless they are within it"),
         (pixels(80, 64), Reading("image"), False, "80 images, 64, 0..255 scaled to 0..1"),
         (
             pixels(80, 64),
@@ -163,7 +164,7 @@ def test_channels_of_signals_are_scaled_over_rows_and_positions(monkeypatch, dty
         ),
         (pixels(80, 63), Reading(), False, "80 rows of a table, 63 columns, each standardised"),
         (pixels(80, 64), Reading("table"), False, "80 rows of a table, 64 columns, each standardised"),
-        (floats(80, 4), Reading(), True, "80 rows of a table, 4 columns, each brought to 0..1"),
+        (floats(80, 4), Reading(), True, "80 rows of a table, 4 columns, each scaled to 0..1"),
         (
             ids(80, 4),
             Reading(),
@@ -177,7 +178,7 @@ def test_channels_of_signals_are_scaled_over_rows_and_positions(monkeypatch, dty
             False,
             "80 signals, 2x9, each channel standardised, channels last",
         ),
-        (floats(80, 9), Reading("signal"), True, "80 signals, 1x9, each channel brought to 0..1"),
+        (floats(80, 9), Reading("signal"), True, "80 signals, 1x9, each channel scaled to 0..1"),
     ],
 )
 def test_a_line_says_how_rows_were_read(inputs, reading, nonnegative, line):

@@ -126,9 +126,7 @@ def test_damaged_rates_are_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_fastest_of_several_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter(
-        [0.0, 0.9, 1.0, 1.2, 2.0, 2.3, 3.0, 3.4, 4.0, 4.5]
-    )  # five rounds
+    seconds = iter([0.0, 0.9, 1.0, 1.2, 2.0, 2.3, 3.0, 3.4, 4.0, 4.5])  # five rounds
     monkeypatch.setattr(rates.time, "perf_counter", lambda: next(seconds))
     assert rates._tried(CPU, lambda: None) == pytest.approx(0.2 / 8)
 

@@ -176,7 +176,7 @@ def test_a_missing_file_is_a_storage_error_that_names_it(tmp_path: Path) -> None
 def test_damaged_checksums_are_named(tmp_path: Path) -> None:
     _, sums = saved(tmp_path / "x.rows")
     flip(tmp_path / sums.name, 3)
-    with pytest.raises(CorruptError, match=r"x\.1\.sums: the checksums of x\.rows are damaged"):
+    with pytest.raises(CorruptError, match=r"x\.1\.sums: checksum .* the file is damaged"):
         reopened(tmp_path / "x.rows", sums)
 
 

@@ -471,7 +471,7 @@ def test_a_bit_that_flips_in_a_spilled_cell_is_found(kind: str, tmp_path: Path) 
     folder = made(tmp_path / "a")
     spilled = folder.units.spill("000", unit(1))
     assert named(folder.units.unspill(spilled)).keys() == named(unit(1)).keys()
-    path = spilled.paths[kind]
+    path = folder.units.scratch / spilled.files[kind].name
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from edgetrain.errors import CorruptError, EdgetrainError, StorageError
 from edgetrain.store import tensors as module
+from edgetrain.store.entries import FileEntry
 from edgetrain.store.tensors import join, read_header, read_metadata, read_tensors, write_tensors
 
 fuzzing = settings(
@@ -65,7 +66,7 @@ def test_tensors_come_back_as_they_were(
         for number, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=False))
     }
     entry = write_tensors(tmp_path / "a.safetensors", given_tensors, {"unit": "000", "n": seed})
-    assert equal(read_tensors(tmp_path / "a.safetensors", entry.checksum), given_tensors)
+    assert equal(read_tensors(tmp_path / "a.safetensors", entry), given_tensors)
     assert read_metadata(tmp_path / "a.safetensors") == {"unit": "000", "n": seed}
     assert entry.name == "a.safetensors"
     assert entry.size == (tmp_path / "a.safetensors").stat().st_size
@@ -85,9 +86,9 @@ def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
     for at in range(len(content)):
         path.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :])
         with pytest.raises(CorruptError, match=f"expected {entry.checksum}"):
-            read_tensors(path, entry.checksum)
+            read_tensors(path, entry)
     path.write_bytes(content)
-    assert torch.equal(read_tensors(path, entry.checksum)["w"], torch.arange(6.0))
+    assert torch.equal(read_tensors(path, entry)["w"], torch.arange(6.0))
 
 
 @pytest.mark.parametrize("left", [0, 1, 7, 8, 9, 60, -1])
@@ -114,7 +115,7 @@ def test_a_missing_file_is_a_storage_error(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="gone: no such file"):
             reader(tmp_path / "gone")
     with pytest.raises(StorageError, match="gone: no such file"):
-        read_tensors(tmp_path / "gone", "ab")
+        read_tensors(tmp_path / "gone", FileEntry("gone", "ab", 1))
 
 
 def test_a_header_that_claims_terabytes_is_refused_unread(tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(step: str, tmp_path: Path, mon
         patch.setattr(*FAILURES[step])
         with pytest.raises(StorageError, match=": no space left on device$"):
             write_tensors(path, some(1), {"unit": "000"})
-    assert equal(read_tensors(path, entry.checksum), some())
+    assert equal(read_tensors(path, entry), some())
     assert names(tmp_path) == ["a"]
 
 
@@ -213,7 +214,7 @@ def test_a_joined_file_loads_with_the_library_alone_and_equals_its_parts(parts: 
         expected |= {f"{number:03}.{name}": value for name, value in content.items()}
     entry = join(tmp_path / "model", given_parts, {"format": 1})
     assert equal(load_file(tmp_path / "model"), expected)
-    assert equal(read_tensors(tmp_path / "model", entry.checksum), expected)
+    assert equal(read_tensors(tmp_path / "model", entry), expected)
     assert read_metadata(tmp_path / "model") == {"format": 1}
     assert entry.size == (tmp_path / "model").stat().st_size
 
@@ -242,7 +243,7 @@ def test_a_failed_join_leaves_the_model_as_it_was(step: str, tmp_path: Path, mon
         patch.setattr(*FAILURES[step])
         with pytest.raises(StorageError):
             join(tmp_path / "model", [("y.", tmp_path / "a")], {})
-    assert set(read_tensors(tmp_path / "model", entry.checksum)) == {f"x.{name}" for name in some()}
+    assert set(read_tensors(tmp_path / "model", entry)) == {f"x.{name}" for name in some()}
     assert names(tmp_path) == ["a", "model"]
 
 

@@ -10,15 +10,22 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from machine import assert_same, data, settings, units
+from msgspec import structs
+from safetensors.torch import load_file
 
-from edgetrain.errors import EdgetrainError, Stopped
+from edgetrain.errors import CorruptError, EdgetrainError, InputError, Stopped
+from edgetrain.store.entries import Checkpoint
+from edgetrain.store.journal import Journal
+from edgetrain.store.tensors import write_tensors
 from edgetrain.training.edits import list_cells
 from edgetrain.training.fit import fit
 from edgetrain.training.run import Run
@@ -136,3 +143,55 @@ def test_a_damaged_unfinished_run_goes_on_to_the_same_bits_or_is_refused(
         shutil.rmtree(folder)
     figures(f"unfinished run: {dict(outcomes)}")
     assert min(outcomes["same bits"], outcomes["refused"]) > EXAMPLES // 20
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_what_a_killed_process_left_of_a_finished_run_is_removed(keeps: bool, tmp_path: Path) -> None:
+    given = replace(asked(), keep_latents=keeps)
+    run = fit(given, tmp_path / "run", data=rows())
+    for name in ("latents/000.x.rows", "scratch/000.safetensors"):
+        (run.path / name).parent.mkdir(exist_ok=True)
+        (run.path / name).write_bytes(b"left")
+    fit(given, run.path, data=rows(), resume=True)
+    assert (run.path / "latents/000.x.rows").exists() == keeps
+    assert (run.path / "scratch").exists() == keeps
+
+
+@pytest.mark.parametrize("member", ["cells", "figures", "latents", "record.json", "report.html", "config.toml"])
+def test_a_link_in_the_place_of_a_member_is_not_followed(member: str, tmp_path: Path) -> None:
+    run = fit(asked(), tmp_path / "run", data=rows())
+    outside = tmp_path / "outside"
+    if (run.path / member).exists():
+        (run.path / member).rename(outside)
+    else:
+        outside.mkdir()
+    before = sorted(outside.rglob("*")) if outside.is_dir() else outside.read_bytes()
+    (run.path / member).symlink_to(outside)
+    for act in (
+        lambda: Run.open(run.path),
+        lambda: run.report(),
+        lambda: list_cells(run),
+        lambda: fit(asked(), run.path, data=rows(), resume=True),
+        lambda: fit(asked(), run.path, data=rows(), force=True),
+    ):
+        with pytest.raises(CorruptError, match=f"{member}: is a link"):
+            act()
+    assert (sorted(outside.rglob("*")) if outside.is_dir() else outside.read_bytes()) == before
+
+
+@pytest.mark.parametrize(
+    "change", [lambda w: w[:1], lambda w: w.double(), lambda w: w.to(torch.int8), lambda w: w.flatten()]
+)
+def test_forged_weights_with_a_right_checksum_are_refused_by_shape_and_dtype(change: Any, tmp_path: Path) -> None:
+    run = fit(asked(), tmp_path / "run", data=rows())
+    entries = list(Journal(run.path / "journal.jsonl").entries())
+    at, last = next((at, entry) for at, entry in enumerate(entries) if isinstance(entry, Checkpoint))
+    name = last.files["000"]["weights"].name
+    weights = {key: change(value) for key, value in load_file(run.path / "cells" / name).items()}
+    forged = write_tensors(run.path / "cells" / name, weights, {})
+    entries[at] = structs.replace(last, files={**last.files, "000": {"weights": forged}})
+    (run.path / "journal.jsonl").unlink()
+    for entry in entries:
+        Journal(run.path / "journal.jsonl").append(entry)
+    with pytest.raises(InputError, match="the saved weights do not fit this net: they have"):
+        Run.open(run.path).evaluate(rows())

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from machine import stopped_after
 from torch import nn
 
@@ -96,7 +97,7 @@ def test_an_embedding_of_positions_is_no_matter_of_the_rows(tmp_path: Path) -> N
 @pytest.mark.parametrize("method", ["mf", "bp", "lbp-ae", "ff"])
 def test_signals(tmp_path: Path, method: str) -> None:
     run = fitted(tmp_path, signals(), method=method, input="signal", channels="last")
-    way = "brought to 0..1" if method == "lbp-ae" else "standardised"
+    way = "scaled to 0..1" if method == "lbp-ae" else "standardised"
     assert run.record.input == f"100 signals, 2x32, each channel {way}, channels last"
     assert run.shape.shape == (2, 32)
     assert np.array_equal(run.predict(signals()[:7]), run.predict(signals())[:7])
@@ -169,3 +170,36 @@ def test_pixels_have_the_range_of_the_run_s(tmp_path: Path) -> None:
         brighter[5, 0, 3] = 17
     with pytest.raises(InputError, match="inputs: row 5 holds 17 at position 3, expected pixels 0..16"):
         Run.open(run.path).predict(brighter)
+
+
+@pytest.mark.parametrize("method", ["lbp-ae", "lbp-cae", "lbp-dae", "mf"])
+def test_float_images_below_zero_are_rescaled_for_rules_that_reconstruct(tmp_path: Path, method: str) -> None:
+    x = np.random.default_rng(0).normal(size=(ROWS, 1, 8, 8)).astype(np.float32) + 3 * Y[:, None, None, None]
+    reconstructs = method != "mf"
+    net = "cnn:4" if method == "lbp-cae" else "mlp:16x2"
+    run = fitted(tmp_path, x, net, method=method)
+    said = "values scaled to 0..1 unless they are within it" if reconstructs else "values as they are"
+    assert run.record.input == f"100 images, 1x8x8, {said}"
+    rows = run.model().prepared(torch.from_numpy(x))
+    by_hand = (x.astype(np.float64) - x.min()) * (1 / (float(x.max()) - float(x.min())))
+    assert np.allclose(rows, by_hand if reconstructs else x, atol=1e-6)
+    scores = run.model()(torch.from_numpy(x)).detach().numpy()
+    assert np.allclose(scores, run.scores(x), atol=1e-4)
+    beyond = run.model().prepared(torch.from_numpy(3 * x))
+    assert not reconstructs or (beyond.min() >= 0 and beyond.max() <= 1)
+
+
+def test_float_images_within_0_to_1_stay_as_they_are(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).random((ROWS, 1, 8, 8), np.float32) * 0.5
+    run = fitted(tmp_path, x, method="lbp-ae")
+    assert torch.equal(run.model().prepared(torch.from_numpy(x)), torch.from_numpy(x))
+
+
+@pytest.mark.parametrize("unknown", [np.full(ROWS, -1), np.where(np.arange(ROWS) % 3, Y, -1), np.full(ROWS, np.nan)])
+def test_rows_with_unknown_labels_are_predicted_but_not_evaluated(tmp_path: Path, unknown: Any) -> None:
+    run = fitted(tmp_path, signals(), input="signal", channels="last")
+    np.savez(tmp_path / "rows.npz", x=signals(), y=unknown)
+    assert np.array_equal(run.predict(str(tmp_path / "rows.npz")), run.predict(signals()))
+    for rows in (str(tmp_path / "rows.npz"), (signals(), unknown)):
+        with pytest.raises(InputError, match=r"rows without labels \(-1 is unknown\)"):
+            run.evaluate(rows)
