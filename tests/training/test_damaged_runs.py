@@ -185,7 +185,7 @@ def test_a_link_in_the_place_of_a_member_is_not_followed(member: str, tmp_path: 
 def test_forged_weights_with_a_right_checksum_are_refused_by_shape_and_dtype(change: Any, tmp_path: Path) -> None:
     run = fit(asked(), tmp_path / "run", data=rows())
     entries = list(Journal(run.path / "journal.jsonl").entries())
-    at, last = next((at, entry) for at, entry in enumerate(entries) if isinstance(entry, Checkpoint))
+    at, last = [(at, entry) for at, entry in enumerate(entries) if isinstance(entry, Checkpoint)][-1]
     name = last.files["000"]["weights"].name
     weights = {key: change(value) for key, value in load_file(run.path / "cells" / name).items()}
     forged = write_tensors(run.path / "cells" / name, weights, {})
