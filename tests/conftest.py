@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable
 
 import pytest
+from tiers import CASES, OTHERS, rank
 
 import edgetrain as edgetrain  # before torch, so that torch's threads do not spin while they wait
+
+NOT_SLOW = "not slow"  # as in pyproject.toml
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """All but a few cases of each parametrised test are slow, unless tests are named on the command line."""
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        if config.option.markexpr == NOT_SLOW:
+            config.option.markexpr = ""
+        return
+    cases = defaultdict(list)
+    for item in items:
+        if "untrusted" in item.path.parts:
+            item.add_marker("counted")
+        cases[item.nodeid.partition("[")[0]].append(item)
+    for each in cases.values():
+        fast = sorted(
+            (item for item in each if not item.get_closest_marker("slow")), key=lambda item: rank(item.nodeid)
+        )
+        for item in fast[CASES.get(each[0].path.parent.name, OTHERS) :]:
+            item.add_marker("slow")
 
 
 @pytest.fixture

@@ -249,7 +249,7 @@ class ResidentCell:
         return phase, learned, self._setup.optimizer.build(learned) if learned else _NOTHING
 
     def _check(self, state: CellState) -> None:
-        """Compare a state's names, shapes and dtypes with the module's and the head's.
+        """Compare a state's names, shapes and kinds with the module's and the head's.
 
         Raises:
             InputError: they differ.
@@ -347,7 +347,8 @@ def _modules(node: Node, objective: Objective, known: bool) -> Modules:
 
 
 def _kind(value: Tensor) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    kind = "floats" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+    return f"{kind} {list(value.shape)}"
 
 
 def _listed(names: list[str]) -> str:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,7 +37,7 @@ from edgetrain.store.edit import open_folder
 from edgetrain.store.entries import Files
 from edgetrain.store.npy import writing_npy
 from edgetrain.store.run import RunFolder
-from edgetrain.stream.cell import OptimizerRecipe, ResidentCell, Setup
+from edgetrain.stream.cell import OptimizerRecipe, ResidentCell, Setup, saved_tensors, shapes_of
 from edgetrain.stream.latents import FileLatents
 from edgetrain.stream.state import CellState
 from edgetrain.training.checkpointing import CLASSIFIER, INPUTS, Digests, check_test_rows
@@ -228,7 +227,7 @@ class Run:
         files, cpu, unused = folder.files(), torch.device("cpu"), OptimizerRecipe("sgd", 1.0)
         with process_state(self.settings):
             setup = Setup(self.objective, unused, cpu)
-            return [ResidentCell(node, setup, _read_cell(folder, files, node.index)) for node in self.nodes]
+            return [ResidentCell(node, setup, _read_cell(folder, files, node, self.objective)) for node in self.nodes]
 
     def _open(self, data: Any) -> DataSet:
         opened = _rows(data, self.shape.reading)
@@ -373,7 +372,7 @@ def predictor_of(
         micro_batches=pieces[0],
         tiles=pieces[1],
         seeds=pieces[2],
-        read_cell=partial(_read_cell, folder, files),
+        read_cell=lambda index: _read_cell(folder, files, cells[index], objective),
         classifier=_classifier(folder, files),
         folder=scratch or folder.latents,
     )
@@ -386,11 +385,17 @@ def _classifier(folder: RunFolder, files: Files) -> CellState | None:
     return CellState.of_kinds(folder.units.read(files[CLASSIFIER], optimizer=False))
 
 
-def _read_cell(folder: RunFolder, files: Files, index: int) -> CellState:
-    unit = f"{index:03}"
-    if unit not in files:
-        raise CorruptError(f"{folder.path}: its journal knows no cell {index + 1}")
-    return CellState.of_kinds(folder.units.read(files[unit], optimizer=False))
+def _read_cell(folder: RunFolder, files: Files, node: Node, objective: Objective) -> CellState:
+    found = files.get(f"{node.index:03}", {})
+    if "weights" not in found:
+        raise CorruptError(f"{folder.path}: its journal knows no weights of cell {node.index + 1}")
+    state = CellState.of_kinds(folder.units.read(found, optimizer=False))
+    for module, tensors in zip(shapes_of(node, objective), (state.module, state.head), strict=True):
+        for name, own in saved_tensors(module).items():
+            if name in tensors and tensors[name].dtype != own.dtype:
+                path = folder.units.path_of(found["weights"])
+                raise CorruptError(f"{path}: {name} is {tensors[name].dtype}, expected {own.dtype}")
+    return state
 
 
 def _rows(data: Any, reading: Reading) -> DataSet:

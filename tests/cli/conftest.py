@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import commands
 import pytest
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -19,8 +19,6 @@ def edgetrain(tmp_path: Path) -> Command:
 
     def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("EDGETRAIN_")}
-        env |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), **environment}
-        command = [sys.executable, "-m", "edgetrain", *words]
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+        return commands.run(words, tmp_path, env | {"XDG_CACHE_HOME": str(tmp_path / "cache"), **environment})
 
     return run

@@ -63,6 +63,7 @@ def test_plan_says_what_fit_measures(edgetrain: Command) -> None:
     assert record["written_mb"] <= plan["written_mb"]
 
 
+@pytest.mark.slow
 def test_plan_exits_0_where_nothing_fits_and_its_smallest_budget_works(edgetrain: Command) -> None:
     flags = ("--net", "mlp:64x2", "--epochs", "1", "--json")
     done = edgetrain("plan", *flags, "--max-gpu-mb", "0.01")
@@ -74,6 +75,7 @@ def test_plan_exits_0_where_nothing_fits_and_its_smallest_budget_works(edgetrain
     assert record["peak_gpu_mb"] <= float(smallest)
 
 
+@pytest.mark.slow
 def test_a_plan_tells_times_once_doctor_has_measured_the_machine(edgetrain: Command) -> None:
     flags = ("plan", "--net", "mlp:64x2", "--epochs", "1")
     assert json.loads(edgetrain(*flags, "--json").stdout)["seconds"] is None
@@ -121,6 +123,7 @@ def test_rerunning_the_written_profile_gives_the_same_weights(edgetrain: Command
         assert (tmp_path / "a" / "cells" / name).read_bytes() == (tmp_path / "b" / "cells" / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cell", "predicts"), [("000", False), ("001", True)])
 def test_a_damaged_cell_is_named_and_cells_before_it_predict(
     edgetrain: Command, tmp_path: Path, cell: str, predicts: bool
@@ -143,6 +146,7 @@ def test_a_damaged_cell_is_named_and_cells_before_it_predict(
         assert edgetrain("evaluate", "r").stderr == "evaluated the 360 test rows of digits\n"
 
 
+@pytest.mark.slow
 def test_a_second_process_in_a_run_folder_is_refused(tmp_path: Path, edgetrain: Command) -> None:
     command = [sys.executable, "-m", "edgetrain", "fit", "--epochs", "100000", "--run-dir", "r", "--quiet"]
     child = subprocess.Popen(command, cwd=tmp_path)
@@ -204,6 +208,7 @@ def test_a_report_of_no_run_is_refused(words: list[str], edgetrain: Command, tmp
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["file", "folder"]
 
 
+@pytest.mark.slow
 def test_a_profile_as_json_csv_png_and_page(edgetrain: Command, tmp_path: Path) -> None:
     flags = ["--depths", "1,2,3", "--widths", "16", "--batch-size", "32", "--methods", "mf,bp"]
     outputs = ["--csv", "points.csv", "--png", "pictures", "--html", "page.html", "--timeline", "--json"]
@@ -314,6 +319,7 @@ def test_predict_refuses_targets_before_it_reads_anything(
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_only_with_the_threads_that_it_was_begun_with(edgetrain: Command, tmp_path: Path) -> None:
     words = ("fit", "--run-dir", "r", *QUICK)
     stopped = edgetrain(*words, "--time-limit", "0.000001", "--threads", "2", OMP_THREAD_LIMIT="2")

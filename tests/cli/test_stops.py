@@ -59,7 +59,9 @@ def cells(run: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted((run / "cells").iterdir()))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_checkpoints_says_how_to_go_on_and_the_code_is_the_shells(
     number: signal.Signals, code: int, whole: bytes, tmp_path: Path
 ) -> None:
@@ -78,6 +80,7 @@ def test_a_signal_checkpoints_says_how_to_go_on_and_the_code_is_the_shells(
     assert cells(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", ["terminal", "pipe"])
 def test_a_run_whose_terminal_is_gone_still_checkpoints(gone: str, whole: bytes, tmp_path: Path) -> None:
     ours, theirs = os.openpty() if gone == "terminal" else os.pipe()
@@ -102,6 +105,7 @@ def test_a_run_whose_terminal_is_gone_still_checkpoints(gone: str, whole: bytes,
     assert cells(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 def test_the_time_limit_stops_as_sigterm_does(whole: bytes, tmp_path: Path) -> None:
     child = started(tmp_path, "--time-limit", "0.2")
     _, err = child.communicate(timeout=60)
@@ -113,6 +117,7 @@ def test_the_time_limit_stops_as_sigterm_does(whole: bytes, tmp_path: Path) -> N
     assert cells(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_at_once_and_a_dead_one_holds_no_lock(tmp_path: Path) -> None:
     child = started(tmp_path, "--checkpoint-every", "0.1")
     once_it_trains(child, tmp_path / "run", at_checkpoint=True)
@@ -131,6 +136,7 @@ def test_a_second_process_is_refused_at_once_and_a_dead_one_holds_no_lock(tmp_pa
     assert third.returncode == 0, err
 
 
+@pytest.mark.slow
 def test_of_two_processes_that_begin_at_once_one_runs_with_its_own_settings(tmp_path: Path) -> None:
     children = [started(tmp_path, "--quiet", "--seed", seed) for seed in ("1", "2")]
     ends = [(child.communicate(timeout=120)[1], child.returncode) for child in children]
@@ -155,6 +161,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_mid_run_is_a_line_and_the_run_goes_on_when_there_is_room(
     small_disk: Path, whole: bytes
 ) -> None:
@@ -188,6 +195,7 @@ def test_a_disk_too_small_from_the_start_is_refused_and_nothing_is_left(small_di
     assert list(small_disk.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_prediction_that_is_stopped_leaves_no_temporary_files(
     number: signal.Signals, code: int, tmp_path: Path

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
+import commands
 import numpy as np
 
 NET = """
@@ -44,13 +44,7 @@ def test_stdout_holds_one_json_value_and_the_function_is_called_once(tmp_path: P
     np.savez(tmp_path / "rows.npz", x=draw.normal(size=(60, 6)).astype(np.float32), y=np.arange(60) % 3)
     for command in COMMANDS:
         (tmp_path / "calls").unlink(missing_ok=True)
-        ran = subprocess.run(
-            [sys.executable, "-m", "edgetrain", *command.split(), "--net", "net.py:build", "--json"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        ran = commands.run((*command.split(), "--net", "net.py:build", "--json"), tmp_path, dict(os.environ))
         assert ran.returncode == 0, ran.stderr
         json.loads(ran.stdout)
         assert "built" in ran.stderr

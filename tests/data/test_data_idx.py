@@ -111,7 +111,7 @@ def test_damage_raises_only_our_errors(tmp_path, data, suffix):
 
 def test_both_headers_lying_does_not_cost_memory(tmp_path):
     found = IdxPair(tmp_path / "images.gz", tmp_path / "labels.gz")
-    found.images.write_bytes(gzip.compress(struct.pack(">4I", 0x803, 1 << 26, 28, 28)))
-    found.labels.write_bytes(gzip.compress(struct.pack(">2I", 0x801, 1 << 26)))
+    found.images.write_bytes(gzip.compress(struct.pack(">4I", 0x803, 1 << 25, 28, 28)))
+    found.labels.write_bytes(gzip.compress(struct.pack(">2I", 0x801, 1 << 25)))
     with pytest.raises(CorruptError, match="truncated"):
         opened(found)

@@ -323,6 +323,7 @@ def write_table(path, rows, compression):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_memory_does_not_grow_with_the_data_set(tmp_path, compression):
     write_table(tmp_path / "small.npz", 8 * 1024, compression)

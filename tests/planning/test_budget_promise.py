@@ -1,17 +1,17 @@
 """Whatever a plan accepts runs within the budget; the smallest budget it names is the smallest.
 
-``pytest tests/planning/test_budget_promise.py``; ``EDGETRAIN_EXAMPLES=1000`` tries more.
+``pytest tests/planning/test_budget_promise.py``; ``EDGETRAIN_EXAMPLES=100`` tries more.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from tiers import examples
 
 from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
@@ -24,7 +24,7 @@ from edgetrain.training.methods import METHODS
 from edgetrain.units import ceil_mb, to_mb
 
 MIB, CLASSES, SIDE = 1 << 20, 3, 8
-EXAMPLES = int(os.environ.get("EDGETRAIN_EXAMPLES", "30"))
+EXAMPLES = examples(2)
 
 
 def data(rows: int) -> DataSet:
@@ -72,6 +72,7 @@ def asked(values: dict[str, Any], budget: int | None = None) -> Settings:
     return Settings().with_values({**fixed, **{key: value for key, value in values.items() if value}, **limits})
 
 
+@pytest.mark.counted
 @settings(
     max_examples=EXAMPLES,
     deadline=None,

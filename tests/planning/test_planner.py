@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from tiers import examples
 
 from edgetrain.baselines.backprop import Backpropagation
 from edgetrain.errors import BudgetError, InputError
@@ -122,7 +123,8 @@ def workloads(draw: st.DrawFn) -> Workload:
     )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, phases=WITHOUT_SHRINKING)
+@pytest.mark.counted
+@settings(max_examples=examples(1), deadline=None, derandomize=True, phases=WITHOUT_SHRINKING)
 @given(work=workloads(), share=st.floats(0.3, 1.3), placement=st.sampled_from(["auto", "stream"]))
 def test_what_is_accepted_fits_and_what_is_refused_does_not(work: Workload, share: float, placement: str) -> None:
     free = make_plan(work, None, placement)
@@ -143,7 +145,8 @@ def test_what_is_accepted_fits_and_what_is_refused_does_not(work: Workload, shar
     assert not make_plan(work, int(0.99 * plan.min_budget), placement).fits
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, phases=WITHOUT_SHRINKING)
+@pytest.mark.counted
+@settings(max_examples=examples(1), deadline=None, derandomize=True, phases=WITHOUT_SHRINKING)
 @given(work=workloads(), share=st.floats(0.4, 1.1))
 def test_the_largest_micro_batch_that_fits_is_taken(work: Workload, share: float) -> None:
     budget = int(share * make_plan(work, None).predicted_peak)
@@ -156,7 +159,8 @@ def test_the_largest_micro_batch_that_fits_is_taken(work: Workload, share: float
         assert cell_peak(work, index, size) > budget
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, phases=WITHOUT_SHRINKING)
+@pytest.mark.counted
+@settings(max_examples=examples(1), deadline=None, derandomize=True, phases=WITHOUT_SHRINKING)
 @given(work=workloads())
 def test_no_micro_batch_at_all_needs_less_than_the_smallest_budget(work: Workload) -> None:
     least = make_plan(work, None, "stream").min_budget  # no resident classifier
@@ -190,6 +194,7 @@ def coupled(batch: int = 32, net: str = "mlp:30,20") -> Workload:
     return replace(workload(batch=batch), nodes=cells, objective=objective)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["mlp:30,20", "mlp:30,20;norm=none"])
 def test_a_batch_whose_samples_are_compared_is_made_smaller_by_the_user_only(net: str) -> None:
     free = make_plan(coupled(net=net), None)
@@ -367,6 +372,7 @@ def test_the_classifier_is_streamed_where_the_whole_of_it_does_not_fit() -> None
     assert not tight.classifier_resident
 
 
+@pytest.mark.slow
 def test_the_smallest_budget_does_not_depend_on_the_budget_that_was_stated() -> None:
     work = replace(workload("lbp-ae", "mlp:60x6", (12,), batch=4), classes=400)
     work = replace(work, objective=AutoencoderCells(400, work.objective.options, trains_classifier=True))

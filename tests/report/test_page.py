@@ -170,6 +170,7 @@ def test_names_with_a_line_below_stand_in_legends(runs: dict[str, Path], tmp_pat
     assert "<th> _under</th>" in page.read_text()
 
 
+@pytest.mark.slow
 def test_pictures_of_an_earlier_report_go_and_those_of_others_stay(runs: dict[str, Path], tmp_path: Path) -> None:
     write_report([runs["mf"], runs["bp"]], tmp_path)
     (tmp_path / "figures" / "mine.png").write_bytes(b"")
@@ -187,6 +188,7 @@ def test_a_report_that_cannot_be_written_leaves_nothing(runs: dict[str, Path], t
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
+@pytest.mark.slow
 def test_only_a_configuration_that_gives_the_same_run_is_said_to(tmp_path: Path) -> None:
     said = "gives the same run"
     arrays = edgetrain.fit(

@@ -35,6 +35,7 @@ def found(methods: list[str], depths: list[int], dry: bool = False, batch: int =
     return list(points(settings, Varied(methods, "mlp", depths, [20], [batch]), dry, data()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [32, 96])  # the second is the whole data set: one step an epoch
 def test_what_is_measured_is_what_was_predicted_and_what_a_run_takes(batch: int, tmp_path: Path) -> None:
     measured = found(["mf", "lbp-ae", "bp", "slp"], [1, 3], batch=batch)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from machine import flat, in_double, named, reader_of, train_steps
+from tiers import examples
 
 from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
@@ -175,6 +176,7 @@ def test_an_interrupted_run_in_tiles_goes_on_to_the_same_bits(tmp_path, monkeypa
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TILED)
 def test_a_cell_of_many_times_the_budget_trains_within_it(tmp_path, method):
     values = {"net": "mlp:1500", "epochs": 1}
@@ -187,6 +189,7 @@ def test_a_cell_of_many_times_the_budget_trains_within_it(tmp_path, method):
     assert tiled.record.test_accuracy in Run.open(tmp_path / "tiled").evaluate(toy(40)).accuracy.values()
 
 
+@pytest.mark.counted
 @given(
     st.sampled_from(TILED),
     st.integers(1, 120),
@@ -195,7 +198,7 @@ def test_a_cell_of_many_times_the_budget_trains_within_it(tmp_path, method):
     st.sampled_from(["adam", "adamw", "adamax", "sgd"]),
     st.floats(0.15, 1.2),
 )
-@settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=examples(2), deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 def test_what_a_plan_accepts_runs_within_the_budget_and_its_least_budget_is_the_least(
     tmp_path_factory, method, width, inputs, batch, optimizer, share
 ):

@@ -47,7 +47,7 @@ RUNS = {
     "sequence": ("mf", {"schedule": "sequence"}),
     "separate": ("mf", {"schedule": "separate"}),
     "many cells": ("mf", {"net": "mlp:5x60", "epochs": 2}),
-    "many epochs": ("mf", {"net": "mlp:5x3", "epochs": 60, "schedule": "sequence"}),
+    "many epochs": ("mf", {"net": "mlp:5x3", "epochs": 20, "schedule": "sequence"}),
     "classifier": ("lbp-ae", {"schedule": "sequence"}),
     "forward-forward": ("ff", {"schedule": "sequence"}),
     "adversarial": ("lbp-gan", {}),
@@ -59,7 +59,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+LONG = {"many cells", "many epochs", "backpropagation", "batch normalisation"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in RUNS])
 def test_the_folder_stays_within_the_plan_and_the_record_tells_its_peak(name, tmp_path):
     method, values = RUNS[name]
     asked, rows = settings(method, **{"epochs": 4, **values, "checkpoint_every": 0.0}), data("pixels").set
@@ -70,6 +73,7 @@ def test_the_folder_stays_within_the_plan_and_the_record_tells_its_peak(name, tm
     assert watched.most / MIB - 0.005 <= record.disk_mb <= watched.most / MIB * 1.05 + 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "kept latents"])
 def test_the_smallest_disk_that_the_plan_names_is_kept(name, tmp_path):
     method, values = RUNS[name]
@@ -81,6 +85,7 @@ def test_the_smallest_disk_that_the_plan_names_is_kept(name, tmp_path):
     assert watched.most <= least + 1
 
 
+@pytest.mark.slow
 def test_a_long_journal_stays_small(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "SLACK", 1000)
     asked, rows = settings("mf", epochs=30, checkpoint_every=0.0, schedule="sequence"), data("pixels").set

@@ -50,6 +50,7 @@ def damage(path, name="001.safetensors"):
     file.write_bytes(bytes(content))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mf", "lbp-ae", "ff", "sll"])
 def test_two_cells_and_the_first_two_of_three_are_the_same_files(tmp_path, method):
     for name, net in (("two", TWO), ("three", THREE)):
@@ -223,7 +224,12 @@ def test_runs_of_arrays_and_of_own_modules_are_edited_in_python(tmp_path):
         edgetrain.append_cells(run, modules)
     longer = edgetrain.append_cells(run, modules, (x, y), epochs=2)
     assert files(longer.path) == files(whole.path)
-    other = [nn.Sequential(nn.Flatten(), nn.Linear(15, 9), nn.ReLU()), nn.Linear(9, 6), nn.Linear(6, 4), nn.ReLU()]
+    other = [
+        nn.Sequential(nn.Flatten(), nn.Linear(15, 9), nn.ReLU()),
+        nn.Linear(9, 6),
+        nn.Linear(6, 4),
+        nn.Linear(4, 4),
+    ]
     with pytest.raises(InputError, match="cell 1"):
         edgetrain.append_cells(longer, other, (x, y))
     assert len(edgetrain.drop_cells(longer, net=modules, data=(x, y)).nodes) == 2
@@ -246,6 +252,7 @@ def test_the_record_of_an_edited_run_is_whole(tmp_path):
     assert (path / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 3])
 def test_retraining_on_a_small_disk_leaves_the_cells_before_alone(tmp_path, number):
     net = "mlp:24,60,20,16"
@@ -281,6 +288,7 @@ ASKED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tight", [False, True])
 @pytest.mark.parametrize("name", ASKED)
 def test_retrained_cells_keep_what_was_asked_for_and_plan_the_rest(tmp_path, name, tight):
@@ -296,6 +304,7 @@ def test_retrained_cells_keep_what_was_asked_for_and_plan_the_rest(tmp_path, nam
         assert {"micro_batch": found.micro_batch, "tiles": found.tiles} == expected
 
 
+@pytest.mark.slow
 def test_sizes_listed_for_other_cells_are_planned_for_a_longer_and_a_shorter_net(tmp_path):
     fit(settings(batch_size=32, micro_batch=[8, 16], tiles=[2, 4]), tmp_path / "run")
     assert [cell.micro_batch for cell in edits.append(tmp_path / "run", THREE).record.cells] == [32, 32, 32]

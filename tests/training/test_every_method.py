@@ -187,6 +187,7 @@ ONCE = list(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ONCE, ids=str)
 def test_a_run_that_was_cut_after_every_checkpoint_ends_the_same(
     run_of: RunOf, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -401,6 +401,7 @@ def test_a_run_that_was_interrupted_and_resumed_ends_the_same(tmp_path, plain, m
     assert_same(units(path), plain(method, (("epochs", 2), ("schedule", schedule))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "schedule", "placement"),
     [

@@ -12,6 +12,7 @@ import pytest
 import torch
 from faults import MODES, Crash, Faults, points
 from machine import units
+from tiers import examples, sampled
 
 from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
@@ -53,6 +54,7 @@ def some_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoints, "due", due)
 
 
+@pytest.mark.counted
 @pytest.mark.usefixtures("some_checkpoints")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -62,7 +64,7 @@ def test_after_a_fault_at_any_point_the_run_goes_on_to_the_same_bits(
     outcomes = tried(schedule, mode, tmp_path)
     figures(f"{schedule}, {mode}: {dict(outcomes)}")
     assert set(outcomes) <= {"same bits", "finished all the same"}
-    assert sum(outcomes.values()) > (10 if mode in ("short", "torn") else 100)
+    assert sum(outcomes.values()) >= (1 if mode in ("short", "torn") else 10) * min(10, examples(1))
 
 
 def tried(schedule: str, mode: str, folder: Path) -> Counter[str]:
@@ -77,7 +79,7 @@ def tried(schedule: str, mode: str, folder: Path) -> Counter[str]:
     assert any(entry.within for entry in saved)
     assert any(entry.latents for entry in saved) == (schedule == "sequence")
     found: Counter[str] = Counter()
-    for number, at in enumerate(points(seen.seen, mode)):
+    for number, at in enumerate(sampled(points(seen.seen, mode), 10)):
         path = folder / f"{number}" / "run"
         path.parent.mkdir()
         found[after(Faults(path, at, mode), schedule, expected)] += 1

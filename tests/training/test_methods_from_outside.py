@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -103,16 +104,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def edgetrain_in(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "edgetrain", *arguments], cwd=folder, capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=300,
-    )  # fmt: skip
+    return commands.run(arguments, folder, {**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
 FIT = ("fit", "--data", "digits", "--net", "mlp:48x2", "--epochs", "6", "--threads", "1", "--device", "cpu")
 
 
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("method", ["hinge.py:Hinge", pytest.param("twofold.py:Twofold", marks=pytest.mark.slow)])
 def test_a_rule_in_a_file_is_trained_planned_evaluated_predicted_and_reported(folder: Path, method: str) -> None:
     asked = (*FIT, "--method", method, "--max-gpu-mb", "0.2")
     planned = edgetrain_in(folder, "plan", *asked[1:], "--json")
@@ -138,6 +136,7 @@ def test_a_rule_in_a_file_is_trained_planned_evaluated_predicted_and_reported(fo
         assert edgetrain_in(folder, "cells", "r", "retrain", "2", *own, "--quiet").returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", RULES)
 def test_a_rule_in_a_file_that_was_killed_is_resumed_to_the_same_bits(folder: Path, method: str) -> None:
     asked = (*FIT, "--method", method, "--checkpoint-every", "0", "--epochs", "12")
@@ -280,6 +279,7 @@ stripes = strange_package:rows
 """
 
 
+@pytest.mark.slow
 def test_an_installed_package_provides_a_method_a_net_and_a_data_set(tmp_path: Path) -> None:
     site = tmp_path / "site"
     (site / "strange_package-1.0.dist-info").mkdir(parents=True)

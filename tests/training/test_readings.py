@@ -179,7 +179,7 @@ def test_float_images_below_zero_are_rescaled_for_rules_that_reconstruct(tmp_pat
     net = "cnn:4" if method == "lbp-cae" else "mlp:16x2"
     run = fitted(tmp_path, x, net, method=method)
     said = "values scaled to 0..1 unless they are within it" if reconstructs else "values as they are"
-    assert run.record.input == f"100 images, 1x8x8, {said}"
+    assert run.record.input == f"100 images, 1x8x8, {said}, channels first"
     rows = run.model().prepared(torch.from_numpy(x))
     by_hand = (x.astype(np.float64) - x.min()) * (1 / (float(x.max()) - float(x.min())))
     assert np.allclose(rows, by_hand if reconstructs else x, atol=1e-6)

@@ -172,6 +172,7 @@ def test_a_simulated_run_that_is_paused_goes_on_to_the_same_bits(tmp_path):
     assert_same(units(tmp_path / "run"), units(run(tmp_path / "cpu", device="cpu", epochs=2, **STREAM).path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mf", "lbp-ae"])
 def test_a_simulated_run_that_was_killed_after_every_checkpoint_ends_the_same(tmp_path, monkeypatch, method):
     save = RunFolder.save
@@ -211,6 +212,7 @@ def test_a_simulated_run_that_runs_out_of_memory_tries_once_more_within_the_same
     assert len(set(limits) - {1.0}) == 1
 
 
+@pytest.mark.slow
 def test_a_simulated_run_obeys_the_smallest_budget_and_a_smaller_one_is_refused(tmp_path):
     rows = np.random.default_rng(0).integers(0, 256, (700, 784), np.uint8)
     wide = from_arrays((rows, np.arange(700) % 4), reading=Reading("image"))
@@ -241,6 +243,7 @@ def test_simulated_short_last_batches_stay_within_the_predicted_peak(tmp_path, m
     assert to_mb(cuda.peak) == record.peak_gpu_mb <= record.predicted_peak_mb
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["stream", "resident"])
 def test_scratch_memory_of_kernels_is_found_by_trying_a_cell_of_each_kind(tmp_path, placement, monkeypatch):
     """Workspaces of cuDNN and the like are no tensors: the dry run cannot see them."""

@@ -79,6 +79,7 @@ def test_a_small_disk_changes_no_bit_and_is_enough(
         assert cell.train_accuracy == pytest.approx(same.train_accuracy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["separate", "sequence"])
 @pytest.mark.parametrize("method", ["mf", "lbp-ae"])
 def test_a_run_on_a_small_disk_goes_on_from_checkpoints_within_its_visits_to_the_same_bits(
@@ -127,6 +128,7 @@ def test_views_and_kept_latents_are_cached_whole_or_refused(tmp_path: Path) -> N
             fit(free.with_values({"max_disk_gb": 0.9 * plan.disk_bytes / GIB}), tmp_path / "run", data=table())
 
 
+@pytest.mark.slow
 @examples(max_examples=60, deadline=None, derandomize=True)
 @given(
     method=st.sampled_from(["mf", "lbp-ae", "ff", "bp"]),

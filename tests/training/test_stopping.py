@@ -234,6 +234,7 @@ def test_a_signal_finishes_the_step_checkpoints_and_stops(number: signal.Signals
     assert last.within.step == 1
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     asked, rows = given(RUNS["mf, sequence"], checkpoint_every=0.0)
 
@@ -310,6 +311,7 @@ def test_a_poisoned_weight_is_never_saved(tmp_path: Path, monkeypatch: pytest.Mo
     assert_same(units(tmp_path / "run"), units(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_poisoned_classifier_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, rows = given(RUNS["trained classifier"], checkpoint_every=0.0)
     state, made = Classifier.state_dict, count()

@@ -219,6 +219,7 @@ def test_batches_on_the_host_come_off_the_budget_of_a_device_that_shares_its_mem
         budget_of(asked(max_gpu_mb=staging_bytes(work) / MIB), work)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outside", ["context", "staging", "both"])
 @pytest.mark.parametrize("values", [{}, {"method": "bp"}, {"method": "sll"}])
 def test_the_budget_that_a_refusal_names_is_accepted(gpu: dict[str, Any], outside: str, values: dict[str, Any]) -> None:

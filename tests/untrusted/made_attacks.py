@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from tiers import examples
 
 from edgetrain.errors import EdgetrainError
 
@@ -23,10 +23,10 @@ _BITS = (7, 8, 15, 16, 24, 31, 32, 48, 60, 62, 63, 64)
 NUMBERS = sorted({0, 2, 3, 7, *(sign * ((1 << bits) + by) for bits in _BITS for by in (-1, 0, 1) for sign in (1, -1))})
 
 
-def fuzzing(examples: int) -> settings:
-    """Settings of a property that tries ``count`` examples, or ``EDGETRAIN_EXAMPLES`` where that is set."""
+def fuzzing(count: int) -> settings:
+    """Settings of a property that tries a tenth of ``count`` examples, and all in the slow tier."""
     return settings(
-        max_examples=int(os.environ.get("EDGETRAIN_EXAMPLES", examples)),
+        max_examples=examples(max(1, count // 10)),
         deadline=None,
         derandomize=True,
         database=None,

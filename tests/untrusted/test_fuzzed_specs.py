@@ -1,6 +1,6 @@
 """Untrusted text for a net, data, constants, a device or a profile is read, or refused in one line.
 
-``pytest tests/untrusted/test_fuzzed_specs.py``; ``EDGETRAIN_EXAMPLES=10000`` tries more.
+``pytest tests/untrusted/test_fuzzed_specs.py``; ``EDGETRAIN_EXAMPLES=1000`` tries more.
 """
 
 from __future__ import annotations

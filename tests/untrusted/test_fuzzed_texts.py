@@ -1,6 +1,6 @@
 """Untrusted reviews, tables of texts and tar archives are read right, or refused in one line that names the file.
 
-``pytest tests/untrusted/test_fuzzed_texts.py``; ``EDGETRAIN_EXAMPLES=10000`` tries more.
+``pytest tests/untrusted/test_fuzzed_texts.py``; ``EDGETRAIN_EXAMPLES=1000`` tries more.
 """
 
 from __future__ import annotations

@@ -1,0 +1,36 @@
+"""How much is tried: the default tier takes a few minutes, the slow tier tries everything.
+
+``pytest`` runs the default tier: of each parametrised test a few cases, chosen by their names, and of each property
+and sweep a few examples. ``EDGETRAIN_EXAMPLES=10 pytest -m "slow or counted"`` runs the rest, at ten times as many
+examples. A test, file or folder that is named on the command line runs with all its cases.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TypeVar
+
+import xxhash
+
+T = TypeVar("T")
+TIMES = int(os.environ.get("EDGETRAIN_EXAMPLES", "1"))
+#: Of a parametrised test, in the default tier, by folder: where whole runs are trained, and elsewhere.
+CASES = {"training": 1, "planning": 1, "stream": 1, "report": 1}
+OTHERS = 3
+
+
+def examples(count: int) -> int:
+    """So many examples in the default tier, ``EDGETRAIN_EXAMPLES`` times as many if that is set."""
+    return count * TIMES
+
+
+def sampled(cases: Iterable[T], one_in: int) -> list[T]:
+    """One case in so many in the default tier, chosen by what it prints as; all where that many are asked for."""
+    step = max(1, one_in // TIMES)
+    return [case for case in cases if rank(repr(case)) % step == 0]
+
+
+def rank(name: str) -> int:
+    """A number that a name always gets."""
+    return xxhash.xxh3_64_intdigest(name.encode())
