@@ -36,6 +36,7 @@ PLAN_KEYS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_fit_without_arguments_trains_on_digits_within_its_budget(edgetrain: Command, tmp_path: Path) -> None:
     done = edgetrain("fit", "--json")
     assert done.returncode == 0, done.stderr

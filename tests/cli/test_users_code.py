@@ -8,6 +8,7 @@ from pathlib import Path
 
 import commands
 import numpy as np
+import pytest
 
 NET = """
 import pathlib
@@ -38,6 +39,7 @@ COMMANDS = (  # in this order: later ones need the run
 )
 
 
+@pytest.mark.slow
 def test_stdout_holds_one_json_value_and_the_function_is_called_once(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(NET)
     draw = np.random.default_rng(0)

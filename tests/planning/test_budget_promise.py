@@ -24,7 +24,7 @@ from edgetrain.training.methods import METHODS
 from edgetrain.units import ceil_mb, to_mb
 
 MIB, CLASSES, SIDE = 1 << 20, 3, 8
-EXAMPLES = examples(2)
+EXAMPLES = examples(1)
 
 
 def data(rows: int) -> DataSet:

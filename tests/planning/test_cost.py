@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
 from edgetrain.data.base import DataSet
 from edgetrain.memory import rates
+from edgetrain.memory.host import disk_rates
 from edgetrain.memory.rates import Rates
 from edgetrain.planning.cost import OperationTime, visit_times
 from edgetrain.planning.plan import VisitTime
 from edgetrain.planning.words import plan_in_words
 from edgetrain.training.job import Job, open_job, plan_job, times_of
+from edgetrain.units import MIB
 
 CPU = torch.device("cpu")
 SLOW_ARITHMETIC = Rates(flops=1e6, memory=1e30, call_s=0.0, bus=None, disk_read=None, disk_write=None)
@@ -102,6 +105,7 @@ def test_what_is_emitted_again_on_a_small_disk_is_counted() -> None:
 def test_rates_are_measured_kept_by_device_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(rates, "_ROUND_S", 0.001)
+    monkeypatch.setattr(rates, "disk_rates", partial(disk_rates, size=MIB))
     assert rates.load(CPU) is None
     found = rates.measure(CPU, tmp_path)
     assert min(found.flops, found.memory, found.call_s) > 0

@@ -160,6 +160,7 @@ def test_a_run_in_tiles_is_the_run_without_and_takes_what_was_predicted(tmp_path
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_in_tiles_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     run(tmp_path / "whole", "mf", tiles=2)
     save, path = RunFolder.save, tmp_path / "cut"

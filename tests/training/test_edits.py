@@ -178,6 +178,7 @@ def test_baselines_and_unfinished_runs_have_no_cells_to_change(tmp_path):
         edits.drop(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_edit_that_was_interrupted_is_resumed_to_the_same_files(tmp_path, monkeypatch):
     fit(settings(net=THREE, epochs=3), tmp_path / "three")
     fit(settings(epochs=3, checkpoint_every=0.0), tmp_path / "run")

@@ -110,7 +110,8 @@ def edgetrain_in(folder: Path, *arguments: str, **environment: str) -> subproces
 FIT = ("fit", "--data", "digits", "--net", "mlp:48x2", "--epochs", "6", "--threads", "1", "--device", "cpu")
 
 
-@pytest.mark.parametrize("method", ["hinge.py:Hinge", pytest.param("twofold.py:Twofold", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RULES)
 def test_a_rule_in_a_file_is_trained_planned_evaluated_predicted_and_reported(folder: Path, method: str) -> None:
     asked = (*FIT, "--method", method, "--max-gpu-mb", "0.2")
     planned = edgetrain_in(folder, "plan", *asked[1:], "--json")

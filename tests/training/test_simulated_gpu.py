@@ -324,6 +324,7 @@ def test_a_simulated_evaluation_is_capped_as_the_run_was(tmp_path):
         assert cuda.memories[0].model.limit_bytes is None  # and free again
 
 
+@pytest.mark.slow
 def test_a_simulated_run_is_edited(tmp_path):
     with simulated_cuda():
         run(tmp_path / "run", **STREAM)

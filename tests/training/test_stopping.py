@@ -162,6 +162,7 @@ def test_runs_leave_no_file_open(name: str, keep: bool, tmp_path: Path, monkeypa
     assert opened(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_second_stop_while_latents_are_emitted_again_loses_no_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,7 @@ def test_what_a_cell_would_take_can_be_reckoned_however_wide_it_is(spec: str) ->
     assert net is None or all(cell.parameters() > 0 for cell in net.cells)
 
 
+@pytest.mark.slow
 def test_a_deep_net_is_read() -> None:
     assert len(open_net("mlp:10000x1000", (784,), {}).cells) == 1000
     assert len(open_net(f"mlp:10x{MOST_CELLS}", (784,), {}).cells) == MOST_CELLS
