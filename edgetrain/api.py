@@ -1,4 +1,4 @@
-"""The Python face: the commands as functions, for modules and arrays that are in memory."""
+"""The Python API: the commands as functions, for modules and arrays in memory."""
 
 from __future__ import annotations
 
@@ -38,28 +38,31 @@ def fit(
     tensorboard: bool = False,
     **settings: Any,
 ) -> Run:
-    """Train a net one cell at a time; returns the finished run.
+    """Train a network one cell at a time.
 
     Args:
-        net: a spec such as ``"mlp:1000x2"``, a list of modules, an ``nn.Sequential``, or a function that
-            returns or yields modules. Modules are copied, never changed.
-        data: a spec such as ``"mnist"``; arrays ``(X, y)``; or ``((X, y), (X_test, y_test))``. X is
-            [rows, features] for a table, [rows, H, W], [rows, H, W, C] or [rows, C, H, W] for images (uint8
-            pixels or floating point); ``input=`` and ``channels=`` state otherwise. y is [rows], 0..classes-1.
-        method: the local rule, or a baseline: a name, ``"path/to/my_rule.py:MyRule"``, or a class derived from
+        net: a specification such as ``"mlp:1000x2"``, a list of modules, an ``nn.Sequential``, or a function that
+            returns or yields modules. Modules are copied, never modified.
+        data: a data set such as ``"mnist"``, arrays ``(X, y)``, or ``((X, y), (X_test, y_test))``. X has shape
+            [rows, features] for tables, and [rows, H, W], [rows, H, W, C] or [rows, C, H, W] for images (uint8
+            pixels or floating point); pass ``input`` and ``channels`` for other layouts. y has shape [rows], with
+            integers from 0 to classes - 1.
+        method: a local rule or a baseline: its name, ``"path/to/my_rule.py:MyRule"``, or a subclass of
             ``edgetrain.objectives.base.Objective``.
-        run_dir: the run folder; by default a new one under ``runs/``.
-        profile: name or path of a profile to start from.
-        resume: continue the run in ``run_dir``, which must be given; start it if the folder is missing or empty.
+        run_dir: the run folder. Default: a new folder under ``runs/``.
+        profile: name or path of a profile with settings; ``**settings`` take precedence.
+        resume: resume the run in ``run_dir``, or start it if the folder is missing or empty. Needs ``run_dir``.
         force: replace the run in ``run_dir``.
-        callback: receives progress and notes.
-        tensorboard: write TensorBoard's event files into the run folder.
-        **settings: any field of ``edgetrain.config.Settings``, e.g. ``max_gpu_mb=512``.
+        callback: called with progress, notes and warnings.
+        tensorboard: write TensorBoard event files to the run folder.
+        **settings: any field of ``edgetrain.config.Settings``, such as ``max_gpu_mb=512`` (MiB).
+
+    Returns:
+        The finished run.
 
     Raises:
-        EdgetrainError: see ``edgetrain.errors``; nothing is left half-written.
-        Stopped: a signal came, or ``time_limit`` is over; ``resume=True`` continues
-            from the checkpoint.
+        EdgetrainError: see ``edgetrain.errors``. No partial files are left.
+        Stopped: by a signal or by ``time_limit``, after saving a checkpoint; ``resume=True`` continues from it.
     """
     if resume and run_dir is None:
         raise InputError("resume=True needs run_dir, the folder of the run to resume")
@@ -87,7 +90,12 @@ def fit(
 
 
 def open_run(path: str | Path, net: Any = None, method: Any = None) -> Run:
-    """The finished run in a folder; ``net`` and ``method`` again for runs of your own modules and class.
+    """Open a finished run.
+
+    Args:
+        path: the run folder.
+        net: the net again, for a run of your own modules.
+        method: the method again, for a run of your own class.
 
     Raises:
         InputError: the folder holds no finished run.
@@ -96,11 +104,15 @@ def open_run(path: str | Path, net: Any = None, method: Any = None) -> Run:
 
 
 def report_runs(*runs: Run | str | Path, folder: str | Path | None = None) -> Path:
-    """Write the page of runs, several side by side, and their figures as PNGs; returns the page.
+    """Write an HTML report of one or more runs, and its figures as PNG files.
 
     Args:
-        *runs: runs, or their folders.
-        folder: where ``report.html`` and ``figures/`` go; by default a single run's own, else ``report/``.
+        *runs: runs or run folders.
+        folder: where to write ``report.html`` and ``figures/``. Default: the run's own folder, or ``report/`` for
+            several runs.
+
+    Returns:
+        The path of the page.
 
     Raises:
         InputError: matplotlib or jinja2 is not installed, or a folder holds no run.
@@ -110,14 +122,17 @@ def report_runs(*runs: Run | str | Path, folder: str | Path | None = None) -> Pa
 
 
 def append_cells(run: Run, net: Any, data: Any = None, callback: Callback | None = None, **settings: Any) -> Run:
-    """Train more cells behind those of a finished run; see ``edgetrain.training.edits``.
+    """Train more cells on top of a finished run; its own cells stay as they are.
 
     Args:
         run: the finished run.
-        net: a longer net that begins with the run's cells.
+        net: a longer net that starts with the run's cells.
         data: the run's data again, if they were arrays.
-        callback: receives progress and notes.
+        callback: called with progress, notes and warnings.
         **settings: for the new cells, such as ``epochs`` and ``lr``.
+
+    Returns:
+        The run with the new cells.
 
     Raises:
         InputError: the net does not begin with the run's cells, or has no more than these.
@@ -128,9 +143,17 @@ def append_cells(run: Run, net: Any, data: Any = None, callback: Callback | None
 def drop_cells(
     run: Run, number: int | None = None, net: Any = None, data: Any = None, callback: Callback | None = None
 ) -> Run:
-    """Remove cell ``number`` (from 1; by default the last) and those behind it.
+    """Remove a cell of a finished run and all cells after it.
 
-    ``net`` and ``data`` are for runs of your own modules and arrays: the same ones again.
+    Args:
+        run: the finished run.
+        number: of the cell, counted from 1. Default: the last.
+        net: the net again, for a run of your own modules.
+        data: the run's data again, if they were arrays.
+        callback: called with progress, notes and warnings.
+
+    Returns:
+        The shorter run.
 
     Raises:
         InputError: the run has no such cell, or it is the first.
@@ -141,7 +164,18 @@ def drop_cells(
 def retrain_cells(
     run: Run, number: int, net: Any = None, data: Any = None, callback: Callback | None = None, **settings: Any
 ) -> Run:
-    """Train cell ``number`` (from 1) anew, and those behind it; see ``drop_cells`` for ``net`` and ``data``.
+    """Train a cell of a finished run again, and all cells after it.
+
+    Args:
+        run: the finished run.
+        number: of the cell, counted from 1.
+        net: the net again, for a run of your own modules.
+        data: the run's data again, if they were arrays.
+        callback: called with progress, notes and warnings.
+        **settings: for the cells that are trained, such as ``epochs`` and ``lr``.
+
+    Returns:
+        The changed run.
 
     Raises:
         InputError: the run has no such cell.

@@ -24,8 +24,10 @@ _EDITABLE = ("epochs", "lr", "weight_decay", "optimizer", "batch_size", "classif
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("action", type=click.Choice(["list", "append", "drop", "retrain"]))
 @click.argument("number", type=int, required=False)
-@click.option("--net", help="append: a longer net that begins with the run's; for your own code: its name again.")
-@click.option("--method", metavar="FILE.py:CLASS", help="The method again, for runs of your own class.")
+@click.option(
+    "--net", help="For append: a longer net that starts with the run's cells. For your own modules: the same net again."
+)
+@click.option("--method", metavar="FILE.py:CLASS", help="The method again, for a run of your own class.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @chosen_options(_EDITABLE)
 @output_options
@@ -39,11 +41,11 @@ def command(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Change a finished run's cells and leave the earlier ones untouched.
+    """Change the cells of a finished run; earlier cells stay as they are.
 
-    list shows the cells and whether their files are whole. append trains new cells behind the others, from
-    what these emit. drop removes cell NUMBER (the last, if none is named) and those behind it. retrain
-    trains cell NUMBER anew, and those behind it, as they learn from what it emits.
+    list shows the cells and whether their files are intact. append trains new cells after the existing ones.
+    drop removes cell NUMBER (by default the last) and all cells after it. retrain trains cell NUMBER again, and
+    all cells after it, which learn from its outputs.
     """
     changes = {name: value for name, value in flags.items() if value is not None}
     _check(action, number, net, changes)

@@ -17,11 +17,11 @@ EPILOG = "Example: edgetrain doctor --json"
     "--folder",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     default=Path(),
-    help="Whose disk to measure; by default the current folder's.",
+    help="A folder on the disk to measure; by default the current folder.",
 )
 @output_options
 def command(folder: Path, as_json: bool) -> None:
-    """Show what this machine is: device, memory, disk, versions, and what would go wrong."""
+    """Check this machine: device, memory, disk, speed, versions, and possible problems."""
     from edgetrain.report.doctor import examine, show
 
     facts = examine(folder)

@@ -16,9 +16,9 @@ EPILOG = "Example: edgetrain evaluate runs/mnist-mf --per-cell"
 @click.command("evaluate", epilog=EPILOG)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--data", help="A data set or .npz with labels; by default the run's own test rows.")
-@click.option("--per-cell", is_flag=True, help="Show each cell's own accuracy as well.")
-@click.option("--net", metavar="FILE.py:FUNCTION", help="The net again, for runs of your own code.")
-@click.option("--method", metavar="FILE.py:CLASS", help="The method again, for runs of your own class.")
+@click.option("--per-cell", is_flag=True, help="Also show the accuracy of each cell.")
+@click.option("--net", metavar="FILE.py:FUNCTION", help="The net again, for a run of your own modules.")
+@click.option("--method", metavar="FILE.py:CLASS", help="The method again, for a run of your own class.")
 @click.option("--device", help="auto, cuda, cuda:1, mps or cpu; by default as the run was trained.")
 @output_options
 def command(

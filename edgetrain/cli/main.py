@@ -20,18 +20,18 @@ COMMANDS = {
     "fit": "Train a network one cell at a time, within a memory budget.",
     "plan": "Show what a run would take, without training.",
     "evaluate": "Measure the accuracy of a finished run.",
-    "predict": "Read labels off a finished run for new data.",
+    "predict": "Predict the labels of new data with a finished run.",
     "cells": "Change a finished run's cells: list, append, drop, retrain.",
-    "report": "Write a page that shows runs at a glance, several side by side.",
-    "profile": "Show peak memory against depth, width and batch size, for methods side by side.",
+    "report": "Write an HTML report of one or more runs.",
+    "profile": "Compare the peak memory of methods by depth, width and batch size.",
     "methods": "List the local learning rules and baselines.",
     "nets": "List the families of nets.",
     "data": "List the data sets that are known by name.",
-    "doctor": "Show what this machine is, and what would go wrong.",
+    "doctor": "Check this machine: device, memory, disk, speed, and possible problems.",
 }
 EPILOG = """\b
 Exit codes: 0 done; 2 wrong input; 3 disk or I/O; 4 corrupt file; 5 run folder in use;
-  6 the budget cannot hold it; 7 training diverged; 70 internal error;
+  6 budget too small; 7 training diverged; 70 internal error;
   130, 143, 129 stopped by SIGINT, SIGTERM or --time-limit, SIGHUP, after a checkpoint.
 
 Example: edgetrain fit --data mnist --net mlp:1000x2 --max-gpu-mb 64"""
@@ -74,7 +74,7 @@ def cli(context: click.Context) -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line and exit with the code that README lists."""
+    """Run the command line and exit with one of the codes that ``--help`` lists."""
     debug = "--debug" in sys.argv or os.environ.get("EDGETRAIN_DEBUG", "") not in ("", "0")
     if sys.platform == "win32":
         _end(2, "native Windows is not supported; use WSL2", debug=False)
@@ -122,10 +122,10 @@ def _unforeseen(error: BaseException) -> tuple[int, str]:
     from edgetrain.memory.device import is_out_of_memory
 
     if is_out_of_memory(error):
-        return 6, f"out of memory, although the plan fitted: {error}; state a smaller --max-gpu-mb"
+        return 6, f"out of memory although the plan fits the budget: {error}; use a smaller --max-gpu-mb"
     if isinstance(error, OSError):
         return 3, f"{error.filename or 'I/O'}: {error.strerror or error}"
-    return 70, f"internal error: {type(error).__name__}: {error}; please report it with --debug's output"
+    return 70, f"internal error: {type(error).__name__}: {error}; please report it with the output of --debug"
 
 
 def _end(code: int, line: str, debug: bool) -> NoReturn:

@@ -18,11 +18,11 @@ EPILOG = "Example: edgetrain predict runs/mnist-mf --data new.npz --probabilitie
 @click.command("predict", epilog=EPILOG)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--data", required=True, help="A data set's test rows, or an .npz with x.")
-@click.option("--probabilities", is_flag=True, help="Give the probability of each class as well.")
+@click.option("--probabilities", is_flag=True, help="Also write the probability of each class.")
 @click.option("--latents", type=click.Path(path_type=Path), help="Write the last cell's latents to this .npy file.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the table here instead of stdout.")
-@click.option("--net", metavar="FILE.py:FUNCTION", help="The net again, for runs of your own code.")
-@click.option("--method", metavar="FILE.py:CLASS", help="The method again, for runs of your own class.")
+@click.option("--net", metavar="FILE.py:FUNCTION", help="The net again, for a run of your own modules.")
+@click.option("--method", metavar="FILE.py:CLASS", help="The method again, for a run of your own class.")
 @click.option("--device", help="auto, cuda, cuda:1, mps or cpu; by default as the run was trained.")
 @output_options
 def command(
@@ -36,7 +36,7 @@ def command(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Read labels off a finished run for new data: a CSV table, one line a row."""
+    """Predict the labels of new data with a finished run, as a CSV table with one line per row."""
     from edgetrain.store.atomic import check_target, write_text
     from edgetrain.training.run import Run
 

@@ -50,12 +50,12 @@ def _make_room(csv_path: Path | None, png: Path | None, html: Path | None) -> No
     show_default=True,
     help="Local rules and baselines, side by side.",
 )
-@click.option("--family", default="mlp", show_default=True, help="Of the nets: mlp, cnn or vit.")
+@click.option("--family", default="mlp", show_default=True, help="Family of nets: mlp, cnn or vit.")
 @click.option(
     "--depths", callback=_numbers, metavar="N,N,...", default="1,2,4,8", show_default=True, help="Layers (vit: blocks)."
 )
 @click.option(
-    "--widths", callback=_numbers, metavar="N,N,...", default="1000", show_default=True, help="Units of every layer."
+    "--widths", callback=_numbers, metavar="N,N,...", default="1000", show_default=True, help="Units per layer."
 )
 @click.option(
     "--batch-sizes",
@@ -64,15 +64,17 @@ def _make_room(csv_path: Path | None, png: Path | None, html: Path | None) -> No
     metavar="N,N,...",
     default="128",
     show_default=True,
-    help="Of a step.",
+    help="Samples per optimizer step.",
 )
-@click.option("--dry", is_flag=True, help="Predict only: no memory, no time.")
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the points there too.")
-@click.option("--png", type=click.Path(path_type=Path, file_okay=False), help="Write the figures into that folder too.")
+@click.option("--dry", is_flag=True, help="Only predict the peaks; train nothing.")
 @click.option(
-    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with figures and points too."
+    "--csv", "csv_path", type=click.Path(path_type=Path, dir_okay=False), help="Also write the points to this CSV file."
 )
-@click.option("--timeline", is_flag=True, help="Show what lives on the device when, by kind, for each method.")
+@click.option("--png", type=click.Path(path_type=Path, file_okay=False), help="Also write the figures to this folder.")
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write a page with figures and points."
+)
+@click.option("--timeline", is_flag=True, help="Show device memory over time, by kind, for each method.")
 @chosen_options(SHARED)
 @output_options
 def command(
@@ -89,9 +91,9 @@ def command(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Measure or predict peak device memory, for methods side by side, cells streamed one at a time.
+    """Measure or predict the peak device memory of methods, with cells streamed one at a time.
 
-    Slopes are in MiB for each further layer, by least squares.
+    Slopes are in MiB per additional layer, by least squares.
     """
     settings, _ = given_settings({"data": "digits", **{k: v for k, v in flags.items() if v is not None}}, None)
     from edgetrain.record import KINDS

@@ -22,7 +22,7 @@ EPILOG = "Example: edgetrain report runs/mnist-mf runs/mnist-lbp-ae --out compar
 )
 @output_options
 def command(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """Write report.html, which opens offline, and its figures as PNGs; several runs stand side by side.
+    """Write report.html, which works offline, and its figures as PNG files. Several runs are compared side by side.
 
     Unfinished and damaged runs are shown as far as they can be read.
     """

@@ -49,7 +49,7 @@ def open_data(spec: str, reading: Reading = AS_FOUND) -> DataSet:
     """
     if is_known(spec) and reading != AS_FOUND:
         flag = "--channels" if reading.input is None else "--input"
-        raise InputError(f"{flag} is for data of your own; it is known how {spec} is to be read: leave it out")
+        raise InputError(f"{flag} is for your own data; edgetrain knows how {spec} is to be read: leave it out")
     if spec in _READY:
         return _READY[spec]()
     if spec in KNOWN:

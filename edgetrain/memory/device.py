@@ -169,7 +169,7 @@ def _resolve_cuda(index: str | None) -> torch.device:
     count = _cuda.device_count()
     if int(index) >= count:
         found = "only cuda:0 is there" if count == 1 else f"found cuda:0 to cuda:{count - 1}"
-        raise InputError(f"--device {asked}: {found}; choose one that is there")
+        raise InputError(f"--device {asked}: {found}; choose one of these")
     return torch.device("cuda", int(index))
 
 

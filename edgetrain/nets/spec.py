@@ -46,7 +46,7 @@ NETS: Registry[Family] = Registry(
     {
         "mlp": Family(mlp.cells, "mlp:1000x2", _DENSE, "dense layers"),
         "cnn": Family(cnn.cells, cnn.EXAMPLE, summary="convolutional layers, each with pooling"),
-        "lcmlp": Family(lcmlp.cells, lcmlp.EXAMPLE, _DENSE, "locally connected layers, by the side of their patches"),
+        "lcmlp": Family(lcmlp.cells, lcmlp.EXAMPLE, _DENSE, "locally connected layers, by patch side"),
         **{
             family: Family(partial(vgg.cells, family), family, summary=f"the VGG net {family}")
             for family in vgg.FAMILIES

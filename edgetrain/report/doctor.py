@@ -1,4 +1,4 @@
-"""What this machine is, what it can do, and what would go wrong on it."""
+"""A check of this machine: device, memory, disk, speed, and possible problems."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "machine": host.machine_facts(),
         "device": {**device_facts.describe(device), **_speeds(found), "energy_sensor": _sensor_name(device)},
         "disk": {"folder": str(folder.absolute()), "free_mb": to_mb(free), **_disk(found)},
-        "data": {
-            name: str(locate(known) or "not on this machine; fetched when asked for") for name, known in KNOWN.items()
-        },
+        "data": {name: str(locate(known) or "not here; downloaded when first used") for name, known in KNOWN.items()},
     }
     facts["warnings"] = list(_warnings(facts, device))
     return facts
@@ -89,15 +87,15 @@ def _disk(found: Rates) -> dict[str, float | None]:
 def _warnings(facts: dict[str, Any], device: torch.device) -> Iterator[str]:
     if device.type == "cpu":
         yield (
-            f"no CUDA device is seen by torch {torch.__version__}: runs use the CPU, and --max-gpu-mb bounds what"
-            " a GPU would hold"
+            f"torch {torch.__version__} finds no CUDA device: runs use the CPU, where --max-gpu-mb limits the"
+            " tensors that would be on a GPU"
         )
         if torch.version.cuda is None:
             yield "this torch is a CPU build; with an NVIDIA GPU, install the build for its driver from pytorch.org"
     free, rate = facts["disk"].get("free_mb"), facts["disk"].get("write_mb_per_s")
     if free is not None and free < _LOW_DISK_MB:
-        yield f"only {free:.0f} MiB are free on this disk; latents of a run need room (see edgetrain plan)"
+        yield f"only {free:.0f} MiB are free on this disk; the latents of a run need space (see edgetrain plan)"
     if rate is not None and rate < _SLOW_DISK_MB_S:
         yield f"this disk writes {rate:.0f} MB/s; --latent-dtype uint8 moves a quarter of the bytes"
     if facts["machine"].get("is_wsl"):
-        yield "under WSL the driver does not tell one process's memory: the CUDA context is reported as unknown"
+        yield "under WSL the driver does not report memory by process: the size of the CUDA context is unknown"

@@ -68,8 +68,8 @@ def _against_budget(runs: Named) -> Drawing:
     return Drawing(
         "budget",
         "Device memory against the budget",
-        "The highest memory of the device in the whole run, as planned and as measured; beside it what backpropagation"
-        " on the same net, batch and optimizer is predicted to take.",
+        "Peak device memory of the whole run, predicted and measured, next to the predicted peak of backpropagation"
+        " with the same net, batch size and optimizer.",
         draw,
         (SIZE[0], 1.4 + 0.75 * rows),
     )
@@ -104,8 +104,8 @@ def _by_cell(runs: Named) -> Drawing | None:
     return Drawing(
         "cells",
         "Peak by cell",
-        "Each cell's visit has its own peak; the broad dashed line is what the plan foresaw. A trained classifier"
-        " comes last." + (" Names stand for what was measured." if len(runs) > 1 else ""),
+        "Peak of each cell's visit. The thick dashed line is the prediction. A trained classifier comes last."
+        + (" The names label measured peaks." if len(runs) > 1 else ""),
         draw,
         _with_names(runs),
     )
@@ -118,7 +118,7 @@ def _timelines(runs: Named) -> list[Drawing]:
             panels = [(f"{record.method}: one visit after the other", record.memory)]
             if record.bp_memory is not None:
                 panels.append(("backpropagation on the same net", [record.bp_memory]))
-            title = "What lives on the device when" + (f": {name}" if len(runs) > 1 else "")
+            title = "Device memory over time, by kind" + (f": {name}" if len(runs) > 1 else "")
             found.append(timeline(f"timeline-{number}" if len(runs) > 1 else "timeline", title, panels))
     return found
 
@@ -235,7 +235,7 @@ def _losses(runs: Named) -> Drawing | None:
     return Drawing(
         "losses",
         "Loss of each cell",
-        "As it was trained, by the cell's own rule: losses of cells of other widths or rules do not compare."
+        "Training loss of each cell. Losses of cells with different widths or rules cannot be compared."
         + (" Later cells are paler." if len(runs) > 1 else ""),
         draw,
         _with_names(runs),
@@ -267,7 +267,7 @@ def _accuracies(runs: Named) -> Drawing | None:
         _cells_below(axes, [record for _, record in runs])
         legend_above(axes)
 
-    caption = "What each cell finds by itself; the dashed line is the whole run's accuracy, by its method's vote."
+    caption = "Test accuracy of each cell alone. The dashed line is the accuracy of the run, by its method's vote."
     return Drawing("accuracies", "Test accuracy by cell", caption, draw, _with_names(runs))
 
 
@@ -289,7 +289,7 @@ def _votes(runs: Named) -> Drawing | None:
         axes.set_xlim(0, 100)
         legend_above(axes)
 
-    caption = "Accuracy by every way in which the cells' answers can be put together."
+    caption = "Test accuracy by vote."
     return Drawing("votes", "Votes", caption, draw, (SIZE[0], 1.3 + 0.3 * len(names) * len(runs)))
 
 
@@ -328,7 +328,7 @@ def _waits(runs: Named) -> Drawing | None:
         legend_above(axes, 2)
 
     bars = len(_visits(runs[0][1])) + 1 if len(runs) == 1 and len(_visits(runs[0][1])) <= _FEW else len(runs)
-    caption = "Where the time of the run went. Waiting for data means that disk or host could not keep up."
+    caption = "How the run spent its time. Waiting for data means that the disk or the host could not keep up."
     return Drawing("time", "What the run waited for", caption, draw, (SIZE[0], 1.5 + 0.28 * bars))
 
 
@@ -359,7 +359,7 @@ def of_profile(points: Sequence[Point], lived: Mapping[str, Sequence[MemorySerie
             )
         )
     if lived:
-        found.append(timeline("timeline", "What lives on the device when", list(lived.items())))
+        found.append(timeline("timeline", "Device memory over time, by kind", list(lived.items())))
     return found
 
 
@@ -410,7 +410,7 @@ def _profile(
         legend_above(axes, 2)
 
     dashed = any(measured(point) is not None for point in points) and predicted is not None
-    caption = "Points are nets of their own." + (" Broad dashed lines are predictions." if dashed else "")
+    caption = "Each point is a separate net." + (" Thick dashed lines are predictions." if dashed else "")
     labels = [f"{series}, predicted" for series in dict.fromkeys(map(key, points))]
     return Drawing(name, title, caption, draw, (SIZE[0], SIZE[1] + room_for(labels)))
 

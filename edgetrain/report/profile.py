@@ -130,7 +130,7 @@ def spec(family: str, depth: int, width: int) -> str:
 
 
 def slopes(found: Iterable[Point]) -> list[dict[str, Any]]:
-    """MiB for each further layer by least squares, of each method, width and batch size with several depths.
+    """MiB per additional layer by least squares, of each method, width and batch size with several depths.
 
     A net of one layer is left out where that layer reads fewer inputs than later ones do.
     """

@@ -112,7 +112,7 @@ def _is_readable(folder: RunFolder) -> bool:
 
 def _open_unverified(shown: ShownRun) -> None:
     """Without its journal a run's files can be read, but nobody knows whether they are as they were written."""
-    shown.tell(f"{shown.path}: what is shown could not be verified without a journal")
+    shown.tell(f"{shown.path}: its files cannot be verified without a journal")
     shown.record = shown.tried(lambda: parse_record(_text(shown.path / RECORD), shown.path)[0], None)
     shown.finished = shown.record is not None
     shown.config = shown.tried(lambda: _text(shown.path / "config.toml"), "")
@@ -136,7 +136,7 @@ def _so_far(shown: ShownRun, last: Checkpoint | None) -> RunRecord | None:
     settings = shown.settings
     if not shown.finished:
         again = resuming_command(shown.path, settings) if settings else "edgetrain fit --resume"
-        shown.tell(f"{shown.path}: is not finished; what its newest checkpoint knows is shown. Resume it with: {again}")
+        shown.tell(f"{shown.path}: is not finished; the report shows its newest checkpoint. Resume it with: {again}")
     if last is None or settings is None:
         return None
     cells = list(last.cells)

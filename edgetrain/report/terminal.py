@@ -249,7 +249,7 @@ def show_slopes(found: Sequence[Mapping[str, Any]]) -> None:
         if slope is not None:
             kind = "predicted" if row["measured"] is None else "measured"
             where = f"width {row['width']}, batch {row['batch_size']}"
-            print(f"{row['method']}, {where}: {slope:g} MiB for each further layer, {kind}")
+            print(f"{row['method']}, {where}: {slope:g} MiB per additional layer, {kind}")
 
 
 def show_timelines(lived: Mapping[str, Sequence[MemorySeries]]) -> None:

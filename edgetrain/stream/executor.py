@@ -58,7 +58,7 @@ class Executor:
             pause: asked after each step, given its number, whether to end before the next.
 
         Returns:
-            One behind the last step that was done.
+            One past the last step that was done.
         """
         trains = kind == "train"
         step = {"train": cell.train_step, "emit": cell.emit, "evaluate": cell.evaluate}[kind]

@@ -40,7 +40,7 @@ class Diagnostics:
                 visit.node,
                 "still",
                 "did not change in its first epoch: its gradients are zero or --lr is too small; try a larger --lr,"
-                " and look at its inputs",
+                " and check its inputs",
             )
 
     def emitted(self, visit: Visit, latents: Latents) -> None:
@@ -61,8 +61,8 @@ class Diagnostics:
             self._once(
                 visit.node,
                 "loss",
-                f"has not lowered its loss: {losses[0]:.4g} in its first epoch, {losses[-1]:.4g} in the last; try a"
-                " smaller --lr, and look whether labels and inputs belong together",
+                f"did not lower its loss: {losses[0]:.4g} in its first epoch, {losses[-1]:.4g} in the last; try a"
+                " smaller --lr, and check that labels and inputs belong together",
             )
 
     def _once(self, node: int, kind: str, text: str) -> None:

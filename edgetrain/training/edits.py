@@ -123,7 +123,7 @@ def drop(
     before = _Finished.of(path, method)
     kept = before.checked(before.depth if number is None else number) - 1
     if kept == 0:
-        raise InputError(f"{path}: cell 1 is the first, and a run without cells is none; remove the folder instead")
+        raise InputError(f"{path}: cell 1 is the first, and a run needs at least one cell; remove the folder instead")
     return _Edit(before, replace(before.settings, cells=kept), kept, kept, "drop").apply(net, data, callback)
 
 
@@ -223,7 +223,7 @@ class _Edit:
             job = replace(job, settings=replace(job.settings, max_disk_gb=self.settings.max_disk_gb))
             with folder.locked():
                 if read_record(path)[0] != self.before.record:
-                    raise InputError(f"{path}: was changed by another process meanwhile; look at it again")
+                    raise InputError(f"{path}: was changed by another process meanwhile; check it and try again")
                 self._carry_out(job, plan, folder, looking)
                 return Run.of_job(path, job)
 
@@ -252,7 +252,7 @@ class _Edit:
         if left <= 0:
             raise BudgetError(
                 f"--max-disk-gb {settings.max_disk_gb:.3g}: the finished run in {path} takes {show_mb(size_of(path))}"
-                " and stays until the edit is done; state a larger one"
+                " and stays until the edit is done; use a larger one"
             )
         return replace(settings, max_disk_gb=left)
 

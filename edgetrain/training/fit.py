@@ -103,7 +103,7 @@ def fit(
             except BaseException as error:
                 if folder.last() is None:
                     folder.clear()
-                    callback.note("there was no checkpoint yet, so the run was removed")
+                    callback.note("the run had no checkpoint yet, so its folder was removed")
                 elif not isinstance(error, (CorruptError, DivergedError, InputError)):  # these would come again
                     callback.note(f"the newest checkpoint is kept; resume with: {resuming_command(path, job.settings)}")
                 raise
@@ -160,10 +160,10 @@ def _check_folder(folder: RunFolder, resume: bool, force: bool) -> bool:
         return False
     if resume:
         if not folder.is_run():
-            raise InputError(f"{folder.path}: holds no edgetrain run to resume")
+            raise InputError(f"{folder.path}: is not an edgetrain run, so it cannot be resumed")
         return folder.last() is not None
     if not force:
-        kind = "a run" if folder.is_run() else "files that are no run of edgetrain"
+        kind = "a run" if folder.is_run() else "files that are not an edgetrain run"
         hint = "use --resume to continue it, --force to replace it, or" if folder.is_run() else ""
         raise InputError(f"{folder.path}: exists and holds {kind}; {hint} choose another --run-dir".replace("  ", " "))
     if not folder.is_run():

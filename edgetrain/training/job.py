@@ -257,7 +257,7 @@ def _check_threads(settings: Settings) -> None:
     cores = os.cpu_count() or 1
     if settings.threads is not None and settings.threads > cores:
         warnings.warn(
-            DiagnosticWarning(f"--threads {settings.threads}: this machine has {cores} cores, so that is slow"),
+            DiagnosticWarning(f"--threads {settings.threads} on {cores} cores: more threads than cores are slow"),
             stacklevel=2,
         )
 
@@ -308,14 +308,14 @@ def budget_of(settings: Settings, work: Workload) -> int | None:
         total = devices.total_bytes(device) if device.type == "cuda" else None
         if total is not None and budget > total:
             raise InputError(
-                f"--max-gpu-mb {settings.max_gpu_mb:g}: the device has {total >> 20} MiB; state a smaller budget"
+                f"--max-gpu-mb {settings.max_gpu_mb:g}: the device has {total >> 20} MiB; use a smaller budget"
             )
     outside = outside_of(settings, work)
     if budget is None or not outside:
         return budget
     if budget <= sum(outside.values()):
         taken = " and ".join(f"{what} ({show_mb(size)})" for what, size in outside.items())
-        raise InputError(f"--max-gpu-mb {stated_mb(budget)} is taken up by {taken}; state a larger one")
+        raise InputError(f"--max-gpu-mb {stated_mb(budget)} is taken up by {taken}; use a larger one")
     return budget - sum(outside.values())
 
 

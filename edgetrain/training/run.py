@@ -64,13 +64,13 @@ class Run:
     """A finished run.
 
     Attributes:
-        path: its folder.
-        record: what it measured.
-        settings: as they were asked for, with the method's defaults.
-        decisions: of its plan.
-        shape: of its data.
-        nodes: its cells.
-        objective: its rule.
+        path: the run folder.
+        record: what the run measured.
+        settings: as requested, completed by the method's defaults.
+        decisions: of the plan: placement, micro-batches, tiles.
+        shape: shape and kind of the data.
+        nodes: the cells.
+        objective: the learning rule.
     """
 
     path: Path
@@ -141,14 +141,17 @@ class Run:
         )
 
     def evaluate(self, data: Any = None, device: str | None = None) -> Predictions:
-        """Accuracy by every vote and of every cell.
+        """Measure the accuracy by each vote and of each cell.
 
-        Where the run was trained on a split drawn from the rows of ``data``, only the held-out rows are evaluated;
-        the result's ``data`` says which rows were.
+        If the run drew its test rows from ``data``, only these rows are evaluated; ``Predictions.data`` says which
+        rows were used.
 
         Args:
-            data: a spec, arrays ``(X, y)``, or ``None`` for the run's own test rows.
-            device: where to run; by default as the run was trained.
+            data: a data set, arrays ``(X, y)``, or ``None`` for the run's own test rows.
+            device: where to run. Default: the device on which the run was trained.
+
+        Returns:
+            Scores [rows, classes], float32, by vote, and accuracies from 0 to 1.
 
         Raises:
             InputError: the data are not like those the run was trained on, or have no labels; or the run's own
@@ -168,17 +171,25 @@ class Run:
             return replace(found, data=self._rows_in_words(opened, name, rows), rows=rows.x.rows)
 
     def predict(self, data: Any, device: str | None = None) -> NDArray[np.int64]:
-        """Labels [rows], int64, by the method's own vote, of a spec or of an array [rows, ...]."""
+        """Predict labels [rows], int64, by the method's vote.
+
+        Args:
+            data: a data set, or an array [rows, ...] of the same shape as the training rows.
+            device: where to run. Default: the device on which the run was trained.
+
+        Raises:
+            InputError: the data are not like those the run was trained on.
+        """
         return np.asarray(self.scores(data, device).argmax(1))
 
     def probabilities(self, data: Any, device: str | None = None) -> NDArray[np.float64]:
-        """Softmax of the scores of the method's own vote, [rows, classes]."""
+        """Predict class probabilities [rows, classes], float64: the softmax of ``scores``; see ``predict``."""
         scores = self.scores(data, device).astype(np.float64)
         shifted = np.exp(scores - scores.max(1, keepdims=True))
         return np.asarray(shifted / shifted.sum(1, keepdims=True))
 
     def scores(self, data: Any, device: str | None = None) -> NDArray[np.float32]:
-        """Scores of the method's own vote, [rows, classes]."""
+        """Predict class scores [rows, classes], float32, by the method's vote; see ``predict``."""
         opened = self._open(data)
         assert opened.test is not None
         with self._prepared(opened, opened.test) as rows:
@@ -207,9 +218,10 @@ class Run:
         return write_report([self.path], None if folder is None else Path(folder))[0]
 
     def model(self) -> Model:
-        """The trained net as one module on the CPU, in evaluation mode: raw rows [B, ...] to class scores [B, C].
+        """The trained net as one module on the CPU, in evaluation mode.
 
-        It includes input scaling, all cells with their heads, and the method's own vote.
+        It maps raw rows [B, ...] to class scores [B, C], float32: input scaling, all cells with their heads, and the
+        method's vote.
         """
         folder = RunFolder(self.path)
         files = folder.files()

@@ -106,7 +106,7 @@ def _train_or_retry(
                 f" ({_budget_in_words(plan)}): {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             )
             if smaller is None:
-                raise BudgetError(f"{said}; state a smaller --max-gpu-mb, --batch-size or --micro-batch") from error
+                raise BudgetError(f"{said}; use a smaller --max-gpu-mb, --batch-size or --micro-batch") from error
             around.callback.note(
                 f"{said}; trying once more, with micro-batches of {one_if_equal(smaller.micro_batches)}"
             )

@@ -36,7 +36,7 @@ class Stop:
         """Whether to end now."""
         if self._signal is not None and not self._said:
             self._said = True
-            self._say(f"{self._signal.name}: the step is finished and saved; a second signal ends at once")
+            self._say(f"{self._signal.name}: finishing the step and saving a checkpoint; a second signal ends at once")
         return self._signal is not None or (self._end is not None and time.monotonic() >= self._end)
 
     @property

@@ -58,8 +58,8 @@ class SystemMonitor:
         if short:
             self._once(
                 "host",
-                f"only {show_mb(available)} of the system's memory are left; it may end this run, so a checkpoint"
-                " is saved now. Close other programs, or state smaller --max-gpu-mb and --max-host-mb",
+                f"only {show_mb(available)} of system memory is left, so the system may kill this run: a checkpoint"
+                " is saved now. Close other programs, or use a smaller --max-gpu-mb and --max-host-mb",
             )
         return short
 
@@ -84,8 +84,8 @@ class SystemMonitor:
         if free is not None and free < wanted:
             self._once(
                 "device",
-                f"only {show_mb(free)} of the device are free now, less than the {show_mb(wanted)} that this run may"
-                " still take: another program uses the device",
+                f"only {show_mb(free)} of device memory is free, less than the {show_mb(wanted)} that this run may"
+                " still use: another program is using the device",
             )
 
     def _once(self, kind: str, text: str) -> None:

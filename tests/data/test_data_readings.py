@@ -85,7 +85,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path, inputs, reading, message):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("reading", [Reading("image"), Reading(channels="first")])
 def test_known_sets_have_their_own_reading(name, reading):
-    with pytest.raises(InputError, match=f"is for data of your own; it is known how {name} is to be read"):
+    with pytest.raises(InputError, match=f"is for your own data; edgetrain knows how {name} is to be read"):
         open_data(name, reading)
 
 

@@ -116,7 +116,7 @@ def test_points_as_csv(tmp_path: Path) -> None:
 def test_the_command_prints_a_table_or_one_json_object(tmp_path: Path) -> None:
     words = ["--methods", "mf,bp", "--depths", "2,3", "--widths", "16", "--dry"]
     told = CliRunner().invoke(command, words, catch_exceptions=False)
-    assert "mf, width 16, batch 128: 0 MiB for each further layer, predicted" in told.stdout
+    assert "mf, width 16, batch 128: 0 MiB per additional layer, predicted" in told.stdout
     told = CliRunner().invoke(command, [*words, "--json", "--csv", str(tmp_path / "p.csv")], catch_exceptions=False)
     object_ = json.loads(told.stdout)
     assert len(object_["rows"]) == 4
