@@ -80,7 +80,20 @@ class Settings:
         None, _TRAINING, "Optimizer; the default depends on the method"
     )
     lr: float | None = _setting(None, _TRAINING, "Learning rate; the default depends on the method")
+    lr_schedule: str | None = _setting(
+        None,
+        _TRAINING,
+        "``constant``, ``cosine``, ``one-cycle``, ``step:30,60[:0.1]`` or ``linear-warmup[:0.1]``, over the steps of"
+        " each cell",
+    )
     weight_decay: float | None = _setting(None, _TRAINING, "Weight decay; the default depends on the method")
+    momentum: float | None = _setting(None, _TRAINING, "Momentum of ``--optimizer sgd``")
+    nesterov: bool = _setting(False, _TRAINING, "Nesterov momentum, for ``--optimizer sgd``")
+    betas: str | None = _setting(None, _TRAINING, "Betas of ``adam``, ``adamw`` and ``adamax``, such as ``0.9,0.999``")
+    clip_value: float | None = _setting(None, _TRAINING, "Clip each element of the gradients to this magnitude")
+    clip_norm: float | None = _setting(
+        None, _TRAINING, "Clip the gradients of each cell to this norm; the cell is then not trained in tiles"
+    )
     classifier_lr: float | None = _setting(
         None, _TRAINING, "Learning rate of the classifier, for methods that train one on latents"
     )
@@ -130,9 +143,18 @@ class Settings:
         for name, asked in (("micro_batch", self.micro_batch), ("tiles", self.tiles)):
             for value in asked if isinstance(asked, list) else [asked]:
                 _check_least(name, value, 1)
-        for name in ("weight_decay", "classifier_weight_decay", "prefetch", "checkpoint_every", "seed"):
+        for name in ("weight_decay", "classifier_weight_decay", "momentum", "prefetch", "checkpoint_every", "seed"):
             _check_least(name, getattr(self, name), 0)
-        for name in ("lr", "classifier_lr", "max_gpu_mb", "max_host_mb", "max_disk_gb", "time_limit"):
+        for name in (
+            "lr",
+            "classifier_lr",
+            "clip_value",
+            "clip_norm",
+            "max_gpu_mb",
+            "max_host_mb",
+            "max_disk_gb",
+            "time_limit",
+        ):
             _check_positive(name, getattr(self, name))
         for name, limit in (
             ("seed", 1 << 63),

@@ -22,11 +22,12 @@ from edgetrain.objectives.base import Batch
 from edgetrain.objectives.mf import MonoForward
 from edgetrain.store.entries import FORMAT, Begin
 from edgetrain.store.run import RunFolder
-from edgetrain.stream.cell import OptimizerRecipe, Setup
+from edgetrain.stream.cell import Setup
 from edgetrain.stream.classifier import Classifier, ClassifierRecipe
 from edgetrain.stream.draws import StepDraws
 from edgetrain.stream.executor import Executor
 from edgetrain.stream.latents import DeviceLatents
+from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.stream.outputs import Outputs, Tally
 from edgetrain.stream.reader import Reader
 from edgetrain.stream.state import CellState

@@ -287,7 +287,9 @@ def _asked_tiles(work: Workload, tiles: int | list[int] | None) -> list[int] | N
     if len(asked) not in (work.depth, work.depth + (work.classifier is not None)):
         raise InputError(f"tiles lists {len(asked)} numbers; expected {work.depth}, one for each cell")
     for node, each in zip(work.nodes, asked, strict=False):
-        if each > 1 and not work.objective.tileable(node):
+        if each > 1 and work.optimizer.clip_norm is not None:
+            raise InputError("--clip-norm needs the gradients of a whole cell, and --tiles trains it in parts: use one")
+        if each > 1 and not work.tileable(node):
             raise InputError(
                 f"--tiles {each}: cell {node.index + 1} cannot be trained in tiles by {work.objective.name}; they are"
                 " for dense cells without dropout and batch normalisation, by mf, lbp-ae, sll, ff or symba"
@@ -346,7 +348,7 @@ class _Chooser:
             self._nodes[kind] = index
             self._known[kind] = self._choose_and_probe(index)
         found = self._known[kind]
-        latents, tileable = storage.latent_bytes(work, index), work.objective.tileable(node)
+        latents, tileable = storage.latent_bytes(work, index), work.tileable(node)
         return CellPlan(
             node.recipe.name, found.params, found.micro, found.peak.bytes, latents, found.tiles, tileable,
             found.peak.seed, found.peak.evaluation_seed,
@@ -426,7 +428,7 @@ class _Chooser:
         if self._tiles is not None:
             asked = len(ranges_of(units, self._tiles[index]))
             return asked, asked
-        return 1, len(ranges_of(units, units)) if self._work.objective.tileable(node) else 1
+        return 1, len(ranges_of(units, units)) if self._work.tileable(node) else 1
 
     def _bytes(self, index: int, size: int, tiles: int, resident: bool = False) -> int:
         return self._peak(index, size, tiles, resident).bytes

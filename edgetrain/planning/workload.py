@@ -11,8 +11,8 @@ from edgetrain.objectives.base import Node, Objective
 from edgetrain.planning.schedule import SCHEDULES, Cut, Visit
 from edgetrain.store.rows import RowFormat
 from edgetrain.stream.builder import Builder
-from edgetrain.stream.cell import OptimizerRecipe
 from edgetrain.stream.classifier import ClassifierRecipe
+from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.stream.state import Host
 
 
@@ -61,6 +61,10 @@ class Workload:
     views: int = 1
     augmentation: Augmentation | None = None
     keep_latents: bool = False
+
+    def tileable(self, node: Node) -> bool:
+        """Whether a cell can be trained in tiles: by its rule, and without the norm of all its gradients."""
+        return self.optimizer.clip_norm is None and self.objective.tileable(node)
 
     @property
     def steps(self) -> int:

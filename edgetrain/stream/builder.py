@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from edgetrain.objectives.base import Node, Objective
-from edgetrain.stream.cell import Cell, Modules, OptimizerRecipe, Setup
+from edgetrain.stream.cell import Cell, Modules, Setup
 from edgetrain.stream.classifier import Classifier, ClassifierRecipe
+from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.stream.state import CellState, Host
 from edgetrain.stream.tiles import build_cell
 

@@ -16,6 +16,7 @@ from edgetrain.memory import queues
 from edgetrain.memory.timeline import making
 from edgetrain.nets.copying import kept_in_eval, named_tensors, set_training, unsaved_buffers, with_tensors
 from edgetrain.objectives.base import Node, Objective, Phase, Streams
+from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.stream.outputs import Outputs
 from edgetrain.stream.reader import Batch, MicroBatch
 from edgetrain.stream.saved import saved_on_host
@@ -23,37 +24,8 @@ from edgetrain.stream.state import CellState, Host, Tensors
 
 Modules = tuple[nn.Module, nn.Module | None]
 
-# Fused implementations keep no temporary copies of all gradients; where there is none, one tensor
-# after the other peaks lower than foreach, which is CUDA's default.
-_OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "adam": (torch.optim.Adam, {"fused": True}),
-    "adamw": (torch.optim.AdamW, {"fused": True}),
-    "adamax": (torch.optim.Adamax, {"foreach": False}),
-    "sgd": (torch.optim.SGD, {"fused": True}),
-}
-OPTIMIZERS = tuple(_OPTIMIZERS)
 _NAMED = 4  # tensors in a message
 _HOST = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class OptimizerRecipe:
-    """Name, learning rate and weight decay of an optimizer."""
-
-    name: str
-    lr: float
-    weight_decay: float = 0.0
-
-    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer, in the implementation that peaks lowest.
-
-        Raises:
-            InputError: unknown name.
-        """
-        if self.name not in _OPTIMIZERS:
-            raise InputError(f"unknown optimizer {self.name!r}; expected one of {', '.join(OPTIMIZERS)}")
-        kind, implementation = _OPTIMIZERS[self.name]
-        return kind(parameters, lr=self.lr, weight_decay=self.weight_decay, **implementation)  # type: ignore[call-arg]
 
 
 class Cell(Protocol):
@@ -168,7 +140,7 @@ class ResidentCell:
         for number, (phase, learned, optimizer) in enumerate(self.phases):
             for micro in batch.micro_batches():
                 self._backward(phase.name, learned, batch, micro, out if number == 0 else Outputs())
-            self.update(learned, optimizer)
+            self.update(learned, optimizer, batch.number)
 
     def emit(self, batch: Batch, out: Outputs) -> None:
         """See ``Cell``."""
@@ -210,8 +182,9 @@ class ResidentCell:
         state = CellState(saved_tensors(self.module), saved_tensors(self.head), optimizer)
         return state.map(lambda value: value.detach())
 
-    def update(self, learned: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        """One step of an optimizer, whose gradients are then given back."""
+    def update(self, learned: list[nn.Parameter], optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Step number ``step`` of an optimizer; the gradients are then freed."""
+        self._setup.optimizer.prepare(learned, optimizer, step)
         with making("optimizer state"):
             optimizer.step()
         for parameter in learned:

@@ -164,6 +164,7 @@ class Batch:
 
     Attributes:
         step: number of the step in its epoch.
+        number: number of the step in all epochs.
         start: row of its first sample, in the epoch's order.
         size: samples.
         draws: the step's random numbers.
@@ -171,7 +172,7 @@ class Batch:
 
     def __init__(self, reader: Reader, transfer: _Transfer, span: Span, step: int, draws: DrawsOf):
         self._reader, self._transfer, self._span = reader, transfer, span
-        self.step = step
+        self.step, self.number = step, span.epoch * -(-span.rows // span.batch_size) + step
         self.start, stop = span.bounds(step)
         self.size = stop - self.start
         self.draws = draws(step, span.samples(self.start, stop))

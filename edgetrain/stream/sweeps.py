@@ -173,7 +173,7 @@ class Tiled(ABC):
             with making("gradients"):
                 (found * weight).sum().backward(inputs=learned)  # type: ignore[no-untyped-call]
             del found
-        tile.update(learned, optimizer)
+        tile.update(learned, optimizer, batch.number)
         self.keep(number, tile)
 
     def _statistic(self, tile: ResidentCell, streams: Streams) -> tuple[Tensor, Streams]:

@@ -28,7 +28,7 @@ from edgetrain.planning.plan import Decisions, Plan, RunTimes
 from edgetrain.planning.planner import make_plan
 from edgetrain.planning.probe import Probe
 from edgetrain.planning.workload import Workload
-from edgetrain.stream.cell import OptimizerRecipe
+from edgetrain.stream.optimizers import LearningRate, OptimizerRecipe
 from edgetrain.training.inputs import Shape, describe
 from edgetrain.training.methods import METHODS, method_of
 from edgetrain.training.process import process_state
@@ -105,8 +105,8 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None, m
     work = Workload(
         nodes=cells_of(settings, objective, shape, recipes),
         objective=objective,
-        optimizer=OptimizerRecipe(settings.optimizer or "", settings.lr or 0.0, settings.weight_decay or 0.0),
-        classifier=_classifier_optimizer(settings),
+        optimizer=_optimizer(settings, opened.train.rows),
+        classifier=_classifier_optimizer(settings, opened.train.rows),
         schedule=settings.schedule or "separate",
         classes=shape.classes,
         rows=opened.train.rows,
@@ -398,9 +398,57 @@ def _classifier_epochs(settings: Settings, schedule: str | None) -> int:
     return epochs
 
 
-def _classifier_optimizer(settings: Settings) -> OptimizerRecipe | None:
+def _optimizer(settings: Settings, rows: int) -> OptimizerRecipe:
+    return OptimizerRecipe(
+        name=settings.optimizer or "",
+        lr=settings.lr or 0.0,
+        weight_decay=settings.weight_decay or 0.0,
+        more=_optimizer_arguments(settings),
+        clip_value=settings.clip_value,
+        clip_norm=settings.clip_norm,
+        schedule=LearningRate.parse(settings.lr_schedule or "constant"),
+        steps=settings.epochs * -(-rows // settings.batch_size),
+        epochs=settings.epochs,
+    )
+
+
+def _classifier_optimizer(settings: Settings, rows: int) -> OptimizerRecipe | None:
     if not settings.classifier_epochs:
         return None
-    return OptimizerRecipe(
-        settings.optimizer or "", settings.classifier_lr or 0.0, settings.classifier_weight_decay or 0.0
+    return replace(
+        _optimizer(settings, rows),
+        lr=settings.classifier_lr or 0.0,
+        weight_decay=settings.classifier_weight_decay or 0.0,
+        clip_norm=None,  # its blocks step one by one
+        steps=settings.classifier_epochs * -(-rows // settings.batch_size),
+        epochs=settings.classifier_epochs,
     )
+
+
+def _optimizer_arguments(settings: Settings) -> tuple[tuple[str, Any], ...]:
+    """Momentum and betas, where the optimizer has them.
+
+    Raises:
+        InputError: it has none, or they are out of range.
+    """
+    name, momentum = settings.optimizer, settings.momentum
+    if name == "sgd":
+        if settings.betas is not None:
+            raise InputError("--betas is for adam, adamw and adamax; sgd has --momentum")
+        if momentum is not None and momentum >= 1:
+            raise InputError(f"--momentum {momentum:g}: expected a number from 0 to below 1")
+        if settings.nesterov and not momentum:
+            raise InputError("--nesterov needs --momentum, such as 0.9")
+        return (("momentum", momentum), ("nesterov", settings.nesterov)) if momentum else ()
+    if momentum is not None or settings.nesterov:
+        flag = "--momentum" if momentum is not None else "--nesterov"
+        raise InputError(f"{flag} is for --optimizer sgd; this run uses {name}, which has --betas")
+    if settings.betas is None:
+        return ()
+    try:
+        first, second = (float(part) for part in settings.betas.split(","))
+    except ValueError:
+        first = second = -1.0
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise InputError(f"--betas {settings.betas!r}: expected two numbers from 0 to below 1, such as 0.9,0.999")
+    return (("betas", (first, second)),)

@@ -21,10 +21,11 @@ from edgetrain.memory import device as devices
 from edgetrain.memory.meter import Meter
 from edgetrain.objectives.base import Node, Objective, Streams
 from edgetrain.store.latents import LatentFile
-from edgetrain.stream.cell import OptimizerRecipe, Setup, copied
+from edgetrain.stream.cell import Setup, copied
 from edgetrain.stream.executor import Executor
 from edgetrain.stream.inputs import evaluation_inputs
 from edgetrain.stream.latents import FileLatents
+from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.stream.outputs import Outputs
 from edgetrain.stream.reader import LabelFile, Reader
 from edgetrain.stream.span import Span

@@ -37,8 +37,9 @@ from edgetrain.store.edit import open_folder
 from edgetrain.store.entries import Files
 from edgetrain.store.npy import writing_npy
 from edgetrain.store.run import RunFolder
-from edgetrain.stream.cell import OptimizerRecipe, ResidentCell, Setup, saved_tensors, shapes_of
+from edgetrain.stream.cell import ResidentCell, Setup, saved_tensors, shapes_of
 from edgetrain.stream.latents import FileLatents
+from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.stream.state import CellState
 from edgetrain.training.checkpointing import CLASSIFIER, INPUTS, Digests, check_test_rows
 from edgetrain.training.config_file import decisions_of, settings_of

@@ -12,10 +12,11 @@ from machine import reader_of, train_steps
 from edgetrain.nets.spec import open_net
 from edgetrain.objectives import OBJECTIVES
 from edgetrain.objectives.base import Batch, nodes
-from edgetrain.stream.cell import OptimizerRecipe, ResidentCell, Setup
+from edgetrain.stream.cell import ResidentCell, Setup
 from edgetrain.stream.draws import StepDraws
 from edgetrain.stream.inputs import training_inputs
 from edgetrain.stream.latents import DeviceLatents
+from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.stream.span import Span
 
 CLASSES, ROWS, SEED = 3, 11, 4

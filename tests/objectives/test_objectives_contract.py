@@ -33,10 +33,11 @@ from edgetrain.objectives.base import Batch, Defaults, Node, Objective, Phase, S
 from edgetrain.planning import planner
 from edgetrain.planning.dryrun import Peak
 from edgetrain.store.run import RunFolder
-from edgetrain.stream.cell import OptimizerRecipe, ResidentCell, Setup
+from edgetrain.stream.cell import ResidentCell, Setup
 from edgetrain.stream.draws import StepDraws
 from edgetrain.stream.inputs import training_inputs
 from edgetrain.stream.latents import DeviceLatents
+from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.stream.span import Span
 from edgetrain.training import job
 from edgetrain.training.callbacks import Callback

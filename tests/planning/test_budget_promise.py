@@ -17,7 +17,7 @@ from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
 from edgetrain.data.base import DataSet
 from edgetrain.errors import BudgetError, EdgetrainError, InputError
-from edgetrain.stream.cell import OPTIMIZERS
+from edgetrain.stream.optimizers import OPTIMIZERS
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job, plan_job
 from edgetrain.training.methods import METHODS

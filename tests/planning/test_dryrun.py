@@ -26,10 +26,10 @@ from edgetrain.planning.dryrun import bench, resident_peak
 from edgetrain.planning.workload import Workload
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.rows import RowFormat
-from edgetrain.stream.cell import OptimizerRecipe
 from edgetrain.stream.executor import Executor
 from edgetrain.stream.inputs import training_inputs
 from edgetrain.stream.latents import FileLatents
+from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.stream.outputs import Outputs, Tally
 from edgetrain.stream.reader import LABELS, LabelFile, Reader
 from edgetrain.stream.span import Span

@@ -29,7 +29,7 @@ from edgetrain.planning.storage import bookkeeping_bytes
 from edgetrain.planning.words import choices_in_words
 from edgetrain.planning.workload import Workload
 from edgetrain.store.rows import RowFormat
-from edgetrain.stream.cell import OptimizerRecipe
+from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.units import MIB
 
 CPU = torch.device("cpu")

@@ -23,8 +23,9 @@ from edgetrain.store.entries import Checkpoint
 from edgetrain.store.run import RunFolder
 from edgetrain.store.tensors import Spilled
 from edgetrain.store.units import Kinds, UnitFiles
-from edgetrain.stream.cell import Cell, OptimizerRecipe, ResidentCell, Setup
+from edgetrain.stream.cell import Cell, ResidentCell, Setup
 from edgetrain.stream.cells import CellStream
+from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.stream.state import CellState, Tensors
 
 CPU = torch.device("cpu")

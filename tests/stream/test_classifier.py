@@ -20,9 +20,9 @@ from torch.nn.functional import cross_entropy
 from edgetrain.memory.meter import LiveMeter
 from edgetrain.objectives.mf import MonoForward
 from edgetrain.store.latents import LatentFile
-from edgetrain.stream.cell import OptimizerRecipe
 from edgetrain.stream.classifier import Classifier
 from edgetrain.stream.latents import DeviceLatents, FileLatents
+from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.stream.outputs import Tally
 from edgetrain.stream.reader import LABELS, LabelFile, Reader
 from edgetrain.stream.span import Span

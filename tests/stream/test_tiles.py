@@ -20,9 +20,10 @@ from edgetrain.nets.spec import open_net
 from edgetrain.objectives import OBJECTIVES
 from edgetrain.objectives.base import nodes
 from edgetrain.store.run import RunFolder
-from edgetrain.stream.cell import OptimizerRecipe, ResidentCell, Setup
+from edgetrain.stream.cell import ResidentCell, Setup
 from edgetrain.stream.inputs import training_inputs
 from edgetrain.stream.latents import DeviceLatents
+from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.stream.span import Span
 from edgetrain.stream.tiles import TILE_MULTIPLE, TiledCell, ranges_of
 from edgetrain.training.config_file import settings_of

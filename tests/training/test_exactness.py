@@ -44,9 +44,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from edgetrain.store.run import RunFolder
-from edgetrain.stream.cell import OptimizerRecipe
 from edgetrain.stream.draws import StepDraws
 from edgetrain.stream.latents import DeviceLatents
+from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.stream.outputs import Tally
 from edgetrain.stream.span import Span
 from edgetrain.training.callbacks import Callback
