@@ -54,6 +54,12 @@ class Settings:
     channels: Literal["first", "last"] | None = _setting(
         None, _DATA, "Which axis of images or signals is the channels; by default it is inferred"
     )
+    normalize: str | None = _setting(
+        None,
+        _DATA,
+        "Normalise images: ``data`` (by mean and deviation of the training images), ``imagenet``,"
+        " ``MEAN,.../STD,...`` by channel, or ``none``, the default",
+    )
     augment: str | None = _setting(None, _DATA, "Random changes to training images, such as ``crop,flip,cutout``")
     views: int | None = _setting(
         None, _DATA, "Augmented copies of the data that finished cells cache, for ``--schedule separate``"

@@ -24,7 +24,7 @@ from edgetrain.data.layout import check_finite, check_ids, check_pixels
 from edgetrain.errors import CorruptError, EdgetrainError
 from edgetrain.store.atomic import storage_errors
 from edgetrain.store.latents import LatentFile
-from edgetrain.store.rows import RowFormat
+from edgetrain.store.rows import Normalization, RowFormat
 
 _FLOAT32_MAX, _FLOAT64_MAX = float(np.finfo(np.float32).max), float(np.finfo(np.float64).max)
 _SQUARABLE = 2.0**-500, 2.0**500  # magnitudes whose squares stay within float64
@@ -121,7 +121,31 @@ def scaling_beyond_unit(part: Part) -> Scaling | None:
     return Scaling(np.array([least]), np.array([1 / spread if spread else 1.0]), clip=True)
 
 
-def prepare(data: DataSet, part: Part, folder: Path, name: str, scaling: Scaling | None) -> Prepared:
+def measure_normalization(data: DataSet, part: Part) -> Normalization:
+    """Mean and (population) deviation of each channel of images, as decoded; 1 where a channel is constant.
+
+    Raises:
+        InputError: a value is not finite.
+    """
+    moments, channels = _Moments(), data.shape[0] if len(data.shape) == 3 else 1
+    for values, _ in _checked_chunks(part):
+        for rows in _parts(values):
+            taken = np.moveaxis(values[rows], 1, -1) if channels > 1 else values[rows]
+            moments.add(taken.reshape(-1, channels))
+    greatest = data.pixel_max or 1.0
+    mean = (moments.origin + moments.centred) / greatest
+    std = np.where(moments.constant, 1.0, moments.deviation / greatest)
+    return Normalization(tuple(map(float, mean)), tuple(map(float, std)))
+
+
+def prepare(
+    data: DataSet,
+    part: Part,
+    folder: Path,
+    name: str,
+    scaling: Scaling | None,
+    normalization: Normalization | None = None,
+) -> Prepared:
     """Write a part's rows to ``folder/<name>.x.rows`` and its labels to ``folder/<name>.y.rows``.
 
     uint8 chunks go down as ``pixels``, token ids as ``tokens``, others as float32. Takes the memory of a
@@ -132,7 +156,8 @@ def prepare(data: DataSet, part: Part, folder: Path, name: str, scaling: Scaling
         part: its training or its test rows.
         folder: made if it is missing.
         name: begins the files' names.
-        scaling: for tables; ``None``: rows as they are.
+        scaling: of what is written; ``None``: rows as they are.
+        normalization: of images when they are read; ``None``: none.
 
     Raises:
         InputError: the part holds what no row may hold.
@@ -141,7 +166,7 @@ def prepare(data: DataSet, part: Part, folder: Path, name: str, scaling: Scaling
     """
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    x = LatentFile(folder / f"{name}.x.rows", part.rows, _input_format(data))
+    x = LatentFile(folder / f"{name}.x.rows", part.rows, replace(_input_format(data), normalization=normalization))
     y = LatentFile(folder / f"{name}.y.rows", part.rows, RowFormat((), "int64"))
     try:
         labelled = _write_rows(_with_checks(data, part), x.allocate(), y, scaling)

@@ -38,12 +38,41 @@ _HEADER = 8  # bytes: low and step of a uint8 row
 
 
 @dataclass(frozen=True)
+class Normalization:
+    """Normalises images channel by channel: (value - mean) / deviation, in float32.
+
+    Attributes:
+        mean: of each channel; one for all values of grey images and of flattened ones.
+        std: standard deviation, likewise.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def apply_(self, values: torch.Tensor) -> torch.Tensor:
+        """Normalise images [B, C, ...], float32, in place."""
+        if len(self.mean) == 1:
+            return values.sub_(self.mean[0]).div_(self.std[0])
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            values[:, channel].sub_(mean).div_(std)
+        return values
+
+
+@dataclass(frozen=True)
 class RowFormat:
-    """Shape and byte layout of the rows of one stream."""
+    """Shape and byte layout of the rows of one stream.
+
+    Attributes:
+        shape: of a decoded row.
+        dtype: how the row is stored; see the table above.
+        pixel_max: of ``pixels``.
+        normalization: of decoded images, ``pixels`` or float32.
+    """
 
     shape: tuple[int, ...]
     dtype: str = "float32"
     pixel_max: float = 255.0
+    normalization: Normalization | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (*_PLAIN, "uint8", "pixels"):
@@ -82,7 +111,13 @@ class RowFormat:
         return flat.to(_PLAIN[self.dtype]).contiguous().view(torch.uint8)
 
     def decode(self, rows: torch.Tensor) -> torch.Tensor:
-        """Bytes [B, row_bytes] on any device as values [B, *shape]; float32 is a view, not a copy."""
+        """Bytes [B, row_bytes] on any device as values [B, *shape]; plain float32 is a view, not a copy."""
+        if self.normalization is None:
+            return self._decoded(rows)
+        values = self._decoded(rows)
+        return self.normalization.apply_(values if self.dtype == "pixels" else values.clone())
+
+    def _decoded(self, rows: torch.Tensor) -> torch.Tensor:
         shape = (rows.shape[0], *self.shape)
         if self.dtype == "pixels":
             return rows.to(torch.float32).div_(self.pixel_max).view(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +10,11 @@ import torch
 
 from edgetrain.data.base import DataSet, Part
 from edgetrain.data.layout import Channels, Input, Reading
-from edgetrain.data.prepare import Prepared, Scaling, measure_scaling, scaling_beyond_unit
-from edgetrain.errors import InputError
-from edgetrain.store.rows import RowFormat
+from edgetrain.data.prepare import Prepared, Scaling, measure_normalization, measure_scaling, scaling_beyond_unit
+from edgetrain.errors import InputError, shown
+from edgetrain.store.rows import Normalization, RowFormat
+
+_IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of torchvision's models
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,13 @@ def digest(rows: Prepared) -> str:
     return rows.x.digest() + ("" if rows.y is None else rows.y.digest())
 
 
-def describe(data: DataSet, nonnegative: bool) -> str:
+def describe(data: DataSet, nonnegative: bool, normalize: str | None = None) -> str:
     """What the training rows are and how they were read, in a line.
 
     Args:
         data: has training rows.
         nonnegative: whether the rule reconstructs its inputs.
+        normalize: see ``normalization_of``.
     """
     assert data.train is not None
     size = "x".join(map(str, data.shape))
@@ -92,6 +96,8 @@ def describe(data: DataSet, nonnegative: bool) -> str:
         "signal": [f"signals, {size}", f"each channel {scaled}"],
         "tokens": [f"rows of {size} token ids, 0..{(data.vocabulary or 0) - 1}"],
     }[data.input]
+    if normalize not in (None, "none"):
+        words.append(f"normalised by {'the training images' if normalize == 'data' else normalize}")
     if data.channels is not None:
         words.append(f"channels {data.channels}")
     return f"{data.train.rows:,} {', '.join(words)}{data.hint and f'; {data.hint}'}"
@@ -112,6 +118,62 @@ def _kind(rows: DataSet | Shape) -> str:
     return f"rows of a {rows.input}"
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What was measured of the training rows, or stated, to prepare all rows alike.
+
+    Attributes:
+        scaling: of tables, signals and some floating-point images.
+        normalization: of images.
+    """
+
+    scaling: Scaling | None = None
+    normalization: Normalization | None = None
+
+
+def normalization_of(text: str | None, data: DataSet, nonnegative: bool, measured: bool = True) -> Normalization | None:
+    """How ``--normalize`` says that images are normalised; ``None``: they are not.
+
+    Args:
+        text: ``None``, ``none``, ``data``, ``imagenet`` or ``MEAN,.../STD,...``.
+        data: has training rows.
+        nonnegative: whether the rule reconstructs its inputs.
+        measured: whether ``data`` is measured; otherwise mean 0 and deviation 1 stand for it, as in a plan.
+
+    Raises:
+        InputError: it cannot be read, or does not suit the data or the rule.
+    """
+    if text in (None, "none"):
+        return None
+    if data.input != "image":
+        raise InputError(f"--normalize {shown(text)}: is for images; the columns of tables are standardised anyway")
+    if nonnegative:
+        raise InputError(f"--normalize {shown(text)}: this rule reconstructs its inputs, which must be within 0..1")
+    channels = data.shape[0] if len(data.shape) == 3 else 1
+    if text == "data":
+        assert data.train is not None
+        unmeasured = Normalization((0.0,) * channels, (1.0,) * channels)
+        return measure_normalization(data, data.train) if measured else unmeasured
+    found = _IMAGENET if text == "imagenet" else _stated_normalization(text)
+    if len(found.mean) != channels:
+        raise InputError(f"--normalize {shown(text)}: has {len(found.mean)} channels; the images have {channels}")
+    return found
+
+
+def _stated_normalization(text: str) -> Normalization:
+    try:
+        mean, std = (tuple(float(part) for part in side.split(",")) for side in text.split("/"))
+    except ValueError:
+        mean = std = ()
+    sound = all(map(math.isfinite, mean)) and all(0 < each < math.inf for each in std)
+    if not mean or len(mean) != len(std) or not sound:
+        raise InputError(
+            f"--normalize {shown(text)}: expected data, imagenet, none, or means and deviations by channel, such as"
+            " 0.5,0.5,0.5/0.25,0.25,0.25"
+        )
+    return Normalization(mean, std)
+
+
 def scaling_of(data: DataSet, part: Part, nonnegative: bool) -> Scaling | None:
     """Tables and signals are standardised, or scaled to 0..1 for rules that reconstruct their input.
 
@@ -124,21 +186,31 @@ def scaling_of(data: DataSet, part: Part, nonnegative: bool) -> Scaling | None:
     return None
 
 
-def pack(scaling: Scaling | None) -> dict[str, torch.Tensor]:
-    """A scaling as tensors, to be saved with the cells."""
-    if scaling is None:
-        return {}
-    return {
-        "shift": torch.from_numpy(scaling.shift),
-        "scale": torch.from_numpy(scaling.scale),
-        "rest": torch.from_numpy(scaling.rest),
-        "clip": torch.tensor([scaling.clip], dtype=torch.uint8),
-    }
+def pack(statistics: Statistics) -> dict[str, torch.Tensor]:
+    """Statistics as tensors, to be saved with the cells."""
+    packed: dict[str, torch.Tensor] = {}
+    if (scaling := statistics.scaling) is not None:
+        packed |= {
+            "shift": torch.from_numpy(scaling.shift),
+            "scale": torch.from_numpy(scaling.scale),
+            "rest": torch.from_numpy(scaling.rest),
+            "clip": torch.tensor([scaling.clip], dtype=torch.uint8),
+        }
+    if (normalization := statistics.normalization) is not None:
+        packed |= {
+            "mean": torch.tensor(normalization.mean, dtype=torch.float64),
+            "std": torch.tensor(normalization.std, dtype=torch.float64),
+        }
+    return packed
 
 
-def unpack(tensors: dict[str, torch.Tensor]) -> Scaling | None:
+def unpack(tensors: dict[str, torch.Tensor]) -> Statistics:
     """The inverse of ``pack``."""
-    if not tensors:
-        return None
-    found = {name: tensors[name].numpy().astype(np.float64) for name in ("shift", "scale", "rest") if name in tensors}
-    return Scaling(**found, clip=bool(tensors["clip"].item()))
+    scaling = normalization = None
+    if "scale" in tensors:
+        names = [name for name in ("shift", "scale", "rest") if name in tensors]
+        found = {name: tensors[name].numpy().astype(np.float64) for name in names}
+        scaling = Scaling(**found, clip=bool(tensors["clip"].item()))
+    if "std" in tensors:
+        normalization = Normalization(tuple(tensors["mean"].tolist()), tuple(tensors["std"].tolist()))
+    return Statistics(scaling, normalization)

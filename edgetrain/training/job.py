@@ -29,7 +29,7 @@ from edgetrain.planning.planner import make_plan
 from edgetrain.planning.probe import Probe
 from edgetrain.planning.workload import Workload
 from edgetrain.stream.optimizers import LearningRate, OptimizerRecipe
-from edgetrain.training.inputs import Shape, describe
+from edgetrain.training.inputs import Shape, describe, normalization_of
 from edgetrain.training.methods import METHODS, method_of
 from edgetrain.training.process import process_state
 from edgetrain.units import from_mb, show_mb, stated_mb
@@ -76,7 +76,7 @@ class Job:
     @property
     def input(self) -> str:
         """What the training rows are and how they were read, in a line."""
-        return describe(self.data, self.work.objective.nonnegative_input)
+        return describe(self.data, self.work.objective.nonnegative_input, self.settings.normalize)
 
 
 def open_job(settings: Settings, net: Any = None, data: DataSet | None = None, method: Any = None) -> Job:
@@ -114,7 +114,10 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None, m
         batch_size=settings.batch_size,
         epochs=settings.epochs,
         classifier_epochs=settings.classifier_epochs or 0,
-        inputs=shape.format,
+        inputs=replace(
+            shape.format,
+            normalization=normalization_of(settings.normalize, opened, objective.nonnegative_input, measured=False),
+        ),
         latent_dtype=settings.latent_dtype,
         device=device,
         seed=settings.seed,

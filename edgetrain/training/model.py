@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from edgetrain.data.prepare import Scaling
 from edgetrain.objectives.base import Objective
-from edgetrain.training.inputs import Shape
+from edgetrain.training.inputs import Shape, Statistics
 
 
 class Model(nn.Module):
@@ -18,7 +17,7 @@ class Model(nn.Module):
     Args:
         objective: the rule, which reads votes off cells.
         shape: of the run's rows.
-        scaling: of a table's columns or a signal's channels, or ``None``.
+        statistics: by which rows were scaled or normalised.
         cells: the trained cells with their heads (``None``: has none).
         classifier: tensors of the trained classifier by name, or ``None``.
     """
@@ -31,12 +30,13 @@ class Model(nn.Module):
         self,
         objective: Objective,
         shape: Shape,
-        scaling: Scaling | None,
+        statistics: Statistics,
         cells: Sequence[tuple[nn.Module, nn.Module | None]],
         classifier: Mapping[str, Tensor] | None,
     ):
         super().__init__()
-        self.objective, self.shape = objective, shape
+        self.objective, self.shape, scaling = objective, shape, statistics.scaling
+        self.normalization = statistics.normalization
         self.scaled, self.clipped = scaling is not None, scaling is not None and scaling.clip
         if scaling is not None:
             for name in ("shift", "rest", "scale"):
@@ -77,4 +77,5 @@ class Model(nn.Module):
         if self.scaled:
             values = (x.double() - self.shift - self.rest) * self.scale
             return (values.clamp(0.0, 1.0) if self.clipped else values).float()
-        return x.float() if self.shape.pixel_max is None else x.float() / self.shape.pixel_max
+        values = x.float() if self.shape.pixel_max is None else x.float() / self.shape.pixel_max
+        return values if self.normalization is None else self.normalization.apply_(values.clone())

@@ -5,17 +5,17 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 
-from edgetrain.data.prepare import Prepared, Scaling, prepare
+from edgetrain.data.prepare import Prepared, prepare
 from edgetrain.store.run import RunFolder
-from edgetrain.training.inputs import scaling_of
+from edgetrain.training.inputs import Statistics, normalization_of, scaling_of
 from edgetrain.training.job import Job
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Latents 0: the prepared rows, and how tables were scaled."""
+    """Latents 0: the prepared rows, and the statistics by which they were prepared."""
 
-    scaling: Scaling | None
+    statistics: Statistics
     train: Prepared
     test: Prepared | None
 
@@ -28,12 +28,25 @@ class Inputs:
         """
         data = job.data
         assert data.train is not None
-        scaling = scaling_of(data, data.train, job.work.objective.nonnegative_input)
+        nonnegative = job.work.objective.nonnegative_input
+        statistics = Statistics(
+            scaling_of(data, data.train, nonnegative),
+            normalization_of(job.settings.normalize, data, nonnegative),
+        )
         done: list[Prepared] = []
         try:
             for part, name in ((data.train, "000"), (data.test, "test")):
                 if part is not None:
-                    done.append(prepare(data, part, folder.latents, f"{prefix}{name}", scaling))
+                    done.append(
+                        prepare(
+                            data,
+                            part,
+                            folder.latents,
+                            f"{prefix}{name}",
+                            statistics.scaling,
+                            statistics.normalization,
+                        )
+                    )
         except BaseException:
             for files in done:
                 for file in filter(None, (files.x, files.y)):
@@ -41,7 +54,7 @@ class Inputs:
             with suppress(OSError):
                 folder.latents.rmdir()
             raise
-        return cls(scaling, done[0], done[1] if data.test is not None else None)
+        return cls(statistics, done[0], done[1] if data.test is not None else None)
 
     @property
     def parts(self) -> list[Prepared]:

@@ -44,7 +44,7 @@ from edgetrain.stream.state import CellState
 from edgetrain.training.checkpointing import CLASSIFIER, INPUTS, Digests, check_test_rows
 from edgetrain.training.config_file import decisions_of, settings_of
 from edgetrain.training.identity import check_net
-from edgetrain.training.inputs import Shape, digest, unpack
+from edgetrain.training.inputs import Shape, Statistics, digest, unpack
 from edgetrain.training.job import (
     Job,
     budget_of,
@@ -227,9 +227,9 @@ class Run:
         folder = RunFolder(self.path)
         files = folder.files()
         classifier = _classifier(folder, files)
-        scaling = unpack(folder.units.read(files[INPUTS])["weights"]) if INPUTS in files else None
+        statistics = _statistics(folder, files)
         cells = [(cell.module, cell.head) for cell in self._trained_cells()]
-        return Model(self.objective, self.shape, scaling, cells, classifier.head if classifier else None).eval()
+        return Model(self.objective, self.shape, statistics, cells, classifier.head if classifier else None).eval()
 
     def cells(self) -> nn.Sequential:
         """The trained cells alone on the CPU, in evaluation mode, without input scaling, heads and vote."""
@@ -320,7 +320,7 @@ class Run:
 
     def _evaluated(self, device: torch.device, rows: int) -> Workload:
         """What the planner must know of reading classes off rows."""
-        settings = self.settings
+        settings, folder = self.settings, RunFolder(self.path)
         return Workload(
             nodes=self.nodes,
             objective=self.objective,
@@ -333,7 +333,7 @@ class Run:
             batch_size=settings.batch_size,
             epochs=1,
             classifier_epochs=0,
-            inputs=self.shape.format,
+            inputs=replace(self.shape.format, normalization=_statistics(folder, folder.files()).normalization),
             latent_dtype="float32",
             device=device,
             seed=settings.seed,
@@ -345,10 +345,10 @@ class Run:
 def _prepared(folder: RunFolder, data: DataSet, part: Part) -> Iterator[Prepared]:
     """A part's rows, prepared as the run in ``folder`` prepares its own, for as long as they are needed."""
     files = folder.files()
-    scaling = unpack(folder.units.read(files[INPUTS])["weights"]) if INPUTS in files else None
+    statistics = _statistics(folder, files)
     with (
         TemporaryDirectory(prefix="edgetrain-") as scratch,
-        closing(prepare(data, part, Path(scratch), "rows", scaling)) as rows,
+        closing(prepare(data, part, Path(scratch), "rows", statistics.scaling, statistics.normalization)) as rows,
     ):
         yield rows
 
@@ -389,6 +389,11 @@ def predictor_of(
         classifier=_classifier(folder, files),
         folder=scratch or folder.latents,
     )
+
+
+def _statistics(folder: RunFolder, files: Files) -> Statistics:
+    """By what the run's rows were prepared."""
+    return unpack(folder.units.read(files[INPUTS])["weights"]) if INPUTS in files else Statistics()
 
 
 def _classifier(folder: RunFolder, files: Files) -> CellState | None:

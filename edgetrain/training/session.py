@@ -150,7 +150,7 @@ def _train(job: Job, plan: Plan, around: _Surroundings, inputs: Inputs | None) -
     )
     rows = FileLatents.of_files({"x": train.x}, around.meter.host)
     trainer = Trainer(
-        job.work, plan, folder, rows, train.y, pack(inputs.scaling), digests, around.meter, around.callback, choices,
+        job.work, plan, folder, rows, train.y, pack(inputs.statistics), digests, around.meter, around.callback, choices,
         around.stop, lambda: around.energy.joules,
     )  # fmt: skip
     with around.stop.listening():
