@@ -57,8 +57,8 @@ class Settings:
     normalize: str | None = _setting(
         None,
         _DATA,
-        "Normalise images: ``data`` (by mean and deviation of the training images), ``imagenet``,"
-        " ``MEAN,.../STD,...`` by channel, or ``none``, the default",
+        "Normalise images by channel: ``data`` (mean and deviation of the training images), ``imagenet``,"
+        " ``MEAN,.../STD,...`` or ``none``; the default is ``data``, or ``none`` for rules that reconstruct",
     )
     augment: str | None = _setting(None, _DATA, "Random changes to training images, such as ``crop,flip,cutout``")
     views: int | None = _setting(

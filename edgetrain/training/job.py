@@ -102,6 +102,9 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None, m
     shape = Shape.of(opened)
     recipes = net_of(settings, method, shape, settings.net if net is None else net)
     objective = objective_of(settings, method, shape, recipes)
+    if settings.normalize is None:
+        images = opened.input == "image" and not objective.nonnegative_input
+        settings = replace(settings, normalize="data" if images else "none")
     work = Workload(
         nodes=cells_of(settings, objective, shape, recipes),
         objective=objective,

@@ -56,7 +56,11 @@ def test_plan_says_what_fit_measures(edgetrain: Command) -> None:
     record = json.loads(edgetrain("fit", *flags, "--json").stdout)
     assert plan.keys() >= PLAN_KEYS
     assert plan["fits"] is True
-    assert plan["data"] == record["input"] == "1,437 images, 1x8x8, 0..16 scaled to 0..1"
+    assert (
+        plan["data"]
+        == record["input"]
+        == "1,437 images, 1x8x8, 0..16 scaled to 0..1, normalised by the training images"
+    )
     assert "Data: 1,437 images" in edgetrain("plan", *flags).stdout
     assert plan["predicted_peak_mb"] == record["predicted_peak_mb"] == record["peak_gpu_mb"]
     assert [cell["params"] for cell in plan["cells"]] == [cell["params"] for cell in record["cells"]]
@@ -296,7 +300,7 @@ def test_resume_leaves_a_folder_of_other_files_alone(edgetrain: Command, tmp_pat
     (tmp_path / "mine" / name).write_text("something of mine, long enough\n")
     done = edgetrain("fit", "--resume", "--run-dir", "mine", *QUICK)
     assert done.returncode == 2, done.stderr
-    with pytest.raises(InputError, match="no edgetrain run"):
+    with pytest.raises(InputError, match="is not an edgetrain run"):
         api.fit("mlp:8", "digits", run_dir=tmp_path / "mine", resume=True, epochs=1)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
 

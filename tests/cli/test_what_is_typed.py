@@ -113,7 +113,7 @@ def test_values_that_would_be_cut_are_refused(values: dict[str, Any], message: s
 
 def test_more_threads_than_cores_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    with pytest.warns(EdgetrainWarning, match="--threads 2: this machine has 1 cores"):
+    with pytest.warns(EdgetrainWarning, match="--threads 2 on 1 cores: more threads"):
         edgetrain.fit("mlp:4", "digits", run_dir="r", epochs=1, device="cpu", threads=2)
 
 

@@ -650,7 +650,7 @@ def test_rules_whose_pass_is_not_on_clean_inputs_leave_the_latents_to_the_machin
 
 def given(name, **values):
     standard = {"epochs": 2, "batch_size": BATCH, "micro_batch": BATCH, "seed": SEED, "threads": 1}
-    standard |= {"net": SUITED.get(name, (NET,))[0], "lr": LR, "device": "cpu"}
+    standard |= {"net": SUITED.get(name, (NET,))[0], "lr": LR, "device": "cpu", "normalize": "none"}
     return Settings().with_values({"method": name, **standard, **values})
 
 

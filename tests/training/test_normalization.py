@@ -70,7 +70,7 @@ def test_a_normalised_run_is_the_run_on_rows_that_were_normalised_before(
         values[:, channel].sub_(float(mean[channel])).div_(float(std[channel]))
     stated = f"{','.join(map(repr, mean.tolist()))}/{','.join(map(repr, std.tolist()))}"
     run = trained(tmp_path / "run", (x, y), method, normalize=stated)
-    before = trained(tmp_path / "before", (values.numpy(), y), method)
+    before = trained(tmp_path / "before", (values.numpy(), y), method, normalize="none")
     found, expected = units(run.path), units(before.path)
     assert_same({name: found[name] for name in expected if "inputs" not in name}, expected)
     assert np.array_equal(run.scores(x), before.scores(values.numpy()))

@@ -70,7 +70,7 @@ def test_free_device_memory_that_shrinks_is_said_once(monkeypatch: pytest.Monkey
     watch.look()
     watch.look()
     assert len(said) == 1
-    assert "only 399.0 MiB of the device are free" in said[0]
+    assert "only 399.0 MiB of device memory is free" in said[0]
     assert "400.0 MiB" in said[0]
 
 
@@ -122,7 +122,7 @@ def test_a_run_whose_system_runs_out_of_memory_checkpoints_now(tmp_path: Path, m
     heard = Heard()
     fit(asked(), tmp_path / "short", data=data(), callback=heard)
     assert {visit for visit, _ in made} == {0, 1, 2, 3, 4}
-    assert len([note for note in heard.notes if "only 100.0 MiB of the system's memory are left" in note]) == 1
+    assert len([note for note in heard.notes if "only 100.0 MiB of system memory is left" in note]) == 1
 
 
 # -- out of memory all the same ------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_out_of_memory_twice_is_exit_code_6_and_what_was_saved_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fails(monkeypatch, 2, torch.cuda.OutOfMemoryError("CUDA out of memory."))
-    with pytest.raises(BudgetError, match="out of memory although .* state a smaller"):
+    with pytest.raises(BudgetError, match="out of memory although .* use a smaller"):
         fit(asked(), tmp_path / "run", data=data())
     assert not (tmp_path / "run").exists()
 
