@@ -23,6 +23,7 @@ from edgetrain.training import callbacks
 from edgetrain.training.edits import CellStatus
 from edgetrain.training.predictor import Predictions
 from edgetrain.training.run import Run
+from edgetrain.training.seeds import Seeds
 from edgetrain.units import show_mb, show_seconds
 
 _PLAIN_EVERY_S = 2.0
@@ -191,6 +192,20 @@ def show_run(record: RunRecord) -> None:
     console.print(_energy_in_words(record), soft_wrap=True)
     for citation in record.citations:
         console.print(f"{record.method}: {citation}", soft_wrap=True)
+
+
+def show_seeds(found: Seeds) -> None:
+    """The runs with several seeds, on stdout."""
+    console = _stdout()
+    table = Table("seed", "test accuracy", "peak", "time", "run folder", box=None, header_style="bold")
+    for record in found.records:
+        accuracy = "unknown" if record.test_accuracy is None else f"{record.test_accuracy:.4f}"
+        seed = record.run.rpartition("-")[2]
+        table.add_row(seed, accuracy, _mb(record.peak_gpu_mb), show_seconds(record.seconds), _shown_folder(record.run))
+    console.print(table)
+    if found.mean is not None and found.std is not None:
+        spread = f"{found.mean:.4f} ± {found.std:.4f}"
+        console.print(f"test accuracy {spread} (mean and standard deviation of {len(found.records)} seeds)")
 
 
 def _energy_in_words(record: RunRecord) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -360,3 +361,26 @@ def test_names_that_are_not_utf8_are_refused(edgetrain: Command, tmp_path: Path,
     assert "not valid UTF-8" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
+def test_several_seeds_give_mean_and_deviation(edgetrain: Command, tmp_path: Path) -> None:
+    words = ("fit", "--data", "digits", "--net", "mlp:12", "--epochs", "1", "--seed", "4", "--quiet", "--run-dir", "s")
+    found = json.loads(edgetrain(*words, "--seeds", "3", "--json").stdout)
+    accuracies = [record["test_accuracy"] for record in found["runs"]]
+    assert len(set(accuracies)) > 1
+    assert found["test_accuracy"] == pytest.approx(np.mean(accuracies))
+    assert found["test_accuracy_std"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert found["seeds"] == 3
+    alone = json.loads(edgetrain(*words[:-1], "alone", "--json").stdout)
+    assert alone["test_accuracy"] == accuracies[0]
+    assert (tmp_path / "alone" / "model.safetensors").read_bytes() == (
+        tmp_path / "s" / "seed-4" / "model.safetensors"
+    ).read_bytes()
+    assert edgetrain(*words, "--seeds", "3").returncode == 2  # the folders hold runs
+    shutil.rmtree(tmp_path / "s" / "seed-5")
+    told = edgetrain(*words, "--seeds", "3", "--resume")
+    assert told.returncode == 0, told.stderr
+    assert f"{found['test_accuracy']:.4f} ± {found['test_accuracy_std']:.4f}" in told.stdout
+    other = edgetrain(*words, "--seeds", "3", "--resume", "--lr", "0.5")
+    assert (other.returncode, "was begun with lr" in other.stderr) == (2, True)
+    assert edgetrain(*words, "--seeds", "1").returncode == 2
