@@ -292,7 +292,8 @@ def _asked_tiles(work: Workload, tiles: int | list[int] | None) -> list[int] | N
         if each > 1 and not work.tileable(node):
             raise InputError(
                 f"--tiles {each}: cell {node.index + 1} cannot be trained in tiles by {work.objective.name}; they are"
-                " for dense cells without dropout and batch normalisation, by mf, lbp-ae, sll, ff or symba"
+                " for dense cells without dropout and batch normalisation, by rules that see a cell through a small sum"
+                " over its units (docs/budget.md)"
             )
     most = max(prod(node.shape) for node in work.nodes)
     if max(asked[: work.depth]) > most:
