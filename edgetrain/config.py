@@ -64,6 +64,9 @@ class Settings:
     views: int | None = _setting(
         None, _DATA, "Augmented copies of the data that finished cells cache, for ``--schedule separate``"
     )
+    validation: float | None = _setting(
+        None, _DATA, "Share of the training rows to hold out for ``--vote auto``, such as 0.1"
+    )
     net: str | None = _setting(
         None, _MODEL, "The network (see edgetrain nets): ``mlp:1000x2``, ``cnn:64,128``, ``path/to/net.py:function``"
     )
@@ -74,6 +77,9 @@ class Settings:
     constants: str | None = _setting(None, _MODEL, "Constants of the rule, such as ``beta=0.5,dropout=0.1``")
     like: str | None = _setting(
         None, _MODEL, "For baselines: use the net options (biases, pooling, normalisation) of this method"
+    )
+    vote: Literal["auto"] | None = _setting(
+        None, _MODEL, "``auto``: predict by the vote with the highest accuracy on the rows of ``--validation``"
     )
     schedule: Literal["separate", "sequence"] | None = _setting(
         None,
@@ -162,6 +168,8 @@ class Settings:
             "time_limit",
         ):
             _check_positive(name, getattr(self, name))
+        if self.validation is not None and not 0 < self.validation < 1:
+            raise InputError(f"--validation is {self.validation}; expected a share above 0 and below 1, such as 0.1")
         for name, limit in (
             ("seed", 1 << 63),
             ("threads", 1 << 12),

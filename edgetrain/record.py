@@ -112,8 +112,10 @@ class RunRecord(Struct, forbid_unknown_fields=True):
     Attributes:
         rows: training samples; ``epochs``: of each cell.
         input: what the training rows are and how they were read.
-        test_accuracy: fraction of the test rows right by the method's own vote.
-        votes: the same for every vote the method has: ``sum``, ``last``, ``trained``, and ``cells``.
+        test_accuracy: fraction of the test rows right by ``vote``.
+        votes: the same for every vote the method has: ``sum``, ``last``, ``classifier``, and ``cells``.
+        vote: by which the run predicts; its own, or chosen by ``validation_votes``.
+        validation_votes: fraction of the validation rows right, by vote; empty without ``--validation``.
         peak_gpu_mb: reserved memory on CUDA, live device-side bytes elsewhere.
         disk_mb: the most that the run folder held; of that, ``latents_mb`` the caches between cells.
         written_mb: bytes written in all (flash wears out).
@@ -137,6 +139,8 @@ class RunRecord(Struct, forbid_unknown_fields=True):
     epochs: Count = 0
     test_accuracy: float | None = None
     votes: dict[str, Any] = {}
+    vote: str | None = None
+    validation_votes: dict[str, float] = {}
     budget_mb: float | None = None
     peak_gpu_mb: float | None = None
     predicted_peak_mb: float | None = None

@@ -37,7 +37,7 @@ def command(
     click.echo(f"evaluated {found.data}", err=True)
     if as_json:
         votes = {**found.accuracy, "cells": found.cells}
-        accuracy = found.accuracy.get(opened.objective.vote)
+        accuracy = found.accuracy.get(opened.vote)
         about = {"run": str(run), "data": found.data, "rows": found.rows, "test_accuracy": accuracy, "votes": votes}
         click.echo(json.dumps({**about, "missing": found.missing} if found.missing else about))
     else:

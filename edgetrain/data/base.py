@@ -61,6 +61,7 @@ class DataSet:
         vocabulary: the number of token ids if rows are token ids 0..vocabulary-1, where 0 is padding and 1
             an unknown word (in the user's own rows, what they mean by it); otherwise ``None``.
         channels: where the source has an image's or a signal's channels; ``None`` if it has no such axis.
+        validation: rows held out of the training rows, to choose by; ``None``: there are none.
         drawn: whether the test rows were drawn from the same rows as the training rows.
         split: of rows alone that have labels: gives the data set of which the training and test rows are drawn
             from them. Raises ``InputError`` where they do not suit.
@@ -78,5 +79,6 @@ class DataSet:
     vocabulary: int | None = None
     channels: Channels | None = None
     hint: str = ""
+    validation: Part | None = None
     drawn: bool = False
     split: Callable[[], DataSet] | None = None

@@ -28,7 +28,7 @@ class Workload:
         schedule: name of the order of visits.
         classes: number of classes.
         rows: training samples.
-        test_rows: test samples.
+        test_rows: test and validation samples.
         batch_size: samples of a step.
         epochs: of each cell.
         classifier_epochs: of the classifier; 0 if there is none.

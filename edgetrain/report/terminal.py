@@ -178,6 +178,9 @@ def show_run(record: RunRecord) -> None:
     )
     if record.test_accuracy is not None:
         console.print(f"test accuracy {record.test_accuracy:.4f}  (votes: {votes})")
+    if record.validation_votes:
+        shares = ", ".join(f"{vote} {accuracy:.4f}" for vote, accuracy in record.validation_votes.items())
+        console.print(f"validation accuracy: {shares}; the run predicts by {record.vote}")
     console.print(
         f"device memory: {_mb(record.peak_gpu_mb)} measured, {_mb(record.predicted_peak_mb)} predicted,"
         f" budget {_mb(record.budget_mb, 'none')}; process {_mb(record.peak_host_mb)};"
@@ -281,8 +284,8 @@ def show_votes(run: Run, found: Predictions, per_cell: bool) -> None:
     console = _stdout()
     table = Table("vote", "accuracy", box=None, header_style="bold")
     for vote, accuracy in found.accuracy.items():
-        own = "  (the method's own)" if vote == run.objective.vote else ""
-        table.add_row(vote, f"{accuracy:.4f}{own}")
+        chosen = "chosen on validation rows" if run.settings.vote == "auto" else "the method's own"
+        table.add_row(vote, f"{accuracy:.4f}  ({chosen})" if vote == run.vote else f"{accuracy:.4f}")
     if per_cell:
         for number, (cell, accuracy_or_none) in enumerate(zip(run.record.cells, found.cells, strict=False), start=1):
             shown = "has no vote" if accuracy_or_none is None else f"{accuracy_or_none:.4f}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from edgetrain.config import Settings
 from edgetrain.data.base import DataSet
-from edgetrain.data.specs import absolute, open_data
+from edgetrain.data.specs import absolute
 from edgetrain.errors import (
     BusyError,
     CorruptError,
@@ -29,7 +29,7 @@ from edgetrain.store.run import RunFolder
 from edgetrain.training.callbacks import Callback
 from edgetrain.training.config_file import config_text, decisions_of
 from edgetrain.training.identity import check_net, fingerprints
-from edgetrain.training.job import Job, open_job, plan_job, stated_reading
+from edgetrain.training.job import Job, data_of, open_job, plan_job
 from edgetrain.training.methods import CLASS, check_method, fingerprint
 from edgetrain.training.prepared import Inputs
 from edgetrain.training.process import process_state
@@ -135,7 +135,7 @@ def _as_it_is(
     method = settings.method if method is None and is_own(settings.method) else method
     run = Run.open(folder.path, net, method)
     if data is None and absolute(settings.data) != run.settings.data:
-        given = open_data(settings.data, stated_reading(settings))
+        given = data_of(replace(settings, validation=run.settings.validation))
         digests_of(folder, given).check(folder, given.name)
     if not run.settings.keep_latents and (folder.latents.exists() or folder.units.scratch.exists()):
         with suppress(BusyError), folder.locked():

@@ -15,6 +15,7 @@ from edgetrain.data.augment import Augmentation
 from edgetrain.data.base import DataSet
 from edgetrain.data.layout import Reading
 from edgetrain.data.specs import absolute, open_data
+from edgetrain.data.validation import with_validation
 from edgetrain.errors import DiagnosticWarning, InputError
 from edgetrain.memory import device as devices
 from edgetrain.memory import rates
@@ -96,9 +97,10 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None, m
     settings = with_defaults(settings, method)
     _check_threads(settings)
     _check_micro_batch(settings)
-    opened = open_data(settings.data, stated_reading(settings)) if data is None else data
-    if opened.train is None:
-        raise InputError(f"data {opened.name!r}: holds no training rows")
+    opened = data_of(settings, data)
+    if settings.vote == "auto" and settings.validation is None:
+        raise InputError("--vote auto needs --validation, such as 0.1: a vote is never chosen by test rows")
+    assert opened.train is not None
     shape = Shape.of(opened)
     recipes = net_of(settings, method, shape, settings.net if net is None else net)
     objective = objective_of(settings, method, shape, recipes)
@@ -113,7 +115,7 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None, m
         schedule=settings.schedule or "separate",
         classes=shape.classes,
         rows=opened.train.rows,
-        test_rows=opened.test.rows if opened.test else 0,
+        test_rows=sum(part.rows for part in (opened.test, opened.validation) if part is not None),
         batch_size=settings.batch_size,
         epochs=settings.epochs,
         classifier_epochs=settings.classifier_epochs or 0,
@@ -130,6 +132,18 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None, m
         keep_latents=settings.keep_latents,
     )
     return Job(settings, opened, shape, recipes, work)
+
+
+def data_of(settings: Settings, data: DataSet | None = None) -> DataSet:
+    """The data set of settings, or ``data``, with the validation rows held out.
+
+    Raises:
+        InputError: it has no training rows, or too few to hold some out.
+    """
+    opened = open_data(settings.data, stated_reading(settings)) if data is None else data
+    if opened.train is None:
+        raise InputError(f"data {opened.name!r}: holds no training rows")
+    return opened if settings.validation is None else with_validation(opened, settings.validation)
 
 
 def stated_reading(settings: Settings) -> Reading:

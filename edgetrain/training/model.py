@@ -37,6 +37,7 @@ class Model(nn.Module):
         super().__init__()
         self.objective, self.shape, scaling = objective, shape, statistics.scaling
         self.normalization = statistics.normalization
+        self.vote: str = objective.vote
         self.scaled, self.clipped = scaling is not None, scaling is not None and scaling.clip
         if scaling is not None:
             for name in ("shift", "rest", "scale"):
@@ -64,7 +65,7 @@ class Model(nn.Module):
                 logits = features @ self.classifier[f"{block}_weight"].T
                 before = votes.get("classifier")
                 votes["classifier"] = logits + self.classifier["0_bias"] if before is None else before + logits
-        return votes[self.objective.vote]
+        return votes[self.vote]
 
     def prepared(self, x: Tensor) -> Tensor:
         """Rows as the first cell reads them: float32 (token ids: int64) [B, *shape]."""

@@ -18,6 +18,7 @@ class Inputs:
     statistics: Statistics
     train: Prepared
     test: Prepared | None
+    validation: Prepared | None
 
     @classmethod
     def prepared(cls, job: Job, folder: RunFolder, prefix: str = "") -> Inputs:
@@ -33,33 +34,31 @@ class Inputs:
             scaling_of(data, data.train, nonnegative),
             normalization_of(job.settings.normalize, data, nonnegative),
         )
-        done: list[Prepared] = []
+        done: dict[str, Prepared] = {}
         try:
-            for part, name in ((data.train, "000"), (data.test, "test")):
+            for part, name in ((data.train, "000"), (data.test, "test"), (data.validation, "validation")):
                 if part is not None:
-                    done.append(
-                        prepare(
-                            data,
-                            part,
-                            folder.latents,
-                            f"{prefix}{name}",
-                            statistics.scaling,
-                            statistics.normalization,
-                        )
+                    done[name] = prepare(
+                        data,
+                        part,
+                        folder.latents,
+                        f"{prefix}{name}",
+                        statistics.scaling,
+                        statistics.normalization,
                     )
         except BaseException:
-            for files in done:
+            for files in done.values():
                 for file in filter(None, (files.x, files.y)):
                     file.delete()
             with suppress(OSError):
                 folder.latents.rmdir()
             raise
-        return cls(statistics, done[0], done[1] if data.test is not None else None)
+        return cls(statistics, done["000"], done.get("test"), done.get("validation"))
 
     @property
     def parts(self) -> list[Prepared]:
-        """The training rows and, if there are any, the test rows."""
-        return [self.train] if self.test is None else [self.train, self.test]
+        """The training rows and, if there are any, the test and validation rows."""
+        return [part for part in (self.train, self.test, self.validation) if part is not None]
 
     @property
     def names(self) -> set[str]:

@@ -49,6 +49,7 @@ from edgetrain.training.job import (
     Job,
     budget_of,
     cells_of,
+    data_of,
     net_of,
     objective_of,
     stated_reading,
@@ -141,6 +142,11 @@ class Run:
             path.absolute(), read_record(path)[0], settings, decisions_of(path), job.shape, work.nodes, work.objective
         )
 
+    @property
+    def vote(self) -> str:
+        """The vote by which the run predicts: the method's own, or the one that ``--vote auto`` chose."""
+        return self.record.vote or self.objective.vote
+
     def evaluate(self, data: Any = None, device: str | None = None) -> Predictions:
         """Measure the accuracy by each vote and of each cell.
 
@@ -194,7 +200,7 @@ class Run:
         opened = self._open(data)
         assert opened.test is not None
         with self._prepared(opened, opened.test) as rows:
-            return self._predict(rows, device).scores[self.objective.vote]
+            return self._predict(rows, device).scores[self.vote]
 
     def latents(self, data: Any, target: Path, device: str | None = None) -> tuple[int, ...]:
         """Write the last cell's latents as a ``.npy`` file [rows, ...], float32, streamed; returns its shape.
@@ -229,7 +235,9 @@ class Run:
         classifier = _classifier(folder, files)
         statistics = _statistics(folder, files)
         cells = [(cell.module, cell.head) for cell in self._trained_cells()]
-        return Model(self.objective, self.shape, statistics, cells, classifier.head if classifier else None).eval()
+        made = Model(self.objective, self.shape, statistics, cells, classifier.head if classifier else None)
+        made.vote = self.vote
+        return made.eval()
 
     def cells(self) -> nn.Sequential:
         """The trained cells alone on the CPU, in evaluation mode, without input scaling, heads and vote."""
@@ -260,7 +268,7 @@ class Run:
         if rows.split is None:
             return rows
         try:
-            drawn = replace(rows.split(), pixel_max=self.shape.pixel_max)
+            drawn = data_of(self.settings, replace(rows.split(), pixel_max=self.shape.pixel_max))
             if drawn.train is None or drawn.train.rows != self.record.rows:
                 return rows
             with self._prepared(drawn, drawn.train) as train:

@@ -35,6 +35,7 @@ from edgetrain.training.checkpointing import Digests, working_files
 from edgetrain.training.config_file import config_text, settings_of
 from edgetrain.training.inputs import digest, pack
 from edgetrain.training.job import Job, host_tier, plan_job
+from edgetrain.training.predictor import Predictions
 from edgetrain.training.prepared import Inputs
 from edgetrain.training.run import predictor_of
 from edgetrain.training.stopping import Stop
@@ -59,8 +60,8 @@ def train_and_finish(job: Job, plan: Plan, folder: RunFolder, callback: Callback
         around = _Surroundings(folder, meter, callback, stop, energy, opened)
         devices.check_allocator(device)
         with devices.running_on(device, plan.budget):
-            plan, record, trainer, test = _train_or_retry(job, plan, around, inputs)
-            _evaluate(job, folder, plan, test, meter, record, trainer)
+            plan, record, trainer, used = _train_or_retry(job, plan, around, inputs)
+            _evaluate(job, folder, plan, used, meter, record, trainer)
         record.energy_source = energy.source
         _complete(folder, record, trainer, host, job, plan, predicted)
     callback.finished(record)
@@ -80,7 +81,7 @@ class _Surroundings:
 
 def _train_or_retry(
     job: Job, plan: Plan, around: _Surroundings, inputs: Inputs | None
-) -> tuple[Plan, RunRecord, Trainer, Prepared | None]:
+) -> tuple[Plan, RunRecord, Trainer, Inputs]:
     """Train; if memory runs out or latents are damaged, say so and retry once from the newest checkpoint.
 
     Raises:
@@ -134,7 +135,7 @@ def _budget_in_words(plan: Plan) -> str:
     return "no budget" if plan.budget is None else f"budget {show_mb(plan.stated_budget)}"
 
 
-def _train(job: Job, plan: Plan, around: _Surroundings, inputs: Inputs | None) -> tuple[Trainer, Prepared | None]:
+def _train(job: Job, plan: Plan, around: _Surroundings, inputs: Inputs | None) -> tuple[Trainer, Inputs]:
     folder = around.folder
     inputs = inputs or Inputs.prepared(job, folder)
     train = inputs.train
@@ -155,7 +156,7 @@ def _train(job: Job, plan: Plan, around: _Surroundings, inputs: Inputs | None) -
     )  # fmt: skip
     with around.stop.listening():
         trainer.run()
-    return trainer, inputs.test
+    return trainer, inputs
 
 
 def _keep_path(job: Job, folder: RunFolder, plan: Plan) -> None:
@@ -169,21 +170,34 @@ def _evaluate(
     job: Job,
     folder: RunFolder,
     plan: Plan,
-    test: Prepared | None,
+    inputs: Inputs,
     meter: Meter,
     record: RunRecord,
     trainer: Trainer,
 ) -> None:
-    cells = trainer.records[: job.work.depth]
-    if test is not None:
-        pieces = plan.micro_batches, plan.tiles, [cell.evaluation_seed for cell in plan.cells]
+    cells, pieces = trainer.records[: job.work.depth], (
+        plan.micro_batches, plan.tiles, [cell.evaluation_seed for cell in plan.cells],
+    )  # fmt: skip
+
+    def evaluated(rows: Prepared) -> Predictions:
         predictor = predictor_of(folder, job.work.nodes, job.work.objective, job.work.device, meter, pieces)
-        found = predictor.run(FileLatents.of_files({"x": test.x}, meter.host), test.y, whole=True)
-        record.votes = {**found.accuracy, "cells": found.cells}
-        record.test_accuracy = found.accuracy.get(job.work.objective.vote)
-        for cell, accuracy, peak in zip(cells, found.cells, found.peaks, strict=True):
-            cell.test_accuracy = accuracy
+        found = predictor.run(FileLatents.of_files({"x": rows.x}, meter.host), rows.y, whole=True)
+        for cell, peak in zip(cells, found.peaks, strict=True):
             cell.peak_gpu_mb = max(cell.peak_gpu_mb or 0.0, to_mb(peak) or 0.0)
+        return found
+
+    own: str = job.work.objective.vote
+    record.vote = own
+    if inputs.validation is not None:
+        record.validation_votes = dict(evaluated(inputs.validation).accuracy)
+        if job.settings.vote == "auto":  # of equal ones the method's own
+            record.vote = max(record.validation_votes, key=lambda vote: (record.validation_votes[vote], vote == own))
+    if inputs.test is not None:
+        found = evaluated(inputs.test)
+        record.votes = {**found.accuracy, "cells": found.cells}
+        record.test_accuracy = found.accuracy.get(record.vote)
+        for cell, accuracy in zip(cells, found.cells, strict=True):
+            cell.test_accuracy = accuracy
     record.cells = cells
     record.classifier = trainer.records[-1] if job.work.classifier else None
     if record.classifier is not None:
