@@ -27,7 +27,9 @@ def main() -> None:
     parser.add_argument("--out")
     asked = parser.parse_args()
     sections = {
-        "A fault at every operation on the run folder, then resumed": tried("test_faults.py", {"EDGETRAIN_EXAMPLES": "10"}),
+        "A fault at every operation on the run folder, then resumed": tried(
+            "test_faults.py", {"EDGETRAIN_EXAMPLES": "10"}
+        ),
         f"{asked.damages} random damages to the files of each run": tried(
             "test_damaged_runs.py", {"EDGETRAIN_EXAMPLES": str(asked.damages // 15)}
         ),

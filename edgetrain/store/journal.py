@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 
 import xxhash
-from msgspec import Raw, Struct, json, structs
+from msgspec import MsgspecError, Raw, Struct, json, structs
 
 from edgetrain.errors import CorruptError, InputError
 from edgetrain.store.atomic import CHUNK, storage_errors, sync_folder, write_bytes
@@ -143,7 +143,7 @@ class Journal:
                     self._check_format(content)
                 try:
                     entry = _ENTRY.decode(content)
-                except (ValueError, RecursionError) as error:
+                except (MsgspecError, ValueError, RecursionError) as error:
                     raise CorruptError(f"{self.path}: line {number} is not an entry of a journal ({error})") from error
                 yield entry
 
@@ -169,7 +169,7 @@ class Journal:
         """
         try:
             found = json.decode(content, type=_Format).format
-        except (ValueError, RecursionError):
+        except (MsgspecError, ValueError, RecursionError):
             found = 0
         if found != FORMAT:
             known = _VERSIONS.get(found)
@@ -218,7 +218,7 @@ def _content(line: bytes) -> bytes | None:
     """The entry of a line, as it was written; ``None``: it is damaged."""
     try:
         found = json.decode(line, type=_Line)
-    except (ValueError, RecursionError):
+    except (MsgspecError, ValueError, RecursionError):
         return None
     content = bytes(found.entry)
     return content if found.check == _check(content).decode() else None

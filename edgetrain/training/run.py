@@ -467,7 +467,7 @@ def parse_record(text: str, path: Path) -> tuple[RunRecord, Shape]:
         values = msgspec.json.decode(text, type=dict[str, Any])
         shape = msgspec.convert(values.pop("data", None), Shape)
         record = msgspec.convert(_without_controls(values), RunRecord)
-    except (ValueError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise CorruptError(f"{path / 'record.json'}: is not a record of edgetrain ({error})") from error
     record.run = str(path.absolute())
     return record, shape
