@@ -21,16 +21,22 @@ OTHERS = 3
 
 
 def examples(count: int) -> int:
-    """So many examples in the default tier, ``EDGETRAIN_EXAMPLES`` times as many if that is set."""
+    """``count`` in the default tier; multiplied by ``EDGETRAIN_EXAMPLES`` if that is set."""
     return count * TIMES
 
 
 def sampled(cases: Iterable[T], one_in: int) -> list[T]:
-    """One case in so many in the default tier, chosen by what it prints as; all where that many are asked for."""
+    """A fixed sample of the cases, chosen by a hash of their ``repr``.
+
+    Args:
+        cases: all cases.
+        one_in: the default tier keeps about one case in ``one_in``; ``EDGETRAIN_EXAMPLES`` divides this number, down to
+            all cases.
+    """
     step = max(1, one_in // TIMES)
     return [case for case in cases if rank(repr(case)) % step == 0]
 
 
 def rank(name: str) -> int:
-    """A number that a name always gets."""
+    """A hash of a name, by which cases are ordered the same way in every process."""
     return xxhash.xxh3_64_intdigest(name.encode())

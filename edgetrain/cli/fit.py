@@ -47,6 +47,8 @@ def command(
     settings, given = given_settings(flags, profile)
     if resume and run_dir is None:
         raise click.UsageError("--resume needs --run-dir: the folder of the run to resume")
+    if seeds is not None and resume and force:
+        raise click.UsageError("--resume and --force exclude each other: one keeps the runs, the other removes them")
     may_start = bool(profile or given.keys() & {"data", "net"})
     if resume and run_dir is not None and not force and seeds is None:
         from edgetrain.training.resuming import resumed_settings

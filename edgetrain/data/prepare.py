@@ -79,6 +79,19 @@ class Prepared:
             self.y.close()
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What was measured of the training rows, or stated, to prepare all rows alike.
+
+    Attributes:
+        scaling: of tables, signals and some floating-point images.
+        normalization: of images.
+    """
+
+    scaling: Scaling | None = None
+    normalization: Normalization | None = None
+
+
 def measure_scaling(part: Part, kind: Literal["standard", "unit"]) -> Scaling:
     """The scaling of a table's columns or a signal's channels, measured on the training rows in one pass.
 
@@ -138,14 +151,7 @@ def measure_normalization(data: DataSet, part: Part) -> Normalization:
     return Normalization(tuple(map(float, mean)), tuple(map(float, std)))
 
 
-def prepare(
-    data: DataSet,
-    part: Part,
-    folder: Path,
-    name: str,
-    scaling: Scaling | None,
-    normalization: Normalization | None = None,
-) -> Prepared:
+def prepare(data: DataSet, part: Part, folder: Path, name: str, statistics: Statistics = Statistics()) -> Prepared:
     """Write a part's rows to ``folder/<name>.x.rows`` and its labels to ``folder/<name>.y.rows``.
 
     uint8 chunks go down as ``pixels``, token ids as ``tokens``, others as float32. Takes the memory of a
@@ -156,8 +162,8 @@ def prepare(
         part: its training or its test rows.
         folder: made if it is missing.
         name: begins the files' names.
-        scaling: of what is written; ``None``: rows as they are.
-        normalization: of images when they are read; ``None``: none.
+        statistics: scaling is applied to what is written, normalisation to what is read; by default, rows stay as they
+            are.
 
     Raises:
         InputError: the part holds what no row may hold.
@@ -166,10 +172,12 @@ def prepare(
     """
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    x = LatentFile(folder / f"{name}.x.rows", part.rows, replace(_input_format(data), normalization=normalization))
+    x = LatentFile(
+        folder / f"{name}.x.rows", part.rows, replace(_input_format(data), normalization=statistics.normalization)
+    )
     y = LatentFile(folder / f"{name}.y.rows", part.rows, RowFormat((), "int64"))
     try:
-        labelled = _write_rows(_with_checks(data, part), x.allocate(), y, scaling)
+        labelled = _write_rows(_with_checks(data, part), x.allocate(), y, statistics.scaling)
     except BaseException:
         for file in (x, y):
             with suppress(EdgetrainError):  # a disk that refuses even that must not hide the cause

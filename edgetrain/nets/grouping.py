@@ -23,7 +23,8 @@ def grouped(modules: Iterable[nn.Module], classes: int | None = None) -> Iterato
 
     Args:
         modules: the net.
-        classes: a final ``nn.Linear`` with so many outputs is a group of its own, without the softmax after it.
+        classes: number of classes. A final ``nn.Linear`` with this many outputs forms a group of its own, and a
+            softmax after it is dropped. ``None``: the net has no output layer.
     """
     before: list[nn.Module] = []
     last: list[nn.Module] = []

@@ -43,7 +43,8 @@ class Inputs:
         shape: of one sample.
         vocabulary: the number of token ids if rows are int64 token ids; ``None``: rows are float32.
         reads: shape of one sample that the method makes of it; a user's first module may read either.
-        classes: a final ``nn.Linear`` with so many outputs is the output layer; ``None``: no module is.
+        classes: number of classes. A final ``nn.Linear`` with this many outputs is the output layer. ``None``: the net
+            has no output layer.
     """
 
     shape: tuple[int, ...]

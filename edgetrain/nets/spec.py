@@ -77,7 +77,7 @@ def open_net(
         seed: of the run; a user's function is called under it.
         reads: shape of one sample that the first cell reads, if the method makes another one of it; a user's net
             may read either.
-        classes: of the data set; a final ``nn.Linear`` of a user's net with so many outputs is its output layer.
+        classes: number of classes. In a user's net, a final ``nn.Linear`` with this many outputs is the output layer.
 
     Raises:
         InputError: the spec cannot be read or does not fit the data.

@@ -261,13 +261,13 @@ def _accuracies(runs: Named) -> Drawing | None:
                 numbers, _percent([c.test_accuracy for c in record.cells]), color=colour, marker=shown, label=label
             )
             if record.test_accuracy is not None:
-                label = "_" if len(runs) > 1 else "all cells, by the method's vote"
+                label = "_" if len(runs) > 1 else "all cells, by the run's vote"
                 axes.axhline(100 * record.test_accuracy, color=colour, ls="--", lw=1.1, label=label)
         axes.set_ylabel("test accuracy, %")
         _cells_below(axes, [record for _, record in runs])
         legend_above(axes)
 
-    caption = "Test accuracy of each cell alone. The dashed line is the accuracy of the run, by its method's vote."
+    caption = "Test accuracy of each cell alone. The dashed line is the accuracy of the run, by its own vote."
     return Drawing("accuracies", "Test accuracy by cell", caption, draw, _with_names(runs))
 
 

@@ -156,7 +156,11 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     waited = f"{record.waited_seconds / record.seconds:.1%} of it waiting for data" if record.seconds else ""
     told = record.energy_source or ("no sensor told it" if record.energy_j is None else "")
     found = [
-        ("test accuracy", _percent(record.test_accuracy), "by the method's own vote"),
+        (
+            "test accuracy",
+            _percent(record.test_accuracy),
+            f"by the vote {record.vote!r}" if record.vote else "by the method's own vote",
+        ),
         ("device memory", _mib(record.peak_gpu_mb), budget),
         ("predicted", _mib(record.predicted_peak_mb), "before the run began"),
         ("time", _seconds(record.seconds), waited),

@@ -114,8 +114,9 @@ def reserve(descriptor: int, size: int) -> None:
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-    for first in range(0, size, CHUNK):
-        os.pwrite(descriptor, bytes(min(CHUNK, size - first)), first)
+    written = 0
+    while written < size:
+        written += os.pwrite(descriptor, bytes(min(CHUNK, size - written)), written)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

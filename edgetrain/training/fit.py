@@ -71,7 +71,7 @@ def fit(
         Stopped: by a signal or the time limit; what was done is in a checkpoint.
     """
     folder, callback = open_folder(path), callback or Callback()
-    resuming = _check_folder(folder, resume, force)
+    resuming = check_folder(folder, resume, force)
     if resuming and folder.is_finished():
         return _as_it_is(folder, settings, (net, method), data, callback)
     with process_state(settings):
@@ -82,7 +82,7 @@ def fit(
         require_fit(plan)
         check_disk(path, plan)
         with working_in(folder):
-            now = _check_folder(folder, resume, force)  # another process may have been here meanwhile
+            now = check_folder(folder, resume, force)  # another process may have been here meanwhile
             if now and folder.is_finished():
                 return _as_it_is(folder, settings, (net, method), data, callback)
             if now != resuming:
@@ -146,7 +146,7 @@ def _as_it_is(
     return run
 
 
-def _check_folder(folder: RunFolder, resume: bool, force: bool) -> bool:
+def check_folder(folder: RunFolder, resume: bool, force: bool) -> bool:
     """Whether a run is resumed.
 
     Raises:

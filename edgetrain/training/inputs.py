@@ -10,7 +10,14 @@ import torch
 
 from edgetrain.data.base import DataSet, Part
 from edgetrain.data.layout import Channels, Input, Reading
-from edgetrain.data.prepare import Prepared, Scaling, measure_normalization, measure_scaling, scaling_beyond_unit
+from edgetrain.data.prepare import (
+    Prepared,
+    Scaling,
+    Statistics,
+    measure_normalization,
+    measure_scaling,
+    scaling_beyond_unit,
+)
 from edgetrain.errors import InputError, shown
 from edgetrain.store.rows import Normalization, RowFormat
 
@@ -118,19 +125,6 @@ def _kind(rows: DataSet | Shape) -> str:
     return f"rows of a {rows.input}"
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """What was measured of the training rows, or stated, to prepare all rows alike.
-
-    Attributes:
-        scaling: of tables, signals and some floating-point images.
-        normalization: of images.
-    """
-
-    scaling: Scaling | None = None
-    normalization: Normalization | None = None
-
-
 def normalization_of(text: str | None, data: DataSet, nonnegative: bool, measured: bool = True) -> Normalization | None:
     """How ``--normalize`` says that images are normalised; ``None``: they are not.
 
@@ -184,6 +178,21 @@ def scaling_of(data: DataSet, part: Part, nonnegative: bool) -> Scaling | None:
     if data.input == "image" and data.pixel_max is None and nonnegative:
         return scaling_beyond_unit(part)
     return None
+
+
+def statistics_of(data: DataSet, nonnegative: bool, normalize: str | None) -> Statistics:
+    """Measure on the training rows how rows are prepared.
+
+    Args:
+        data: has training rows.
+        nonnegative: whether the rule reconstructs its inputs.
+        normalize: see ``normalization_of``.
+
+    Raises:
+        InputError: a value is not finite, or images cannot be normalised like this.
+    """
+    assert data.train is not None
+    return Statistics(scaling_of(data, data.train, nonnegative), normalization_of(normalize, data, nonnegative))
 
 
 def pack(statistics: Statistics) -> dict[str, torch.Tensor]:

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from edgetrain.data.prepare import Statistics
 from edgetrain.objectives.base import Objective
-from edgetrain.training.inputs import Shape, Statistics
+from edgetrain.training.inputs import Shape
 
 
 class Model(nn.Module):
-    """Input scaling, cells and the method's own vote.
+    """Input scaling, cells and a vote.
 
     Args:
         objective: the rule, which reads votes off cells.
@@ -20,6 +21,7 @@ class Model(nn.Module):
         statistics: by which rows were scaled or normalised.
         cells: the trained cells with their heads (``None``: has none).
         classifier: tensors of the trained classifier by name, or ``None``.
+        vote: whose scores are returned: ``sum``, ``last`` or ``classifier``.
     """
 
     shift: Tensor
@@ -33,11 +35,12 @@ class Model(nn.Module):
         statistics: Statistics,
         cells: Sequence[tuple[nn.Module, nn.Module | None]],
         classifier: Mapping[str, Tensor] | None,
+        vote: str,
     ):
         super().__init__()
         self.objective, self.shape, scaling = objective, shape, statistics.scaling
         self.normalization = statistics.normalization
-        self.vote: str = objective.vote
+        self.vote = vote
         self.scaled, self.clipped = scaling is not None, scaling is not None and scaling.clip
         if scaling is not None:
             for name in ("shift", "rest", "scale"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 
-from edgetrain.data.prepare import Prepared, prepare
+from edgetrain.data.prepare import Prepared, Statistics, prepare
 from edgetrain.store.run import RunFolder
-from edgetrain.training.inputs import Statistics, normalization_of, scaling_of
+from edgetrain.training.inputs import statistics_of
 from edgetrain.training.job import Job
 
 
@@ -29,23 +29,12 @@ class Inputs:
         """
         data = job.data
         assert data.train is not None
-        nonnegative = job.work.objective.nonnegative_input
-        statistics = Statistics(
-            scaling_of(data, data.train, nonnegative),
-            normalization_of(job.settings.normalize, data, nonnegative),
-        )
+        statistics = statistics_of(data, job.work.objective.nonnegative_input, job.settings.normalize)
         done: dict[str, Prepared] = {}
         try:
             for part, name in ((data.train, "000"), (data.test, "test"), (data.validation, "validation")):
                 if part is not None:
-                    done[name] = prepare(
-                        data,
-                        part,
-                        folder.latents,
-                        f"{prefix}{name}",
-                        statistics.scaling,
-                        statistics.normalization,
-                    )
+                    done[name] = prepare(data, part, folder.latents, f"{prefix}{name}", statistics)
         except BaseException:
             for files in done.values():
                 for file in filter(None, (files.x, files.y)):

@@ -21,7 +21,7 @@ from edgetrain.config import Settings
 from edgetrain.data.arrays import ARRAYS, from_rows
 from edgetrain.data.base import DataSet, Part
 from edgetrain.data.layout import Reading
-from edgetrain.data.prepare import Prepared, prepare
+from edgetrain.data.prepare import Prepared, Statistics, prepare
 from edgetrain.data.specs import open_data, open_rows
 from edgetrain.errors import CorruptError, EdgetrainWarning, InputError
 from edgetrain.memory import device as devices
@@ -44,7 +44,7 @@ from edgetrain.stream.state import CellState
 from edgetrain.training.checkpointing import CLASSIFIER, INPUTS, Digests, check_test_rows
 from edgetrain.training.config_file import decisions_of, settings_of
 from edgetrain.training.identity import check_net
-from edgetrain.training.inputs import Shape, Statistics, digest, unpack
+from edgetrain.training.inputs import Shape, digest, unpack
 from edgetrain.training.job import (
     Job,
     budget_of,
@@ -235,9 +235,8 @@ class Run:
         classifier = _classifier(folder, files)
         statistics = _statistics(folder, files)
         cells = [(cell.module, cell.head) for cell in self._trained_cells()]
-        made = Model(self.objective, self.shape, statistics, cells, classifier.head if classifier else None)
-        made.vote = self.vote
-        return made.eval()
+        head = classifier.head if classifier else None
+        return Model(self.objective, self.shape, statistics, cells, head, self.vote).eval()
 
     def cells(self) -> nn.Sequential:
         """The trained cells alone on the CPU, in evaluation mode, without input scaling, heads and vote."""
@@ -356,7 +355,7 @@ def _prepared(folder: RunFolder, data: DataSet, part: Part) -> Iterator[Prepared
     statistics = _statistics(folder, files)
     with (
         TemporaryDirectory(prefix="edgetrain-") as scratch,
-        closing(prepare(data, part, Path(scratch), "rows", statistics.scaling, statistics.normalization)) as rows,
+        closing(prepare(data, part, Path(scratch), "rows", statistics)) as rows,
     ):
         yield rows
 

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from edgetrain.config import Settings
+from edgetrain.errors import InputError
 from edgetrain.record import RunRecord
+from edgetrain.store.edit import open_folder
+from edgetrain.store.run import RunFolder
 from edgetrain.training.callbacks import Callback
-from edgetrain.training.fit import fit
+from edgetrain.training.fit import check_folder, fit
 from edgetrain.training.resuming import resumed_settings
 from edgetrain.training.run import Run
 
@@ -69,13 +72,17 @@ def fit_seeds(
         callback: receives progress and notes.
 
     Raises:
+        InputError: a folder is taken, or a run was started with other settings; before the first run.
         EdgetrainError: see ``training.fit.fit``; finished runs stay.
     """
-    runs = []
+    if RunFolder(path).is_run():
+        raise InputError(f"{path}: holds a run; --seeds needs a folder for several: choose another --run-dir")
+    to_train = []
     for seed in range(settings.seed, settings.seed + seeds):
         one, folder = replace(settings, seed=seed), path / f"seed-{seed}"
         started = resume and folder.exists()
         if started:
             one = resumed_settings(folder, {**given, "seed": seed}, one, may_start=True)
-        runs.append(fit(one, folder, resume=started, force=force, callback=callback))
-    return runs
+        check_folder(open_folder(folder), started, force)
+        to_train.append((one, folder, started))
+    return [fit(one, folder, resume=started, force=force, callback=callback) for one, folder, started in to_train]

@@ -201,7 +201,7 @@ def _evaluate(
     record.cells = cells
     record.classifier = trainer.records[-1] if job.work.classifier else None
     if record.classifier is not None:
-        record.classifier.test_accuracy = record.test_accuracy
+        record.classifier.test_accuracy = record.votes.get("classifier")
 
 
 @dataclass(frozen=True)

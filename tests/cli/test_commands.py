@@ -384,3 +384,11 @@ def test_several_seeds_give_mean_and_deviation(edgetrain: Command, tmp_path: Pat
     other = edgetrain(*words, "--seeds", "3", "--resume", "--lr", "0.5")
     assert (other.returncode, "was begun with lr" in other.stderr) == (2, True)
     assert edgetrain(*words, "--seeds", "1").returncode == 2
+    shutil.rmtree(tmp_path / "s" / "seed-4")
+    for more in ((), ("--resume", "--force")):
+        refused = edgetrain(*words, "--seeds", "3", *more)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    refused = edgetrain(*words[:-1], "alone", "--seeds", "2")
+    assert (refused.returncode, "holds a run" in refused.stderr) == (2, True)
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["seed-5", "seed-6"]  # none was begun
+    assert not list((tmp_path / "alone").glob("seed-*"))

@@ -17,10 +17,10 @@ from edgetrain.data.arrays import from_arrays, from_rows
 from edgetrain.data.base import DataSet, Part
 from edgetrain.data.layout import Reading
 from edgetrain.data.npz import open_npz
-from edgetrain.data.prepare import measure_scaling, prepare
+from edgetrain.data.prepare import Statistics, measure_scaling, prepare
 from edgetrain.data.text import LENGTH, LabelledText, open_texts
 from edgetrain.errors import CorruptError, InputError, StorageError
-from edgetrain.training.inputs import Statistics, pack, unpack
+from edgetrain.training.inputs import pack, unpack
 
 
 def table(rows=50, features=4, seed=0):
@@ -51,7 +51,7 @@ def test_pixels_go_down_as_they_are(tmp_path, monkeypatch):
     inputs = pixels(30, 4, 5)
     data = from_arrays((inputs, cycle(30, 3)))
     with small_chunks(monkeypatch, 70):
-        prepared = prepare(data, data.train, tmp_path / "new" / "folder", "train", None)
+        prepared = prepare(data, data.train, tmp_path / "new" / "folder", "train")
     assert prepared.written == 30 * 20 + 30 * 8
     assert (tmp_path / "new/folder/train.x.rows").read_bytes() == inputs.tobytes()
     assert (tmp_path / "new/folder/train.y.rows").stat().st_size == 240
@@ -64,7 +64,7 @@ def test_floats_go_down_bit_for_bit(tmp_path, monkeypatch):
     inputs = table(30, 60).reshape(30, 3, 4, 5)
     data = from_arrays((inputs, cycle(30, 3)))
     with small_chunks(monkeypatch, 600):
-        x, _ = read_back(prepare(data, data.train, tmp_path, "train", None))
+        x, _ = read_back(prepare(data, data.train, tmp_path, "train"))
     assert np.array_equal(x, inputs)
 
 
@@ -77,7 +77,7 @@ def texts_of(values, labels=None, vocabulary=9):
 def test_token_ids_go_down_as_they_are(tmp_path, dtype):
     ids = np.arange(30, dtype=dtype).reshape(5, 6) % 9
     data = texts_of(ids, cycle(5, 2))
-    prepared = prepare(data, data.train, tmp_path, "train", None)
+    prepared = prepare(data, data.train, tmp_path, "train")
     assert prepared.written == 30 * 4 + 5 * 8
     assert (tmp_path / "train.x.rows").read_bytes() == ids.astype("<i4").tobytes()
     x, y = read_back(prepared)
@@ -92,7 +92,7 @@ def test_texts_are_read_back_as_their_reader_gives_them(tmp_path, monkeypatch):
     for part in (data.train, data.test):
         expected = np.concatenate([values for values, _ in part.chunks()])
         with small_chunks(monkeypatch, 3 * 4 * LENGTH):
-            x, y = read_back(prepare(data, part, tmp_path, "part", None))
+            x, y = read_back(prepare(data, part, tmp_path, "part"))
         assert np.array_equal(x, expected)
         assert np.array_equal(y, cycle(20, 2))
 
@@ -103,19 +103,19 @@ def test_an_id_beyond_the_vocabulary_leaves_no_files(tmp_path, wrong):
     ids[3, 4] = wrong
     data = texts_of(ids)
     with pytest.raises(InputError, match=f"made: row 3 holds id {wrong} at position 4, expected 0..8 "):
-        prepare(data, data.train, tmp_path, "train", None)
+        prepare(data, data.train, tmp_path, "train")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_ids_that_are_no_whole_numbers_are_refused(tmp_path):
     data = texts_of(np.ones((5, 6), np.float32))
     with pytest.raises(InputError, match="made: token ids are float32, expected int32 or int64"):
-        prepare(data, data.train, tmp_path, "train", None)
+        prepare(data, data.train, tmp_path, "train")
 
 
 def test_rows_without_labels_make_no_label_file(tmp_path):
     data = from_rows(pixels(5, 3), reading=Reading("image"))
-    prepared = prepare(data, data.test, tmp_path, "new", None)
+    prepared = prepare(data, data.test, tmp_path, "new")
     assert prepared.y is None
     assert prepared.written == 15
     prepared.x.close()
@@ -125,7 +125,7 @@ def test_rows_without_labels_make_no_label_file(tmp_path):
 def test_prepared_files_can_be_gathered_from(tmp_path):
     inputs = pixels(30, 6)
     data = from_arrays((inputs, cycle(30, 3)), reading=Reading("image"))
-    prepared = prepare(data, data.train, tmp_path, "train", None)
+    prepared = prepare(data, data.train, tmp_path, "train")
     out = torch.empty(3, 6, dtype=torch.uint8)
     prepared.x.read(np.array([7, 0, 29]), out)
     assert np.array_equal(out.numpy(), inputs[[7, 0, 29]])
@@ -140,7 +140,7 @@ def test_scaled_training_rows_are_as_promised(tmp_path, monkeypatch, kind):
     data = from_arrays((inputs, cycle(200, 2)))
     with small_chunks(monkeypatch, 330):
         scaling = measure_scaling(data.train, kind)
-        x, _ = read_back(prepare(data, data.train, tmp_path, "train", scaling))
+        x, _ = read_back(prepare(data, data.train, tmp_path, "train", Statistics(scaling)))
     assert scaling.shift.dtype == scaling.scale.dtype == np.float64
     assert x.dtype == np.float32
     assert scaling.scale[3] == 1
@@ -202,7 +202,7 @@ def test_scaling_keeps_the_digits_of_a_column(tmp_path, monkeypatch, column, kin
     data = from_arrays((values.reshape(-1, 1), cycle(300, 2)))
     with small_chunks(monkeypatch, 500):
         scaling = unpack(pack(Statistics(measure_scaling(data.train, kind)))).scaling
-        x, _ = read_back(prepare(data, data.train, tmp_path, "train", scaling))
+        x, _ = read_back(prepare(data, data.train, tmp_path, "train", Statistics(scaling)))
     assert np.allclose(x[:, 0], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -247,7 +247,7 @@ def test_value_that_is_not_finite_leaves_no_files(tmp_path, value):
     values[33, 1] = value
     data = DataSet("made", (4,), None, "table", 2, part_of(values, cycle(50, 2)), None)
     with pytest.raises(InputError, match="made: row 33 holds"):
-        prepare(data, data.train, tmp_path, "train", None)
+        prepare(data, data.train, tmp_path, "train")
     with pytest.raises(InputError, match="made: row 33 holds"):
         measure_scaling(data.train, "unit")
     assert list(tmp_path.iterdir()) == []
@@ -258,7 +258,7 @@ def test_wrong_number_of_rows_leaves_no_files(tmp_path, claimed):
     part = Part(claimed, lambda: iter([(table(), cycle(50, 2))]), "made")
     data = DataSet("made", (4,), None, "table", 2, part, None)
     with pytest.raises(CorruptError, match="made: gives"):
-        prepare(data, part, tmp_path, "train", None)
+        prepare(data, part, tmp_path, "train")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -270,7 +270,7 @@ def test_damage_found_on_the_way_leaves_no_files(tmp_path):
     path.write_bytes(content)
     data = open_npz(path)
     with pytest.raises(CorruptError):
-        prepare(data, data.train, tmp_path / "store", "train", None)
+        prepare(data, data.train, tmp_path / "store", "train")
     assert list((tmp_path / "store").iterdir()) == []
 
 
@@ -281,14 +281,14 @@ def test_full_disk_is_a_storage_error_and_leaves_no_files(tmp_path, monkeypatch)
     monkeypatch.setattr("edgetrain.store.latents.reserve", full)
     data = from_rows(pixels(5, 3))
     with pytest.raises(StorageError, match="no space left"):
-        prepare(data, data.test, tmp_path, "new", None)
+        prepare(data, data.test, tmp_path, "new")
     assert list(tmp_path.iterdir()) == []
 
 
 MEASURED = """
 import resource, sys
 from pathlib import Path
-from edgetrain.data.prepare import measure_scaling, prepare
+from edgetrain.data.prepare import Statistics, measure_scaling, prepare
 from edgetrain.data.specs import open_data
 
 def peak():
@@ -299,7 +299,7 @@ def run(path):
     data = open_data(path)
     scaling = measure_scaling(data.train, "standard")
     for part, name in ((data.train, "train"), (data.test, "test")):
-        done = prepare(data, part, Path(store), name, scaling)
+        done = prepare(data, part, Path(store), name, Statistics(scaling))
         done.x.delete(), done.y.delete()
 run(small)
 before = peak()

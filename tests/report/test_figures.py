@@ -78,7 +78,7 @@ def test_figures_hold_the_record_s_numbers() -> None:
     assert losses == {"cell 1": [1.0, 0.5], "cell 2": [0.5, 0.25], "cell 3": [1 / 3, 0.5 / 3]}
     accuracies = lines(drawn(found["accuracies"]).axes[0])
     assert accuracies["cell alone"] == pytest.approx([81.0, 82.0, 83.0])
-    assert accuracies["all cells, by the method's vote"] == [90.0, 90.0]
+    assert accuracies["all cells, by the run's vote"] == [90.0, 90.0]
     parts = {bar.get_label(): [patch.get_width() for patch in bar] for bar in drawn(found["time"]).axes[0].containers}
     assert parts["computing"] == [1.5, 3.5, 5.5, 0.0]
     assert parts["waiting for data"] == [0.5, 0.5, 0.5, 0.0]

@@ -115,8 +115,17 @@ def test_a_normalised_run_resumes_to_the_same_bits_within_its_predicted_peak(sch
 
 def test_augmented_images_are_normalised_first(tmp_path: Path) -> None:
     x, y = images("pixels")
-    run = trained(tmp_path / "run", (x, y), normalize="data", augment="crop,flip", schedule="sequence", net="cnn:4")
-    assert np.isfinite(run.scores(x)).all()
+    augmented = {"augment": "crop,flip", "schedule": "sequence", "net": "cnn:4"}
+    stated = "0.5,0.25,0.75/0.5,2.0,0.25"
+    values = torch.from_numpy(x).float().div(255)
+    for channel, (mean, std) in enumerate(((0.5, 0.5), (0.25, 2.0), (0.75, 0.25))):
+        values[:, channel].sub_(mean).div_(std)
+    run = trained(tmp_path / "run", (x, y), normalize=stated, **augmented)
+    before = trained(tmp_path / "before", (values.numpy(), y), normalize="none", **augmented)
+    expected = units(before.path)
+    assert_same({name: value for name, value in units(run.path).items() if name in expected}, expected)
+    plain = trained(tmp_path / "plain", (x, y), normalize=stated, schedule="sequence", net="cnn:4")
+    assert not torch.equal(units(plain.path)["000/cell.conv.weight"], expected["000/cell.conv.weight"])
 
 
 def test_imagenet_s_statistics(tmp_path: Path) -> None:

@@ -115,8 +115,10 @@ def test_another_vote_than_the_method_s_is_chosen_and_shipped(tmp_path: Path, mo
 
 
 def test_of_equal_votes_the_method_s_own_is_kept(tmp_path: Path) -> None:
-    run = fit(asked(vote="auto", net="mlp:12"), tmp_path / "run", data=table())
-    assert run.vote == "sum"  # of one cell, both votes are the same
+    for method, own in (("mf", "sum"), ("sll", "last")):  # of one cell, both votes are the same
+        run = fit(asked(method=method, vote="auto", net="mlp:12"), tmp_path / method, data=table())
+        assert len(set(run.record.validation_votes.values())) == 1
+        assert run.vote == own
 
 
 @pytest.mark.parametrize("schedule", ["separate", "sequence"])
