@@ -133,6 +133,11 @@ class Settings:
     latent_dtype: Literal["float32", "float16", "bfloat16", "uint8"] = _setting(
         "float32", _DEVICE, "Type of the latents on disk"
     )
+    memory_format: Literal["auto", "contiguous", "channels-last"] = _setting(
+        "auto",
+        _DEVICE,
+        "Order of images in memory for cells with overlapping convolutions; ``auto``: ``channels-last`` on the CPU",
+    )
     threads: int | None = _setting(None, _DEVICE, "CPU threads; by default as many as PyTorch uses")
     meter: Literal["auto", "full"] = _setting(
         "auto", _DEVICE, "``full``: measure the memory of every step, not only the first two of each kind"

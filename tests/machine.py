@@ -123,7 +123,7 @@ def data(kind):
 def settings(method, **values):
     standard = {
         "net": NET, "epochs": EPOCHS, "batch_size": BATCH, "micro_batch": BATCH, "seed": SEED, "threads": 1,
-        "lr": LR, "device": "cpu", "normalize": "none",
+        "lr": LR, "device": "cpu", "normalize": "none", "memory_format": "contiguous",
     }  # fmt: skip
     if method.startswith("lbp"):
         decay = {"weight_decay": WEIGHT_DECAY, "classifier_weight_decay": WEIGHT_DECAY, "classifier_lr": 2 * LR}

@@ -69,6 +69,7 @@ def joined(recipes: list[CellRecipe], change: Change = _unchanged) -> WholeNet:
         couples_batch=any(part.couples_batch for part in parts),
         needs_values=any(part.needs_values for part in parts),
         kept_bytes=sum(part.kept_bytes for part in parts),
+        channels_last=any(part.channels_last for part in parts) and not any(part.needs_contiguous for part in parts),
     )
     object.__setattr__(cell, "parts", parts)
     object.__setattr__(cell, "change", change)

@@ -42,6 +42,8 @@ class CellRecipe:
         tied: tensors that are tensors of earlier cells too.
         kept_bytes: host memory that a user's module takes between visits.
         made_of: the modules of a user's net that form the cell, by class, for people.
+        channels_last: whether it computes faster with images in channels-last order; see ``nets/memory_format.py``.
+        needs_contiguous: whether it fails, or computes something else, on images in channels-last order.
     """
 
     name: str
@@ -58,6 +60,8 @@ class CellRecipe:
     tied: tuple[Tie, ...] = ()
     kept_bytes: int = 0
     made_of: str = ""
+    channels_last: bool = False
+    needs_contiguous: bool = False
 
     @property
     def width(self) -> int:

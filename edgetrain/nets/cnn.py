@@ -45,4 +45,5 @@ def cell(in_shape: tuple[int, ...], channels: int, options: Options, pooled: boo
         draws=drop_rate(options) > 0,
         couples_batch=options["norm"] == "batch",
         body_shape=body_shape if pooled else None,
+        channels_last=True,
     )

@@ -27,6 +27,7 @@ from edgetrain.keys import generator, seeded
 from edgetrain.nets.base import CellRecipe, Tie
 from edgetrain.nets.copying import cloned, named_tensors, on_host, on_meta
 from edgetrain.nets.grouping import grouped, is_output, layer_of
+from edgetrain.nets.memory_format import prefers_channels_last
 from edgetrain.nets.trial import ROWS, Trial, attributes, check_memory, copy_inputs_of, said, try_module
 from edgetrain.plugins import load
 
@@ -379,6 +380,8 @@ def _recipe(name: str, module: nn.Module, x: Tensor, trial: Trial, build: Callab
         couples_batch=trial.couples_batch,
         needs_values=trial.needs_values,
         behaviour=trial.behaviour,
+        channels_last=prefers_channels_last(module) and not trial.needs_contiguous,
+        needs_contiguous=trial.needs_contiguous,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -34,6 +35,7 @@ from edgetrain.nets.copying import (
     unsaved_buffers,
     with_tensors,
 )
+from edgetrain.nets.memory_format import convolution_weights, to_channels_last
 
 ROWS = 6  # of a trial: pairs A, B and C; batches are A + B and A + C
 _PAIR, _BATCH = 2, 4
@@ -55,6 +57,7 @@ class Trial:
         needs_values: whether it fails on fake tensors, which have shapes but no values.
         behaviour: numbers of its output with fixed weights on fixed rows; empty if they are not
             finite.
+        needs_contiguous: whether it fails, or computes something else, on images in channels-last order.
     """
 
     out: Tensor
@@ -62,6 +65,7 @@ class Trial:
     changes_input: bool
     needs_values: bool
     behaviour: tuple[float, ...]
+    needs_contiguous: bool = False
 
 
 def try_module(module: nn.Module, x: Tensor, name: str) -> Trial:
@@ -85,7 +89,8 @@ def try_module(module: nn.Module, x: Tensor, name: str) -> Trial:
         out = _evaluated(module, x, name)
         _check_changes(module, x, name)
         couples = _couples_batch(module, x) or not _hooks_are_linear(module)
-        return Trial(out, couples, changes_input, not _runs_on_fakes(module, x), _behaviour(module, x))
+        fakes, behaviour = _runs_on_fakes(module, x), _behaviour(module, x)
+        return Trial(out, couples, changes_input, not fakes, behaviour, _needs_contiguous(module, x))
 
 
 def copy_inputs_of(module: nn.Module) -> None:
@@ -293,6 +298,24 @@ def _depends_on_size(module: nn.Module, a: Tensor, b: Tensor) -> bool:
     buffers = (dict(module.named_buffers()) for module in (whole, parts))
     pairs = [*zip(one.gradients, sums, strict=True), *zip(*(each.values() for each in buffers), strict=True)]
     return not all(_close(x, y, _ALIKE) for x, y in pairs)
+
+
+def _needs_contiguous(module: nn.Module, x: Tensor) -> bool:
+    """Whether a module fails, or computes something else, on images in channels-last order."""
+    if x.ndim != 4:
+        return False
+    batch = x[:_BATCH]
+    same_draws = _deterministic(module, batch)
+    make = same_draws or partial(_copy, module, True)
+    plain, other = make(), make()
+    weights = convolution_weights(other)
+    other = with_tensors(other, lambda _, own: to_channels_last(own.detach()) if id(own) in weights else own.detach())
+    try:
+        one, two = _pass(plain, batch, _SEEDS[0]), _pass(other, to_channels_last(batch), _SEEDS[0])
+    except Exception:
+        return True
+    # Gradients of equal modules may differ by far more: batch normalisation cancels, activations have kinks.
+    return same_draws is not None and not _close(one.out, two.out, _ALIKE)
 
 
 def _deterministic(module: nn.Module, x: Tensor) -> Callable[[], nn.Module] | None:

@@ -83,6 +83,7 @@ class Node(_Keyed):
         seed: the run's.
         parent: whose latents it reads: a cell, or the network's input.
         output: of the last cell: the output layer of a net that has its own, for objectives that keep it.
+        channels_last: whether it computes with images in channels-last order.
     """
 
     index: int
@@ -91,17 +92,33 @@ class Node(_Keyed):
     seed: int
     parent: Node | Input = field(repr=False)
     output: CellRecipe | None = field(default=None, repr=False)
+    channels_last: bool = False
 
 
 def nodes(
-    recipes: list[CellRecipe], in_shape: tuple[int, ...], seed: int, output: CellRecipe | None = None
+    recipes: list[CellRecipe],
+    in_shape: tuple[int, ...],
+    seed: int,
+    output: CellRecipe | None = None,
+    channels_last: bool = False,
 ) -> list[Node]:
-    """One node for each cell, each knowing its parent; the last one knows the net's output layer."""
+    """One node for each cell, each knowing its parent; the last one knows the net's output layer.
+
+    ``channels_last``: whether cells that compute faster in that order do so.
+    """
     parent: Node | Input = Input(in_shape, seed)
     chain: list[Node] = []
     for index, recipe in enumerate(recipes):
         last = index == len(recipes) - 1
-        parent = Node(index, recipe, recipe.out_shape, seed, parent, output if last else None)
+        parent = Node(
+            index,
+            recipe,
+            recipe.out_shape,
+            seed,
+            parent,
+            output if last else None,
+            channels_last and recipe.channels_last,
+        )
         chain.append(parent)
     return chain
 

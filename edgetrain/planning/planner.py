@@ -248,7 +248,8 @@ def _backprop_peak(work: Workload, net: Net) -> int:
 
 def backprop_work(work: Workload, net: Net) -> Workload:
     """Plain backpropagation on the same data, net, batch and optimizer."""
-    whole = nodes([joined(list(net.cells))], net.in_shape, work.seed, net.output)
+    channels_last = any(node.channels_last for node in work.nodes)
+    whole = nodes([joined(list(net.cells))], net.in_shape, work.seed, net.output, channels_last)
     return replace(
         work,
         nodes=tuple(whole),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,8 @@ from edgetrain.keys import seeded
 from edgetrain.memory import queues
 from edgetrain.memory.timeline import making
 from edgetrain.nets.copying import kept_in_eval, named_tensors, set_training, unsaved_buffers, with_tensors
+from edgetrain.nets.memory_format import convolution_weights, to_channels_last
+from edgetrain.objectives.base import Batch as Shown
 from edgetrain.objectives.base import Node, Objective, Phase, Streams
 from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.stream.outputs import Outputs
@@ -117,9 +119,10 @@ class ResidentCell:
         if state is not None:
             self._check(state)
         with making("weights"):
-            self.module = placed(self.module, None if state is None else state.module, setup.device)
+            order = node.channels_last
+            self.module = placed(self.module, None if state is None else state.module, setup.device, order)
             if self.head is not None:
-                self.head = placed(self.head, None if state is None else state.head, setup.device)
+                self.head = placed(self.head, None if state is None else state.head, setup.device, order)
         self._frozen = kept_in_eval(self.module)
         self.phases = [self._phase(phase) for phase in setup.objective.phases]
         self.train_reads = (0,) * len(self.phases)
@@ -146,7 +149,7 @@ class ResidentCell:
         """See ``Cell``."""
         for micro in batch.micro_batches():
             with making("latents"):
-                out.latents(micro.start, self._setup.objective.latent(self.module, micro.read().streams))
+                out.latents(micro.start, self._setup.objective.latent(self.module, self._read(micro).streams))
 
     def evaluate(self, batch: Batch, out: Outputs) -> None:
         """See ``Cell``."""
@@ -191,7 +194,7 @@ class ResidentCell:
             parameter.grad = None
 
     def _backward(self, phase: str, learned: list[nn.Parameter], batch: Batch, micro: MicroBatch, out: Outputs) -> None:
-        shown = micro.read()
+        shown = self._read(micro)
         with making("activations"), self._saving():
             step = self._setup.objective.loss(phase, self.module, self.head, shown)
         if out.takes_latents:
@@ -203,9 +206,17 @@ class ResidentCell:
 
     def _evaluate(self, micro: MicroBatch, out: Outputs) -> None:
         with making("latents"):
-            latents, scores = self._setup.objective.read(self.module, self.head, micro.read().streams)
+            latents, scores = self._setup.objective.read(self.module, self.head, self._read(micro).streams)
         out.latents(micro.start, latents)
         out.scores(micro.start, scores, latents)
+
+    def _read(self, micro: MicroBatch) -> Shown:
+        """What the objective is shown of a micro-batch, images in the order in which the cell computes."""
+        shown = micro.read()
+        if not self.node.channels_last:
+            return shown
+        with making("latents"):
+            return replace(shown, streams={name: to_channels_last(value) for name, value in shown.streams.items()})
 
     def _clean(self, streams: Streams) -> Streams:
         """Latents of clean inputs, from the weights before the update."""
@@ -260,26 +271,42 @@ class ResidentCell:
             parameter, optimizer = owners[phase_name, owner]
             # A step count of an implementation that is not fused is read by the host.
             on_host = value.ndim == 0 and not optimizer.defaults.get("fused")
-            optimizer.state[parameter][key] = value.clone() if on_host else copied(value, self._setup.device)
+            like = parameter if value.shape == parameter.shape else value
+            optimizer.state[parameter][key] = value.clone() if on_host else copied(value, self._setup.device, like)
 
 
 _NOTHING: Any = type("NoOptimizer", (), {"state": {}, "step": lambda self: None, "defaults": {}})()
 
 
-def copied(source: Tensor, device: torch.device) -> Tensor:
+def copied(source: Tensor, device: torch.device, like: Tensor | None = None) -> Tensor:
     """A copy on ``device``, also where the source is there already: on a CPU run the two sides differ.
 
-    A source on the meta device has no values; the copy then has none either.
+    A source on the meta device has no values; the copy then has none either. In memory it is in the order of ``like``,
+    a tensor of the same shape, or contiguous.
     """
-    target = torch.empty(source.shape, dtype=source.dtype, device=device)
+    if like is None:
+        target = torch.empty(source.shape, dtype=source.dtype, device=device)
+    else:
+        target = torch.empty_like(like, dtype=source.dtype, device=device, requires_grad=False)
     # The other way, a copy that does not wait could be read too early.
     return target if source.is_meta else target.copy_(source.detach(), non_blocking=queues.copies_async(device))
 
 
-def placed(module: nn.Module, tensors: Mapping[str, Tensor] | None, device: torch.device) -> nn.Module:
-    """A copy of a module on the device, with the values of ``tensors`` where it names them, else its own."""
+def placed(
+    module: nn.Module, tensors: Mapping[str, Tensor] | None, device: torch.device, channels_last: bool = False
+) -> nn.Module:
+    """A copy of a module on the device, with the values of ``tensors`` where it names them, else its own.
+
+    ``channels_last``: the weights of its convolutions are in that order.
+    """
     known = tensors or {}
-    return with_tensors(module, lambda name, own: copied(known.get(name, own), device))
+    weights = convolution_weights(module) if channels_last else set()
+
+    def copy(name: str, own: Tensor) -> Tensor:
+        source = known.get(name, own)
+        return copied(source, device, to_channels_last(own) if id(own) in weights else None)
+
+    return with_tensors(module, copy)
 
 
 def shapes_of(node: Node, objective: Objective) -> Modules:

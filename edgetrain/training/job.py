@@ -107,6 +107,8 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None, m
     if settings.normalize is None:
         images = opened.input == "image" and not objective.nonnegative_input
         settings = replace(settings, normalize="data" if images else "none")
+    if settings.memory_format == "auto":
+        settings = replace(settings, memory_format="channels-last" if device.type == "cpu" else "contiguous")
     work = Workload(
         nodes=cells_of(settings, objective, shape, recipes),
         objective=objective,
@@ -195,7 +197,8 @@ def cells_of(settings: Settings, objective: Objective, shape: Shape, net: Net) -
                 " --method bp"
             )
     output = net.output if objective.keeps_output else None
-    cells = tuple(nodes(joined, shape.shape, settings.seed, output))
+    channels_last = settings.memory_format == "channels-last"
+    cells = tuple(nodes(joined, shape.shape, settings.seed, output, channels_last))
     objective.check(cells)
     return cells
 

@@ -247,7 +247,8 @@ class Run:
         files, cpu, unused = folder.files(), torch.device("cpu"), OptimizerRecipe("sgd", 1.0)
         with process_state(self.settings):
             setup = Setup(self.objective, unused, cpu)
-            return [ResidentCell(node, setup, _read_cell(folder, files, node, self.objective)) for node in self.nodes]
+            plain = [replace(node, channels_last=False) for node in self.nodes]  # contiguous weights can be saved
+            return [ResidentCell(node, setup, _read_cell(folder, files, node, self.objective)) for node in plain]
 
     def _open(self, data: Any) -> DataSet:
         opened = _rows(data, self.shape.reading)
