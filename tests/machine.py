@@ -263,7 +263,7 @@ def reader_of(latents, y, **how):
 def train_steps(cell, reader, span, sink=None, tally=None, seed=SEED, meter=None):
     """Train a cell over a span; what the steps have come to."""
     tally = tally or Tally(CPU)
-    Executor(meter or meter_of(CPU, False), seed).run("train", cell, reader, span, Outputs(tally, sink))
+    Executor(meter or meter_of(CPU, False), seed).train(cell, reader, span, Outputs(tally, sink))
     return tally.read()
 
 

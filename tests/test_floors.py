@@ -75,7 +75,7 @@ def test_the_machine_names_no_method() -> None:
 
 
 #: Methods that a message recommends; nothing is decided by them.
-RECOMMENDED = {"job.py": {"mf", "bp"}, "words.py": {"bp"}}
+RECOMMENDED = {"job.py": {"mf", "bp", "bp-checkpoint"}, "words.py": {"bp"}}
 
 
 def methods_named(source: str, methods: Iterable[str]) -> set[str]:

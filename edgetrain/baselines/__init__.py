@@ -8,6 +8,7 @@ from edgetrain.baselines.backprop import (
     CheckpointedBackpropagation,
     OffloadedBackpropagation,
     SingleLayer,
+    StreamedBackpropagation,
 )
 from edgetrain.objectives.base import Objective
 
@@ -18,6 +19,7 @@ BASELINES: dict[str, type[Objective]] = {
         Backpropagation,
         CheckpointedBackpropagation,
         OffloadedBackpropagation,
+        StreamedBackpropagation,
         FeedbackAlignment,
         DirectFeedbackAlignment,
     )

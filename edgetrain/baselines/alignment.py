@@ -50,7 +50,7 @@ class FeedbackAlignment(Backpropagation):
 
     def head(self, node: Node) -> nn.Module:
         """See ``Backpropagation.head``."""
-        return aligned(super().head(node))
+        return aligned(self.output_layer(node))
 
 
 class DirectFeedbackAlignment(Backpropagation):
@@ -69,7 +69,7 @@ class DirectFeedbackAlignment(Backpropagation):
         assert isinstance(node.recipe, WholeNet)
         shapes = [part.out_shape for part in node.recipe.parts]
         std = self.classes**-0.5
-        head = nn.ModuleDict({"classifier": super().head(node), "feedback": nn.Module()})
+        head = nn.ModuleDict({"classifier": self.output_layer(node), "feedback": nn.Module()})
         for index, shape in enumerate(shapes):
             matrix = node.normal(f"feedback {index}", (self.classes, *shape), std)
             head["feedback"].register_buffer(str(index), matrix, persistent=False)
@@ -90,7 +90,7 @@ class DirectFeedbackAlignment(Backpropagation):
             total = total + (surrogate - surrogate.detach())  # nothing but its gradient
         return Step(total, None, logits.detach())
 
-    def score(self, head: Any, latents: Any) -> Tensor:
+    def score(self, head: Any, latents: Any) -> Tensor | None:
         """See ``Backpropagation.score``."""
         return super().score(head["classifier"], latents)
 

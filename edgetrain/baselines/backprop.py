@@ -11,25 +11,31 @@ What a user would try first today when that does not fit:
   computed again on the way back. Batch statistics are not updated a second time.
 * ``bp-offload``: Minsoo Rhu et al.: vDNN, 2016, https://arxiv.org/abs/1602.08124. All that the
   backward pass needs, other than weights, waits on the host.
+* ``bp-stream``: Bharadwaj Pudipeddi et al.: Training Large Neural Networks with Constant Memory using a New
+  Execution Algorithm (L2L), 2020, https://arxiv.org/abs/2002.05645. One layer at a time is on the device, forward and
+  back; the weights are bit for bit those of ``bp-checkpoint``. See ``stream/streamed.py``.
 
 ``slp`` is the least that a net must beat: the classifier alone, on the inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from math import prod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from edgetrain.baselines.whole import joined
+from edgetrain.baselines.whole import Chain, joined
 from edgetrain.nets.base import CellRecipe
-from edgetrain.objectives.base import Batch, Defaults, Node, Objective, Step, Streams
+from edgetrain.nets.memory_format import dense_format
+from edgetrain.nets.settled import settled
+from edgetrain.objectives.base import Batch, Defaults, Draws, Node, Objective, Step, Streams
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
@@ -52,7 +58,11 @@ class Backpropagation(Objective):
         """One cell that holds the whole chain."""
         return [joined(recipes)]
 
-    def head(self, node: Node) -> nn.Module:
+    def head(self, node: Node) -> nn.Module | None:
+        """See ``output_layer``."""
+        return self.output_layer(node)
+
+    def output_layer(self, node: Node) -> nn.Module:
         """The output layer [n] -> [C]: the net's own, or a linear map with bias where the net's layers have one."""
         if node.output is not None:
             return node.output.materialise(node.seed, node.index)
@@ -60,16 +70,19 @@ class Backpropagation(Objective):
 
     def loss(self, phase: str, cell: nn.Module, head: Any, batch: Batch) -> Step:
         """Summed cross-entropy."""
-        logits = head(self.vector(self.forward(cell, batch.streams["x"])))  # [B, C]
+        logits = head(self.vector(self.forward(cell, batch.streams["x"], batch.draws)))  # [B, C]
         return Step(cross_entropy(logits, batch.y, reduction="sum"), None, logits.detach())
 
-    def forward(self, cell: nn.Module, x: Tensor) -> Tensor:
-        """The last cell's output for inputs [B, ...], with its graph."""
-        z: Tensor = cell(x)
-        return z
+    def forward(self, cell: nn.Module, x: Tensor, draws: Draws) -> Tensor:
+        """The last layer's output for inputs [B, ...], with its graph."""
+        if not (isinstance(cell, Chain) and any(cell.draws)):
+            return cell(x)  # type: ignore[no-any-return]
+        for number, layer in enumerate(cell):
+            x = _run(layer, x, number if cell.draws[number] else None, draws)
+        return x
 
-    def score(self, head: Any, latents: Streams) -> Tensor:
-        """The classifier's logits, [B, C]."""
+    def score(self, head: Any, latents: Streams) -> Tensor | None:
+        """The output layer's logits, [B, C]."""
         return head(self.vector(latents["x"]))  # type: ignore[no-any-return]
 
 
@@ -82,11 +95,21 @@ class CheckpointedBackpropagation(Backpropagation):
     )
     needs = "labels; any net; holds the whole net, what passes between cells, and one cell's activations"
 
-    def forward(self, cell: nn.Module, x: Tensor) -> Tensor:
+    def forward(self, cell: nn.Module, x: Tensor, draws: Draws) -> Tensor:
         """See ``Backpropagation.forward``."""
-        assert isinstance(cell, nn.Sequential)
-        for part in cell:
-            x = checkpoint(part, x, use_reentrant=False, context_fn=_again(part))
+        assert isinstance(cell, Chain)
+        for number, layer in enumerate(cell):
+            drawing = number if cell.draws[number] else None
+            # Keyed draws need no saved state of the generators. A pass that stops early leaves out the draws of RReLU.
+            with set_checkpoint_early_stop(drawing is None):
+                x = checkpoint(
+                    *(_run, layer, x, drawing, draws),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=_again(layer),
+                )
+            if number < len(cell) - 1:
+                x = _Dense.apply(x)  # type: ignore[no-untyped-call]
         return x
 
 
@@ -100,6 +123,35 @@ class OffloadedBackpropagation(Backpropagation):
     )
     needs = "labels; any net; holds the whole net, and its activations on the host"
     saves_on_host = True
+
+
+class StreamedBackpropagation(Backpropagation):
+    """Backpropagation with one layer at a time on the device."""
+
+    name = "bp-stream"
+    citation = (
+        "B. Pudipeddi, M. Mesmakhosroshahi, J. Xi, S. Bharadwaj: Training Large Neural Networks with Constant Memory"
+        " using a New Execution Algorithm. arXiv:2002.05645, 2020."
+    )
+    needs = "labels; any net; holds one layer and one micro-batch; moves every layer twice in every step"
+    streams_layers = True
+
+    def join(self, recipes: list[CellRecipe]) -> list[CellRecipe]:
+        """The layers, all in the memory format of the whole net."""
+        channels_last = joined(recipes).channels_last
+        return [replace(recipe, channels_last=channels_last) for recipe in recipes]
+
+    def head(self, node: Node) -> nn.Module | None:
+        """The output layer, of the last layer."""
+        return super().head(node) if node.is_last else None
+
+    def head_index(self, node: Node) -> int:
+        """As the whole net's, so that its first weights are the same."""
+        return 0
+
+    def score(self, head: Any, latents: Streams) -> Tensor | None:
+        """The output layer's logits, [B, C]."""
+        return None if head is None else super().score(head, latents)
 
 
 class SingleLayer(Backpropagation):
@@ -119,20 +171,28 @@ class SingleLayer(Backpropagation):
         return [CellRecipe(f"linear {inputs}-{self.classes}", shape, (inputs,), nn.Flatten, ("inputs", shape))]
 
 
-def _again(part: nn.Module) -> Callable[[], Contexts]:
-    """Contexts for a part's first pass and for the pass that computes it again."""
-    norms = [module for module in part.modules() if isinstance(module, _BatchNorm)]
-    return lambda: (nullcontext(), _settled(norms))
+def _run(layer: nn.Module, x: Tensor, drawing: int | None, draws: Draws) -> Tensor:
+    """A layer's output; ``drawing``: its number if it draws random numbers."""
+    if drawing is not None:
+        draws.seed_layer(drawing, x)
+    return layer(x)  # type: ignore[no-any-return]
 
 
-@contextmanager
-def _settled(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Batch normalisation uses the batch's statistics and leaves the running ones as they are."""
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, batches) in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, batches
+class _Dense(torch.autograd.Function):
+    """Passes on what lies densely in memory, forward and back, as ``bp-stream`` stores it between layers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """[B, ...] -> the same."""
+        ctx.memory_format = dense_format(x)
+        return x.contiguous(memory_format=ctx.memory_format)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """The gradient in the same order."""
+        return gradients[0].contiguous(memory_format=ctx.memory_format)
+
+
+def _again(layer: nn.Module) -> Callable[[], Contexts]:
+    """Contexts for a layer's first pass and for the pass that computes it again."""
+    return lambda: (nullcontext(), settled(layer))

@@ -33,11 +33,23 @@ class WholeNet(CellRecipe):
             return self.change(module)
 
 
+class Chain(nn.Sequential):
+    """The layers of a whole net in a row.
+
+    Attributes:
+        draws: of each layer, whether it draws random numbers when it runs.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], draws: Sequence[bool]):
+        super().__init__(*layers)
+        self.draws = tuple(draws)
+
+
 def _unchanged(module: nn.Module) -> nn.Module:
     return module
 
 
-def tied(parts: Sequence[CellRecipe], modules: Sequence[nn.Module]) -> nn.Sequential:
+def tied(parts: Sequence[CellRecipe], modules: Sequence[nn.Module]) -> Chain:
     """The modules of ``parts`` in a row, with the tensors that they share made one again."""
     for recipe, module in zip(parts, modules, strict=True):
         for name, cell, other in recipe.tied:
@@ -47,7 +59,7 @@ def tied(parts: Sequence[CellRecipe], modules: Sequence[nn.Module]) -> nn.Sequen
             new = getattr(modules[cell].get_submodule(source_path), source_leaf)
             for owner in module.modules():  # a tensor may have several names within its cell
                 _replace(owner, old, new)
-    return nn.Sequential(*modules)
+    return Chain(modules, [recipe.draws for recipe in parts])
 
 
 def _replace(owner: nn.Module, old: Tensor, new: Tensor) -> None:

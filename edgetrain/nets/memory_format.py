@@ -34,3 +34,9 @@ def convolution_weights(module: nn.Module) -> set[int]:
 def to_channels_last(x: Tensor) -> Tensor:
     """Images [B, C, H, W] in channels-last order; other tensors as they are."""
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def dense_format(x: Tensor) -> torch.memory_format:
+    """Channels-last if a tensor lies so in memory, else contiguous."""
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format

@@ -376,7 +376,7 @@ def _recipe(name: str, module: nn.Module, x: Tensor, trial: Trial, build: Callab
         out_shape=out_shape,
         build=build,
         signature=("own", in_shape, out_shape, _signature(module)),
-        draws=True,  # whether a user's module draws cannot be known: it always gets its key
+        draws=trial.draws,
         couples_batch=trial.couples_batch,
         needs_values=trial.needs_values,
         behaviour=trial.behaviour,

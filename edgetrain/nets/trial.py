@@ -58,6 +58,7 @@ class Trial:
         behaviour: numbers of its output with fixed weights on fixed rows; empty if they are not
             finite.
         needs_contiguous: whether it fails, or computes something else, on images in channels-last order.
+        draws: whether it draws random numbers when it runs, or may: that is unknown of a user's own code.
     """
 
     out: Tensor
@@ -66,6 +67,7 @@ class Trial:
     needs_values: bool
     behaviour: tuple[float, ...]
     needs_contiguous: bool = False
+    draws: bool = True
 
 
 def try_module(module: nn.Module, x: Tensor, name: str) -> Trial:
@@ -90,7 +92,8 @@ def try_module(module: nn.Module, x: Tensor, name: str) -> Trial:
         _check_changes(module, x, name)
         couples = _couples_batch(module, x) or not _hooks_are_linear(module)
         fakes, behaviour = _runs_on_fakes(module, x), _behaviour(module, x)
-        return Trial(out, couples, changes_input, not fakes, behaviour, _needs_contiguous(module, x))
+        contiguous, draws = _needs_contiguous(module, x), _draws(module, x)
+        return Trial(out, couples, changes_input, not fakes, behaviour, contiguous, draws)
 
 
 def copy_inputs_of(module: nn.Module) -> None:
@@ -298,6 +301,20 @@ def _depends_on_size(module: nn.Module, a: Tensor, b: Tensor) -> bool:
     buffers = (dict(module.named_buffers()) for module in (whole, parts))
     pairs = [*zip(one.gradients, sums, strict=True), *zip(*(each.values() for each in buffers), strict=True)]
     return not all(_close(x, y, _ALIKE) for x, y in pairs)
+
+
+def _draws(module: nn.Module, x: Tensor) -> bool:
+    """Whether a module draws random numbers; a user's own code may do so at any time."""
+    for part in module.modules():
+        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+        if not type(part).__module__.startswith("torch.nn.") or any(
+            not getattr(hook, "__module__", "").startswith("edgetrain.") for hook in hooks
+        ):
+            return True
+    _seed_everything(_SEEDS[0])
+    before = torch.random.get_rng_state()
+    _pass(_copy(module, True), x[:_BATCH], _SEEDS[0])
+    return not torch.equal(before, torch.random.get_rng_state())
 
 
 def _needs_contiguous(module: nn.Module, x: Tensor) -> bool:

@@ -83,6 +83,7 @@ class Node(_Keyed):
         seed: the run's.
         parent: whose latents it reads: a cell, or the network's input.
         output: of the last cell: the output layer of a net that has its own, for objectives that keep it.
+        is_last: whether it is the last cell.
         channels_last: whether it computes with images in channels-last order.
     """
 
@@ -92,6 +93,7 @@ class Node(_Keyed):
     seed: int
     parent: Node | Input = field(repr=False)
     output: CellRecipe | None = field(default=None, repr=False)
+    is_last: bool = False
     channels_last: bool = False
 
 
@@ -117,6 +119,7 @@ def nodes(
             seed,
             parent,
             output if last else None,
+            last,
             channels_last and recipe.channels_last,
         )
         chain.append(parent)
@@ -138,6 +141,14 @@ class Draws(Protocol):
         """Uniform numbers in 0..1, float32 [B, columns], beside ``like`` [B, ...]; a sample's own.
 
         They are keyed by (seed, epoch, sample), never by cell, so they may choose data.
+        """
+        ...
+
+    def seed_layer(self, layer: int, like: Tensor) -> None:
+        """Seed the global generators for a layer of a whole net that draws when it runs, such as dropout.
+
+        The key is of this layer and micro-batch, so that layers may run in any order, and again. ``like``: a tensor on
+        the device.
         """
         ...
 
@@ -208,6 +219,7 @@ class Objective(ABC):
         takes_tokens: whether it can learn from rows of token ids.
         draws_streams: whether ``streams`` draws, so that views of the data differ without augmentation.
         saves_on_host: whether what the backward pass needs waits on the host.
+        streams_layers: whether each step goes forward through all cells and back, one of them on the device at a time.
         keeps_output: whether the output layer of a user's net is trained; otherwise it is left out.
         like: for baselines: the method whose net options are taken where none is named.
         phases: a step's optimisations, in order.
@@ -231,6 +243,7 @@ class Objective(ABC):
     takes_tokens: ClassVar[bool] = True
     draws_streams: ClassVar[bool] = False
     saves_on_host: ClassVar[bool] = False
+    streams_layers: ClassVar[bool] = False
     keeps_output: ClassVar[bool] = False
     like: ClassVar[str | None] = None
     phases: ClassVar[tuple[Phase, ...]] = (Phase("step"),)
@@ -275,8 +288,12 @@ class Objective(ABC):
         return {"x": x}
 
     def head(self, node: Node) -> nn.Module | None:
-        """What a cell learns with; drawn from torch's global CPU generator, which is keyed."""
+        """What a cell learns with; drawn from torch's global CPU generator, which is keyed by ``head_index``."""
         return None
+
+    def head_index(self, node: Node) -> int:
+        """The number that keys the first weights of a cell's head."""
+        return node.index
 
     @abstractmethod
     def loss(self, phase: str, cell: nn.Module, head: Any, batch: Batch) -> Step:

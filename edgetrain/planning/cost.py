@@ -96,8 +96,7 @@ def visit_times(work: Workload, plan: Plan, rates: Rates, page_cache: int) -> li
     cached = plan.disk_bytes <= page_cache
     found = []
     for index, cell in enumerate(plan.cells):
-        node = work.nodes[index]
-        kind = node.recipe.signature, node.parent.shape, index == 0, work.emits(index), cell.micro_batch, cell.tiles
+        kind = work.kind(index), cell.micro_batch, cell.tiles
         if kind not in known:
             known[kind] = _cell_work(work, index, cell, plan, rates)
         found.append(known[kind].time(rates, cached))

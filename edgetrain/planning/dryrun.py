@@ -228,7 +228,7 @@ def _reader(work: Workload, index: int, table: Bench, sources: list[Source] | No
     in_files = [
         _NoRows({name: work.formats_into(number)[name] for name in streams}) for number in work.sources_of(index)
     ]
-    prepare = training_inputs(work.objective, work.augmentation) if index == 0 else None
+    prepare = training_inputs(work.objective, work.augmentation) if work.reads_inputs(index) else None
     slots = slots_on(work.device) if sources is None else 1
     labels = _LABELS if sources is None else sources.pop()
     return Reader(sources or in_files, labels, table.device, table.meter.host, 0, prepare, slots)
@@ -240,7 +240,7 @@ def _visit(work: Workload, index: int, micro_batch: int, table: Bench, cell: Cel
     with table.meter.watch():
         tally = Tally(table.device)
     while_training = sink if emits and work.emits_in_training else None
-    executor.run("train", cell, reader, _excerpt(work, micro_batch), Outputs(tally, while_training))
+    executor.train(cell, reader, _excerpt(work, micro_batch), Outputs(tally, while_training))
     del tally
     if emits and not work.emits_in_training:
         executor.run("emit", cell, reader, _excerpt(work, micro_batch, shuffled=False), Outputs(sink=sink))
@@ -286,7 +286,7 @@ def stepping(work: Workload, index: int, micro_batch: int, table: Bench, cell: C
     emits = index < work.depth and work.emits(index) and work.emits_in_training
     out = Outputs(Tally(_CPU), _NoFile(work.latent_dtype) if emits else None)
     span = _whole_steps(work, micro_batch, steps)
-    Executor(table.meter, work.seed).run("train", cell, _reader(work, index, table), span, out)
+    Executor(table.meter, work.seed).train(cell, _reader(work, index, table), span, out)
 
 
 def emitting(work: Workload, index: int, micro_batch: int, table: Bench, cell: Cell, steps: int) -> None:

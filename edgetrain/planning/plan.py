@@ -121,6 +121,7 @@ class Plan:
         least_disk: the smallest run folder that would do, in bytes.
         batch_size: samples of a full step.
         remarks: what the method says of how it reads the data.
+        spills_batch: whether what waits between the layers of a step (``bp-stream``) is in files.
         outside: bytes of the stated budget that PyTorch's allocator does not get, such as the CUDA context.
     """
 
@@ -143,6 +144,7 @@ class Plan:
     batch_size: int = 0
     remarks: tuple[str, ...] = ()
     outside: int = 0
+    spills_batch: bool = False
 
     @property
     def stated_budget(self) -> int | None:

@@ -98,6 +98,10 @@ def _attempt(
     """The plan of a run of this batch size; see ``make_plan``."""
     chooser = _Chooser(work, budget, _asked(work, micro_batch), _asked_tiles(work, tiles), probe)
     cells = tuple(chooser.cell(index) for index in range(work.depth))
+    if work.streams_layers and len({cell.micro_batch for cell in cells}) > 1:  # they share their micro-batches
+        shared = [min(cell.micro_batch for cell in cells)] * work.depth
+        chooser = _Chooser(work, budget, shared, _asked_tiles(work, tiles), probe)
+        cells = tuple(chooser.cell(index) for index in range(work.depth))
     classifier, classifier_resident = chooser.classifier(lean=placement == "stream")
     visits = cells if classifier is None else (*cells, classifier)
     peak = max(cell.peak for cell in visits)
@@ -106,7 +110,10 @@ def _attempt(
     if placement == "resident" and tiled:
         raise InputError("--placement resident: cells in tiles come from the host; leave one of the two out")
     if placement == "resident" or (
-        placement == "auto" and work.device.type == "cuda" and work.depth <= _RESIDENT_CELLS and not tiled
+        placement == "auto"
+        and work.device.type == "cuda"
+        and work.depth <= _RESIDENT_CELLS
+        and not (tiled or work.streams_layers)
     ):
         whole, peaks = resident_peak(work, [cell.micro_batch for cell in visits])
         whole, peaks = whole + chooser.scratch, [each + chooser.scratch for each in peaks]
@@ -115,6 +122,13 @@ def _attempt(
             cells = tuple(replace(cell, peak=peaks[index], seed=0) for index, cell in enumerate(cells))
             classifier = None if classifier is None else replace(classifier, peak=peaks[-1], seed=0)
     params = [cell.params for cell in visits]
+    between, host_bytes = storage.between_bytes(work), storage.host_bytes(work, params)
+    spills_batch = host_budget is not None and host_bytes + between > host_budget
+    if not spills_batch:
+        host_bytes += between
+    tier = 0 if placement == "stream" else sum(params) * storage.STATE_BYTES_PER_PARAMETER
+    tier = tier if host_budget is None else max(0, host_budget - host_bytes)
+    spilled = storage.spilled_bytes(work, params, tier, spills_batch)
     cut = cut or storage.cut_for(work, sum(params), chosen, disk_budget)
     return Plan(
         cells=cells,
@@ -124,17 +138,18 @@ def _attempt(
         budget=budget,
         least=chooser.least if chosen == "stream" else lambda: peak,
         predicted_peak=peak,
-        host_bytes=storage.host_bytes(work, params),
+        host_bytes=host_bytes,
         host_budget=host_budget,
-        disk_bytes=storage.disk_bytes(work, sum(params), chosen, cut, disk_budget),
+        disk_bytes=storage.disk_bytes(work, sum(params), chosen, cut, disk_budget) + between * spills_batch,
         disk_budget=disk_budget,
-        written_bytes=storage.written_bytes(work, sum(params), chosen, cut),
+        written_bytes=storage.written_bytes(work, sum(params), chosen, cut) + spilled,
         cut=cut,
         least_disk=storage.least_disk_bytes(work, sum(params), chosen),
         batch_size=min(work.batch_size, work.rows),
         remarks=work.objective.remarks(work.nodes),
         splits=not any(work.couples_batch(index) for index in range(work.depth)),
         outside=outside,
+        spills_batch=spills_batch,
     )
 
 
@@ -339,10 +354,7 @@ class _Chooser:
         """The plan of a cell."""
         work, node = self._work, self._work.nodes[index]
         kind = (
-            node.recipe.signature,
-            node.parent.shape,
-            index == 0,
-            work.emits(index),
+            work.kind(index),
             self._asked and self._asked[index],
             self._tiles and self._tiles[index],
         )

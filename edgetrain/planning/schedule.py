@@ -171,6 +171,14 @@ def sequence(
                 yield Visit(depth, epoch, first, last, "none", read, final, frontier=True)
 
 
+def streamed(
+    depth: int, epochs: int, steps: int, classifier_epochs: int = 0, reads: tuple[int, ...] = (), cut: Cut = WHOLE
+) -> Iterator[Visit]:
+    """Every step goes forward through all cells and back: a visit of the last one, whose loss it is, for each epoch."""
+    for epoch in range(epochs):
+        yield Visit(depth - 1, epoch, 0, steps, "none", (), epoch == epochs - 1, frontier=True)
+
+
 def frontier_before(visits: Sequence[Visit], number: int) -> int:
     """Where to continue so that a visit finds all that it reads: after the last frontier before it."""
     while number and not visits[number - 1].frontier:
@@ -181,4 +189,5 @@ def frontier_before(visits: Sequence[Visit], number: int) -> int:
 SCHEDULES: dict[str, Callable[[int, int, int, int, tuple[int, ...], Cut], Iterator[Visit]]] = {
     "separate": separate,
     "sequence": sequence,
+    "streamed": streamed,
 }

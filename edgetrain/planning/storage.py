@@ -36,15 +36,36 @@ def host_bytes(work: Workload, params: list[int]) -> int:
     return staging_bytes(work) + order + transit + kept + DEFAULT_WINDOW
 
 
+def between_bytes(work: Workload) -> int:
+    """What waits on the host between the layers of a step that goes through all of them, in float32; else 0."""
+    widths = sum(prod(node.shape) for node in work.nodes[:-1])
+    return 4 * min(work.batch_size, work.rows) * widths if work.streams_layers else 0
+
+
+def spilled_bytes(work: Workload, params: list[int], tier: int, spills_batch: bool) -> int:
+    """What a run that streams its layers writes in all its steps: layers for which ``tier`` has no room, and batches.
+
+    Layers fill the host tier in the order in which they leave the device, the last one first.
+    """
+    if not work.streams_layers:
+        return 0
+    away = between_bytes(work) * 2 * spills_batch
+    for size in (STATE_BYTES_PER_PARAMETER * each for each in reversed(params)):
+        fits = size <= tier
+        tier, away = (tier - size, away) if fits else (tier, away + size)
+    return work.epochs * work.steps * away
+
+
 def staging_bytes(work: Workload) -> int:
     """Host memory for batches on their way to the device and back."""
     size, nodes = min(work.batch_size, work.rows), range(work.depth)
+    read = [0] if work.streams_layers else nodes
     buffer = _page_locked_bytes if copies_async(work.device) else int
 
     def batch(row_bytes: Iterable[int]) -> int:
         return sum(buffer(size * each) for each in row_bytes)
 
-    reads = max(batch(layout.row_bytes for layout in work.formats_into(index).values()) for index in nodes)
+    reads = max(batch(layout.row_bytes for layout in work.formats_into(index).values()) for index in read)
     writes = max(batch(4 * layout.elements for layout in work.formats_into(index + 1).values()) for index in nodes)
     return (work.prefetch + 2) * (reads + batch([_LABEL_BYTES])) + 3 * writes
 

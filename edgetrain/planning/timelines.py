@@ -73,5 +73,4 @@ def _kind(work: Workload, plan: Plan, node: int) -> Hashable:
     cell = plan.visits[node]
     if node == work.depth:
         return cell.name
-    recipe, parent = work.nodes[node].recipe, work.nodes[node].parent
-    return recipe.signature, parent.shape, node == 0, work.emits(node), cell.micro_batch, cell.tiles
+    return work.kind(node), cell.micro_batch, cell.tiles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,17 @@ class Workload:
         return len(self.nodes)
 
     @property
+    def streams_layers(self) -> bool:
+        """Whether every step goes forward through all cells and back; see ``stream/streamed.py``."""
+        return self.objective.streams_layers
+
+    def kind(self, index: int) -> Hashable:
+        """Equal for cells whose visits are the same program."""
+        node = self.nodes[index]
+        last = self.streams_layers and node.is_last
+        return node.recipe.signature, node.parent.shape, index == 0, self.emits(index), last
+
+    @property
     def emits_in_training(self) -> bool:
         """Whether cells emit latents while they train."""
         return self.schedule == "sequence"
@@ -110,13 +122,19 @@ class Workload:
 
     def sources_of(self, index: int) -> tuple[int, ...]:
         """Numbers of the latents that a node reads: one, or those of all cells that the classifier reads."""
+        if self.streams_layers:
+            return (0,)
         return (index,) if index < self.depth else tuple(read + 1 for read in self.classifier_reads)
+
+    def reads_inputs(self, index: int) -> bool:
+        """Whether a node reads the prepared inputs."""
+        return self.sources_of(index) == (0,)
 
     def streams_of(self, index: int) -> tuple[str, ...]:
         """Names of the streams that a node reads."""
         if index == self.depth:
             return (self.objective.classifier_stream,)
-        return ("x",) if index == 0 else self.objective.stream_names
+        return ("x",) if self.reads_inputs(index) else self.objective.stream_names
 
     def format_into(self, index: int) -> RowFormat:
         """How one stream of the latents that node ``index`` reads lies on disk."""
@@ -133,11 +151,14 @@ class Workload:
 
     def emits(self, index: int) -> bool:
         """Whether anybody reads the latents of node ``index``."""
+        if self.streams_layers:
+            return False
         return index in self.classifier_reads or index < self.depth - 1
 
     def couples_batch(self, index: int) -> bool:
         """Whether node ``index`` cannot be split into micro-batches."""
-        return self.objective.couples_batch or self.nodes[index].recipe.couples_batch
+        nodes = self.nodes if self.streams_layers else (self.nodes[index],)  # these share their micro-batches
+        return self.objective.couples_batch or any(node.recipe.couples_batch for node in nodes)
 
     def needs_values(self, index: int) -> bool:
         """Whether node ``index`` cannot run on fake tensors."""

@@ -144,13 +144,14 @@ class UnitFiles:
             files[kind] = FileEntry(path.name, checksum(path), size)
         return Spilled(files)
 
-    def unspill(self, spilled: Spilled) -> dict[str, dict[str, torch.Tensor]]:
-        """The tensors of a spilled unit by kind; its files stay.
+    def unspill(self, spilled: Spilled, optimizer: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors of a spilled unit by kind; its files stay. See ``read``.
 
         Raises:
             CorruptError: a file does not hold what was written.
         """
-        return {kind: read_tensors(self.scratch / file.name, file) for kind, file in spilled.files.items()}
+        wanted = {kind: file for kind, file in spilled.files.items() if kind == "weights" or optimizer}
+        return {kind: read_tensors(self.scratch / file.name, file) for kind, file in wanted.items()}
 
     def discard(self, spilled: Spilled) -> None:
         """Remove a spilled unit that was not checkpointed."""

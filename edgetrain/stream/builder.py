@@ -11,6 +11,7 @@ from edgetrain.stream.cell import Cell, Modules, Setup
 from edgetrain.stream.classifier import Classifier, ClassifierRecipe
 from edgetrain.stream.optimizers import OptimizerRecipe
 from edgetrain.stream.state import CellState, Host
+from edgetrain.stream.streamed import StreamedLayer
 from edgetrain.stream.tiles import build_cell
 
 
@@ -44,6 +45,8 @@ class Builder:
             shapes: cell and head on the meta device, to be given room but no values (a dry run).
         """
         of_cells, of_classifier = self.optimizers
+        if index < len(self.nodes) and self.objective.streams_layers:
+            return StreamedLayer(self.nodes[index], self._setup(of_cells), state, shapes)
         if index < len(self.nodes):
             return build_cell(self.nodes[index], self._setup(of_cells), tiles, state, shapes)
         assert of_classifier is not None, "only a run that trains a classifier visits it"

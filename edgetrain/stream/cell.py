@@ -30,14 +30,35 @@ _NAMED = 4  # tensors in a message
 _HOST = torch.device("cpu")
 
 
-class Cell(Protocol):
-    """What the executor runs: a cell whole on the device, in tiles, or the classifier.
+class Learner(Protocol):
+    """What the executor trains: a cell, or a whole net whose layers are streamed.
 
     Attributes:
         index: its number among the nodes of the schedule.
     """
 
     index: int
+
+    @property
+    def train_reads(self) -> Sequence[int]:
+        """Numbers of its sources in the order in which ``train_step`` reads them: a hint."""
+        ...
+
+    def set_training(self, training: bool) -> None:
+        """Put it in training mode, or in evaluation mode."""
+        ...
+
+    def train_step(self, batch: Batch, out: Outputs) -> None:
+        """One step of the optimizer; latents that it emits are from before the update."""
+        ...
+
+    def learned(self) -> Iterator[Tensor]:
+        """The tensors that it learns, if they are on the device."""
+        ...
+
+
+class Cell(Learner, Protocol):
+    """A cell whole on the device, in tiles, or the classifier."""
 
     @property
     def tiles(self) -> int:
@@ -49,19 +70,6 @@ class Cell(Protocol):
         """Numbers of its sources in the order in which ``emit`` and ``evaluate`` read them: a hint."""
         ...
 
-    @property
-    def train_reads(self) -> Sequence[int]:
-        """Likewise, of ``train_step``."""
-        ...
-
-    def set_training(self, training: bool) -> None:
-        """Put it in training mode, or in evaluation mode."""
-        ...
-
-    def train_step(self, batch: Batch, out: Outputs) -> None:
-        """One step of the optimizer; latents that it emits are from before the update."""
-        ...
-
     def emit(self, batch: Batch, out: Outputs) -> None:
         """Latents of a batch."""
         ...
@@ -70,12 +78,11 @@ class Cell(Protocol):
         """Scores and latents of a batch whose classes are looked for."""
         ...
 
-    def learned(self) -> Iterator[Tensor]:
-        """The tensors that it learns, if they are on the device."""
-        ...
+    def state_dict(self, room: CellState | None = None) -> CellState:
+        """All that it needs at its next visit, as host tensors.
 
-    def state_dict(self) -> CellState:
-        """All that it needs at its next visit, as host tensors."""
+        ``room``: host tensors that may be overwritten instead of making others.
+        """
         ...
 
 
@@ -166,11 +173,10 @@ class ResidentCell:
         """See ``Cell``."""
         return (value for _, learned, _ in self.phases for value in learned)
 
-    def state_dict(self) -> CellState:
+    def state_dict(self, room: CellState | None = None) -> CellState:
         """See ``Cell``."""
         with self._setup.host():
-            # Counts keep their value in a dry run only this way, and optimizers that are not fused read them.
-            return self.state().map(lambda value: value.clone().to(_HOST) if value.ndim == 0 else copied(value, _HOST))
+            return self.state().stored(_on_host, room)
 
     def state(self) -> CellState:
         """The cell's own tensors, on the device."""
@@ -275,7 +281,7 @@ class ResidentCell:
             optimizer.state[parameter][key] = value.clone() if on_host else copied(value, self._setup.device, like)
 
 
-_NOTHING: Any = type("NoOptimizer", (), {"state": {}, "step": lambda self: None, "defaults": {}})()
+_NOTHING: Any = type("NoOptimizer", (), {"state": {}, "step": lambda self: None, "defaults": {}, "param_groups": []})()
 
 
 def copied(source: Tensor, device: torch.device, like: Tensor | None = None) -> Tensor:
@@ -290,6 +296,11 @@ def copied(source: Tensor, device: torch.device, like: Tensor | None = None) -> 
         target = torch.empty_like(like, dtype=source.dtype, device=device, requires_grad=False)
     # The other way, a copy that does not wait could be read too early.
     return target if source.is_meta else target.copy_(source.detach(), non_blocking=queues.copies_async(device))
+
+
+def _on_host(value: Tensor) -> Tensor:
+    # Counts keep their value in a dry run only this way, and optimizers that are not fused read them.
+    return value.clone().to(_HOST) if value.ndim == 0 else copied(value, _HOST)
 
 
 def placed(
@@ -342,7 +353,7 @@ def _modules(node: Node, objective: Objective, known: bool) -> Modules:
     if known and not unstored(shapes := shapes_of(node, objective)):
         return shapes
     module = node.recipe.materialise(node.seed, node.index)
-    with seeded(node.seed, "head", node.index):
+    with seeded(node.seed, "head", objective.head_index(node)):
         return module, objective.head(node)
 
 

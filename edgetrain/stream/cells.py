@@ -28,8 +28,8 @@ class Shelf(Protocol):
         """Put a cell on disk for a while."""
         ...
 
-    def unspill(self, spilled: Spilled) -> Mapping[str, Mapping[str, torch.Tensor]]:
-        """Read it."""
+    def unspill(self, spilled: Spilled, optimizer: bool = True) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Read it, or its weights alone."""
         ...
 
     def discard(self, spilled: Spilled) -> None:
@@ -43,7 +43,7 @@ class _Held:
 
     host: CellState | None = None
     spilled: Spilled | None = None
-    saved: Callable[[], CellState] | None = None
+    saved: Callable[[bool], CellState] | None = None
     dirty: bool = True  # changed since the newest checkpoint
 
 
@@ -73,31 +73,31 @@ class CellStream:
         self._held: dict[int, _Held] = {}
         self._live: dict[int, Cell] = {}
         self._current: int | None = None
-        self._changes = False  # whether the current visit trains
+        self._changes = self._learns = False  # whether the current visit trains, and whether its optimizer is there
         self._host_used = 0
         self._reader = ThreadPoolExecutor(1, "edgetrain-cells")
-        self._coming: tuple[int, Future[CellState]] | None = None
+        self._coming: tuple[int, bool, Future[CellState]] | None = None
 
     def visit(self, index: int, changes: bool = True) -> Cell:
         """The cell, on the device; the one before it leaves unless cells are kept there.
 
         Args:
             index: of the cell.
-            changes: whether it is trained; of a cell that only emits, the copy at rest stays valid.
+            changes: whether it is trained; of a cell that is not, the copy at rest stays valid, and its optimizer
+                stays there.
         """
         held = self._held.get(index)
-        if self._current != index:
+        if self._current != index or (changes and not self._learns):
             self.leave()
             self._meter.start_cell(index)
+            self._learns = changes or self._keep
             if index not in self._live:
                 with self._meter.watch():
                     self._live[index] = self._place(index, None if held is None else self._fetch(index, held))
             self._current = index
         if changes:
             self._changes = True
-            held = self._held.setdefault(index, _Held())
-            held.dirty = True
-            self._drop_host(held)
+            self._held.setdefault(index, _Held()).dirty = True
         return self._live[index]
 
     def leave(self) -> None:
@@ -108,16 +108,16 @@ class CellStream:
             return
         cell = self._live.pop(index)
         if changed:
-            self._shelve(index, cell.state_dict())
+            self._shelve(index, cell.state_dict(self._held[index].host))
         del cell
         give_back_free_memory()
 
-    def expect(self, index: int) -> None:
-        """Start to read a cell that will be visited next, if it is on disk."""
+    def expect(self, index: int, changes: bool = True) -> None:
+        """Start to read a cell that will be visited next, if it is on disk; see ``visit``."""
         held = self._held.get(index)
         on_disk = held is not None and held.host is None and index not in self._live
-        if on_disk and held is not None and (self._coming is None or self._coming[0] != index):
-            self._coming = (index, self._reader.submit(self._read, held))
+        if on_disk and held is not None and (self._coming is None or self._coming[:2] != (index, changes)):
+            self._coming = (index, changes, self._reader.submit(self._read, held, changes))
 
     def dirty(self) -> list[int]:
         """Cells that changed since the newest checkpoint."""
@@ -125,17 +125,20 @@ class CellStream:
 
     def content(self, index: int) -> CellState | Spilled:
         """What to save of a cell: host tensors, or its files if it was spilled; it stays where it is."""
-        if index in self._live:
+        if index in self._live and (self._learns or index != self._current):
             return self._live[index].state_dict()
         held = self._held[index]
         if self._coming is not None and self._coming[0] == index:
-            wait([self._coming[1]])  # its files are about to be moved
+            wait([self._coming[2]])  # its files are about to be moved
         found = held.host if held.host is not None else held.spilled
         assert found is not None, "a dirty cell is on the device, in the host tier, or spilled"
         return found
 
-    def saved(self, index: int, read: Callable[[], CellState], needed: bool) -> None:
-        """A cell is safe on disk, where ``read`` finds it; one no longer needed leaves the host tier."""
+    def saved(self, index: int, read: Callable[[bool], CellState], needed: bool) -> None:
+        """A cell is safe on disk, where ``read`` finds it; one no longer needed leaves the host tier.
+
+        ``read`` is asked whether with the optimizer state.
+        """
         held = self._held.setdefault(index, _Held())
         if held.spilled is not None:
             self._shelf.discard(held.spilled)  # unless it was moved into the checkpoint
@@ -143,10 +146,10 @@ class CellStream:
         if not needed:
             self._drop_host(held)
 
-    def changes_on(self, index: int) -> None:
+    def changes_on(self) -> None:
         """The current cell is trained further after a checkpoint."""
-        if index in self._held:
-            self._held[index].dirty = True
+        if self._current is not None and self._changes:
+            self._held[self._current].dirty = True
 
     def close(self) -> None:
         """Drop everything."""
@@ -164,18 +167,20 @@ class CellStream:
 
     def _fetch(self, index: int, held: _Held) -> CellState:
         if held.host is not None:
-            return held.host
+            return held.host if self._learns else held.host.without_optimizer()
         if self._coming is not None and self._coming[0] == index:
-            future, self._coming = self._coming[1], None
-            return future.result()
-        return self._read(held)
+            (_, learns, future), self._coming = self._coming, None
+            if learns == self._learns:
+                return future.result()
+            wait([future])
+        return self._read(held, self._learns)
 
-    def _read(self, held: _Held) -> CellState:
+    def _read(self, held: _Held, optimizer: bool) -> CellState:
         if held.spilled is not None:
-            state = CellState.of_kinds(self._shelf.unspill(held.spilled))
+            state = CellState.of_kinds(self._shelf.unspill(held.spilled, optimizer))
         else:
             assert held.saved is not None
-            state = held.saved()
+            state = held.saved(optimizer)
         return state.map(self._staged) if queues.copies_async(self._device) else state
 
     def _staged(self, value: torch.Tensor) -> torch.Tensor:
@@ -183,6 +188,7 @@ class CellStream:
 
     def _shelve(self, index: int, state: CellState) -> None:
         held, size = self._held[index], state.size
+        self._drop_host(held)  # it is what now holds the state, or a part of it
         if self._host_used + size <= self._host_bytes:
             held.host = state
             self._host_used += size

@@ -113,7 +113,7 @@ class Classifier(Tiled):
         if number not in self._resident:
             self._away[number] = tile.state_dict()
 
-    def state_dict(self) -> CellState:
+    def state_dict(self, room: CellState | None = None) -> CellState:
         """See ``Cell``: block l is ``head.l.weight``, and the bias ``head.0.bias``."""
         whole = CellState()
         for number, state in enumerate(self._away):

@@ -60,9 +60,12 @@ class StepDraws:
     def _source(self, like: Tensor, name: str) -> torch.Generator:
         return devices.generator(like.device).manual_seed(derive(*self._address, name))
 
-    def seed_global(self, device: torch.device) -> None:
-        """Seed the global generators with this step's key, for modules that draw from them (dropout, NumPy noise)."""
-        key = derive(*self._address, "global")
+    def seed_global(self, device: torch.device, *words: str | int) -> None:
+        """Seed the global generators with this step's key, for modules that draw from them (dropout, NumPy noise).
+
+        ``words``: of what in the step.
+        """
+        key = derive(*self._address, "global", *words)
         random.seed(key)
         np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002 (a user's module may draw from it)
         torch.default_generator.manual_seed(key)
@@ -86,3 +89,7 @@ class MicroBatchDraws:
     def uniform(self, name: str, columns: int, like: Tensor) -> Tensor:
         """See ``objectives.base.Draws``."""
         return self._step.uniform(name, columns, like, self._first)
+
+    def seed_layer(self, layer: int, like: Tensor) -> None:
+        """See ``objectives.base.Draws``."""
+        self._step.seed_global(like.device, "layer", layer, self._first)

@@ -177,9 +177,13 @@ class Batch:
         self.size = stop - self.start
         self.draws = draws(step, span.samples(self.start, stop))
 
+    def cuts(self) -> list[tuple[int, int]]:
+        """The first row and one past the last of each micro-batch."""
+        return self._span.micro_batches(self.size)
+
     def micro_batches(self, source: int = 0) -> Iterator[MicroBatch]:
         """The micro-batches of a source in order, each to be read before the next is asked for."""
-        for first, last in self._span.micro_batches(self.size):
+        for first, last in self.cuts():
             slot = self._transfer.slot(_Key(self.step, source, first, last))
             yield MicroBatch(self, self._reader, slot, _Key(self.step, source, first, last))
             self._transfer.was_used(slot)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -37,6 +38,20 @@ class CellState:
             {slot: change(value) for slot, value in self.optimizer.items()},
         )
 
+    def stored(self, make: Callable[[Tensor], Tensor], room: CellState | None) -> CellState:
+        """The values in the tensors of ``room`` where it has such, else in those that ``make`` gives."""
+        if room is None:
+            return self.map(make)
+        return CellState(
+            _stored(self.module, make, room.module),
+            _stored(self.head, make, room.head),
+            _stored(self.optimizer, make, room.optimizer),
+        )
+
+    def without_optimizer(self) -> CellState:
+        """The weights alone."""
+        return CellState(self.module, self.head)
+
     def tensors(self) -> Iterator[Tensor]:
         """All tensors."""
         yield from self.module.values()
@@ -67,6 +82,20 @@ class CellState:
             owner, _, key = rest.rpartition(".")
             state.optimizer[phase, owner, key] = value
         return state
+
+
+_K = TypeVar("_K", str, Slot)
+
+
+def _stored(tensors: dict[_K, Tensor], make: Callable[[Tensor], Tensor], room: dict[_K, Tensor]) -> dict[_K, Tensor]:
+    found = {}
+    for name, value in tensors.items():
+        old = room.get(name)
+        if value.ndim and old is not None and old.shape == value.shape and old.dtype == value.dtype:
+            found[name] = old.copy_(value)
+        else:
+            found[name] = make(value)
+    return found
 
 
 def _prefixed(prefix: str, tensors: Tensors) -> Tensors:

@@ -88,7 +88,7 @@ class TiledCell(Tiled):
         """See ``Tiled``."""
         return self._fixed
 
-    def state_dict(self) -> CellState:
+    def state_dict(self, room: CellState | None = None) -> CellState:
         """See ``Cell``."""
         return self._state.map(lambda value: value)
 

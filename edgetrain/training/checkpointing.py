@@ -270,8 +270,8 @@ class Checkpoints:
                 index = self._index_of(unit)
                 self._cells.saved(index, partial(self._read, files), needed=index not in finished)
 
-    def _read(self, files: Mapping[str, FileEntry]) -> CellState:
-        return CellState.of_kinds(self._folder.units.read(files))
+    def _read(self, files: Mapping[str, FileEntry], optimizer: bool) -> CellState:
+        return CellState.of_kinds(self._folder.units.read(files, optimizer))
 
     def _index_of(self, unit: str) -> int:
         """The node whose files a unit holds.

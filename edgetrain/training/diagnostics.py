@@ -9,7 +9,7 @@ import torch
 from edgetrain.planning.schedule import Visit
 from edgetrain.planning.workload import Workload
 from edgetrain.record import CellRecord
-from edgetrain.stream.cell import Cell
+from edgetrain.stream.cell import Learner
 from edgetrain.stream.latents import Latents
 
 _LEAST_EPOCHS = 3  # of a loss, to say that it does not fall
@@ -29,11 +29,11 @@ class Diagnostics:
         self._before: list[tuple[float, float]] | None = None
         self._said: set[tuple[int, str]] = set()
 
-    def begins(self, visit: Visit, cell: Cell, whole: bool) -> None:
+    def begins(self, visit: Visit, cell: Learner, whole: bool) -> None:
         """A visit is about to train a cell, ``whole`` if from its first step on."""
         self._before = _fingerprint(cell) if whole and visit.epoch == 0 and visit.first == 0 else None
 
-    def trained(self, visit: Visit, cell: Cell) -> None:
+    def trained(self, visit: Visit, cell: Learner) -> None:
         """The visit's steps are done."""
         if self._before and self._before == _fingerprint(cell):
             self._once(
@@ -71,7 +71,7 @@ class Diagnostics:
             self._say(f"cell {node + 1} ({self._records[node].name}) {text}")
 
 
-def _fingerprint(cell: Cell) -> list[tuple[float, float]]:
+def _fingerprint(cell: Learner) -> list[tuple[float, float]]:
     """Sum and norm of each learned tensor that is on the device."""
     with torch.no_grad():  # in float32: a wider type would copy the tensor on the device
         return [(float(value.sum()), float(torch.linalg.vector_norm(value))) for value in cell.learned()]

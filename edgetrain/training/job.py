@@ -114,7 +114,7 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None, m
         objective=objective,
         optimizer=_optimizer(settings, opened.train.rows),
         classifier=_classifier_optimizer(settings, opened.train.rows),
-        schedule=settings.schedule or "separate",
+        schedule=settings.schedule or ("streamed" if objective.streams_layers else "separate"),
         classes=shape.classes,
         rows=opened.train.rows,
         test_rows=sum(part.rows for part in (opened.test, opened.validation) if part is not None),
@@ -237,6 +237,13 @@ def with_defaults(settings: Settings, method: type[Objective]) -> Settings:
     prefers = method.defaults
     if prefers.schedule is None and settings.schedule is not None:
         raise InputError(f"--schedule is for local methods; {method.name} trains the whole net at once")
+    if settings.clip_norm is not None and method.streams_layers:
+        raise InputError(
+            f"--clip-norm needs the gradients of the whole net, and {method.name} has those of one layer at a time; use"
+            " --clip-value, or --method bp-checkpoint"
+        )
+    if settings.placement == "resident" and method.streams_layers:
+        raise InputError(f"--placement resident: {method.name} streams its layers; use --method bp")
     schedule = settings.schedule or prefers.schedule
     constants_of(settings, method)
     _check_views(settings, method, schedule)

@@ -21,7 +21,7 @@ from edgetrain.planning.workload import Workload
 from edgetrain.record import CellRecord, Sums
 from edgetrain.store.latents import LatentFile
 from edgetrain.store.run import RunFolder
-from edgetrain.stream.cell import Cell
+from edgetrain.stream.cell import Cell, Learner
 from edgetrain.stream.cells import CellStream
 from edgetrain.stream.executor import Executor
 from edgetrain.stream.inputs import training_inputs
@@ -30,6 +30,7 @@ from edgetrain.stream.outputs import Outputs, Tally
 from edgetrain.stream.reader import LabelFile, Reader, Source
 from edgetrain.stream.span import Span
 from edgetrain.stream.state import CellState, Tensors
+from edgetrain.stream.streamed import Between, StreamedNet
 from edgetrain.training.callbacks import Callback, Progress
 from edgetrain.training.checkpointing import Checkpoints, Digests, Position
 from edgetrain.training.diagnostics import Diagnostics
@@ -96,6 +97,7 @@ class Trainer:
         self._executor = Executor(meter, work.seed)
         self._builder = work.builder(work.device, meter.host, plan.classifier_resident)
         self._cells = CellStream(self._place, work.device, meter, folder.units, choices.host_tier, self._resident)
+        self._streamed = self._streamed_net(folder) if work.streams_layers else None
         self._files: FileLatents = inputs
         self._latents = LatentCache(
             work, plan.cut, folder, self._resident, meter.host, choices.prefetch > 0, choices.keep_latents
@@ -151,7 +153,7 @@ class Trainer:
                 continue
             assert visit is not None
             begun = position if number == position.visit else Position.before(number, visits)
-            self._visit(begun, visit, None if following is None else following.node)
+            self._visit(begun, visit, following)
             if following is not None and visit.frontier and self._checkpoint_due(number + 1):
                 self._save(Position.before(number + 1, visits))
         self._cells.leave()
@@ -173,7 +175,7 @@ class Trainer:
 
     # -- one visit ---------------------------------------------------------------------------------
 
-    def _visit(self, begun: Position, visit: Visit, following: int | None) -> None:
+    def _visit(self, begun: Position, visit: Visit, following: Visit | None) -> None:
         self._visit_began = start = time.monotonic()
         if not visit.trains:
             if not self._emit_range(visit, following):
@@ -195,10 +197,10 @@ class Trainer:
         self._diagnostics.visited(visit)
         self._callback.visited(self._progress(begun.visit, visit, visit.last, sums))
 
-    def _train(self, begun: Position, visit: Visit, following: int | None) -> tuple[Sums, float]:
-        cell = self._cells.visit(visit.node)
-        if following is not None and following != visit.node:
-            self._cells.expect(following)
+    def _train(self, begun: Position, visit: Visit, following: Visit | None) -> tuple[Sums, float]:
+        cell: Learner = self._streamed or self._cells.visit(visit.node)
+        if following is not None and following.node != visit.node:
+            self._cells.expect(following.node, following.trains)
         reader = self._reader(visit.node)
         emits = visit.emit == "training"
         out = self._latents.make(visit, goes_on=begun.step > visit.first) if emits else None
@@ -208,7 +210,7 @@ class Trainer:
             sink = None if out is None else out.sink()
             try:
                 span = self._span(visit, first)
-                return self._executor.run("train", cell, reader, span, Outputs(tally, sink), pause)
+                return self._executor.train(cell, reader, span, Outputs(tally, sink), pause)
             finally:
                 if sink is not None:
                     sink.close()
@@ -217,11 +219,12 @@ class Trainer:
         self._diagnostics.trained(visit, cell)
         if visit.emit == "finished":
             out = self._latents.make(visit)
-            if not self._emit(cell, reader, out):
+            if not self._emit(self._cells.visit(visit.node), reader, out):
                 self._halt(Position(self._frontier(begun.visit), begun.visit, visit.last, sums))
         if out is not None:
             self._diagnostics.emitted(visit, out)
-        self._note_peak(visit.node)
+        if self._streamed is None:
+            self._note_peak(visit.node)
         return sums, reader.waited_s
 
     def _between_checkpoints(
@@ -252,15 +255,15 @@ class Trainer:
                 if stopping:
                     self._halt(position)
                 self._save(position)
-                self._cells.changes_on(visit.node)
+                self._cells.changes_on()
         return self._read(tally, visit)
 
-    def _emit_range(self, visit: Visit, following: int | None) -> bool:
+    def _emit_range(self, visit: Visit, following: Visit | None) -> bool:
         """Let a finished cell emit a range of its latents again; whether it finished."""
         work, node = self._work, visit.node
         cell = self._cells.visit(node, changes=False)
-        if following is not None and following not in (node, work.depth):
-            self._cells.expect(following)
+        if following is not None and following.node not in (node, work.depth):
+            self._cells.expect(following.node, following.trains)
         order = epoch_order(work.seed, visit.epoch, work.rows) if visit.emit == "again" else None
         micro = self._plan.micro_batches[node]
         span = Span(work.rows, work.batch_size, micro, visit.first, visit.last, order)
@@ -293,6 +296,13 @@ class Trainer:
         devices.seed_pool(self._work.device, self._plan.visits[index].seed)
         return self._builder.build(index, self._plan.tiles[index], state)
 
+    def _streamed_net(self, folder: RunFolder) -> StreamedNet:
+        work, plan = self._work, self._plan
+        between = Between(
+            min(work.batch_size, work.rows), self._meter.host, folder.units.scratch if plan.spills_batch else None
+        )
+        return StreamedNet(work.depth, self._cells, between, self._note_peak)  # type: ignore[arg-type]
+
     def _span(self, visit: Visit, first: int) -> Span:
         """The visit's steps from ``first`` on."""
         work = self._work
@@ -304,7 +314,7 @@ class Trainer:
     def _reader(self, index: int) -> Reader:
         work, streams = self._work, self._work.streams_of(index)
         sources = [self._latents[number].source(streams) for number in work.sources_of(index)]
-        prepare = training_inputs(work.objective, work.augmentation) if index == 0 else None
+        prepare = training_inputs(work.objective, work.augmentation) if work.reads_inputs(index) else None
         ahead = self._choices.prefetch
         return Reader(sources, self._label_source, work.device, self._meter.host, ahead, prepare)
 

@@ -126,7 +126,7 @@ def measured(work: Workload, index: int, micro: int, folder: Path, full: bool = 
         tally = Tally(CPU)
     for epoch in range(2):  # where an epoch is one step, only the second finds the optimizer's state there
         span = Span(work.rows, work.batch_size, micro, 0, work.steps, order, epoch=epoch)
-        executor.run("train", cell, reader, span, Outputs(tally, sink if work.emits_in_training else None))
+        executor.train(cell, reader, span, Outputs(tally, sink if work.emits_in_training else None))
         if sink is not None and work.emits_in_training:
             sink.close()
             sink = out.reused("out", step_order=True).sink()
@@ -264,7 +264,7 @@ def test_the_classifiers_peak_is_the_measured_one(resident: bool, micro: int, op
     reader = Reader([cell.source() for cell in cells], LabelFile(labels(tmp_path, work)), CPU, meter.host)
     order = np.random.default_rng(0).permutation(work.rows)
     span = Span(work.rows, BATCH, micro, 0, work.steps, order)
-    Executor(meter, 0).run("train", made, reader, span, Outputs(tally))
+    Executor(meter, 0).train(made, reader, span, Outputs(tally))
     scalars = 64 if optimizer == "adamax" else 0
     assert 0 <= cell_peak(work, work.depth, micro, 1, resident) - meter.cell_peak <= scalars
 

@@ -38,6 +38,8 @@ NETS = {"lbp-cae": "cnn:4,8", "sll+": "vit:depth=2,width=12,heads=2,patch=4", "s
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("placement", ["stream", "resident"])
 def test_a_timeline_reaches_the_predicted_peak(method: str, placement: str) -> None:
+    if placement == "resident" and METHODS[method].streams_layers:
+        pytest.skip("it streams its layers")
     job = job_of(method=method, net=NETS.get(method, "mlp:24x3"), placement=placement, schedule=None)
     plan = plan_job(job)
     found = timelines.of_run(job.work, plan)

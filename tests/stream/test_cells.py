@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from machine import begin, flat, named
+from machine import begin, flat, named, state_of
 
 from edgetrain.errors import StorageError
 from edgetrain.memory.meter import LiveMeter
@@ -71,6 +71,10 @@ def train(cell: Cell, seed: int) -> None:
             parameter.grad = None
 
 
+def weights(tensors: Tensors) -> Tensors:
+    return {name: value for name, value in tensors.items() if not name.startswith("optim.")}
+
+
 def snapshot(cell: Cell) -> Tensors:
     return flat(cell.state_dict())
 
@@ -86,8 +90,8 @@ def read(folder: RunFolder, content: CellState | Spilled) -> Tensors:
     return named(folder.units.unspill(content)) if isinstance(content, Spilled) else flat(content)
 
 
-def saved_state(folder: RunFolder, unit: str) -> CellState:
-    return CellState.of_kinds(folder.units.read(folder.files()[unit]))
+def saved_state(folder: RunFolder, unit: str, optimizer: bool) -> CellState:
+    return CellState.of_kinds(folder.units.read(folder.files()[unit], optimizer))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -96,7 +100,8 @@ def saved_state(folder: RunFolder, unit: str) -> CellState:
     keep=st.booleans(),
     optimizer=st.sampled_from(["adam", "adamw", "adamax", "sgd"]),
     program=st.lists(
-        st.tuples(st.sampled_from(["visit", "visit", "expect", "leave", "checkpoint"]), st.integers(0, 3)), max_size=25
+        st.tuples(st.sampled_from(["visit", "visit", "look", "expect", "leave", "checkpoint"]), st.integers(0, 3)),
+        max_size=25,
     ),
 )
 def test_a_cell_comes_back_bit_for_bit_wherever_it_was(
@@ -114,8 +119,13 @@ def test_a_cell_comes_back_bit_for_bit_wherever_it_was(
                 assert_equal(snapshot(cell), known[index])
             train(cell, number)
             known[index] = snapshot(cell)
+        elif what == "look":
+            seen = cells.visit(index, changes=False).state_dict()
+            if index in known:
+                assert_equal(flat(seen.without_optimizer()), weights(known[index]))
+                assert not seen.optimizer or seen.optimizer.keys() == set(state_of(known[index]).optimizer)
         elif what == "expect":
-            cells.expect(index)
+            cells.expect(index, changes=number % 2 == 0)
         elif what == "leave":
             cells.leave()
         else:
@@ -222,9 +232,9 @@ def test_an_expected_cell_is_read_once_in_another_thread(folder: RunFolder, monk
     readers: list[str] = []
     real = UnitFiles.unspill
 
-    def unspill(self: UnitFiles, spilled: Spilled) -> Any:
+    def unspill(self: UnitFiles, spilled: Spilled, optimizer: bool = True) -> Any:
         readers.append(threading.current_thread().name)
-        return real(self, spilled)
+        return real(self, spilled, optimizer)
 
     monkeypatch.setattr(UnitFiles, "unspill", unspill)
     cells = stream(folder, 0)
@@ -276,9 +286,9 @@ def test_a_cell_that_is_being_read_ahead_may_be_saved_meanwhile(
     """A visit shorter than the reading of the next cell, with a checkpoint behind it."""
     slow, real = threading.Event(), UnitFiles.unspill
 
-    def unspill(self: UnitFiles, spilled: Spilled) -> Any:
+    def unspill(self: UnitFiles, spilled: Spilled, optimizer: bool = True) -> Any:
         slow.wait(0.2)
-        return real(self, spilled)
+        return real(self, spilled, optimizer)
 
     monkeypatch.setattr(UnitFiles, "unspill", unspill)
     cells = stream(folder, 0)
