@@ -57,6 +57,7 @@ class CellStream:
         shelf: stores cells that do not fit into the host tier.
         host_bytes: size of the host tier.
         keep: leave cells on the device when the next one comes.
+        trims: give memory that a cell has left back to the system, rather than to the next cell.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class CellStream:
         shelf: Shelf,
         host_bytes: int,
         keep: bool,
+        trims: bool = True,
     ):
         self._place, self._device, self._meter = place, device, meter
-        self._shelf, self._host_bytes, self._keep = shelf, host_bytes, keep
+        self._shelf, self._host_bytes, self._keep, self._trims = shelf, host_bytes, keep, trims
         self._held: dict[int, _Held] = {}
         self._live: dict[int, Cell] = {}
         self._current: int | None = None
@@ -110,7 +112,8 @@ class CellStream:
         if changed:
             self._shelve(index, cell.state_dict(self._held[index].host))
         del cell
-        give_back_free_memory()
+        if self._trims:
+            give_back_free_memory()
 
     def expect(self, index: int, changes: bool = True) -> None:
         """Start to read a cell that will be visited next, if it is on disk; see ``visit``."""

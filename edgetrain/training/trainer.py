@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NoReturn
@@ -14,6 +15,7 @@ from typing import NoReturn
 from edgetrain.errors import BudgetError, CorruptError, Stopped
 from edgetrain.keys import epoch_order
 from edgetrain.memory import device as devices
+from edgetrain.memory.host import freed_memory_is_kept
 from edgetrain.memory.meter import Meter
 from edgetrain.planning.plan import Plan
 from edgetrain.planning.schedule import Visit, frontier_before
@@ -96,7 +98,7 @@ class Trainer:
         self._resident = plan.placement == "resident"
         self._executor = Executor(meter, work.seed)
         self._builder = work.builder(work.device, meter.host, plan.classifier_resident)
-        self._cells = CellStream(self._place, work.device, meter, folder.units, choices.host_tier, self._resident)
+        self._cells = CellStream(self._place, work.device, meter, folder.units, choices.host_tier, self._resident, not work.streams_layers)
         self._streamed = self._streamed_net(folder) if work.streams_layers else None
         self._files: FileLatents = inputs
         self._latents = LatentCache(
@@ -138,7 +140,8 @@ class Trainer:
             Stopped: it was asked for; what was done is in a checkpoint.
         """
         try:
-            self._carry_out()
+            with freed_memory_is_kept() if self._work.streams_layers else nullcontext():
+                self._carry_out()
         finally:
             self._end()
 
