@@ -65,7 +65,7 @@ class Settings:
         None, _DATA, "Augmented copies of the data that finished cells cache, for ``--schedule separate``"
     )
     validation: float | None = _setting(
-        None, _DATA, "Share of the training rows to hold out for ``--vote auto``, such as 0.1"
+        None, _DATA, "Share of the training rows to hold out for ``--vote auto`` and ``--patience``, such as 0.1"
     )
     net: str | None = _setting(
         None, _MODEL, "The network (see edgetrain nets): ``mlp:1000x2``, ``cnn:64,128``, ``path/to/net.py:function``"
@@ -88,6 +88,18 @@ class Settings:
     )
     epochs: int = _setting(10, _TRAINING, "Passes over the data for each cell")
     batch_size: int = _setting(128, _TRAINING, "Samples of one optimizer step")
+    patience: int | None = _setting(
+        None,
+        _TRAINING,
+        "Stop a cell, or under ``sequence`` and for baselines the run, after N evaluations on the rows of"
+        " ``--validation`` without a higher accuracy",
+    )
+    evaluate_every: int | None = _setting(
+        None,
+        _TRAINING,
+        "Measure the accuracy every N epochs, on the rows of ``--validation`` if there are any, else on the test rows;"
+        " with ``--patience`` the default is 1",
+    )
     optimizer: Literal["adam", "adamw", "adamax", "sgd"] | None = _setting(
         None, _TRAINING, "Optimizer; the default depends on the method"
     )
@@ -155,7 +167,9 @@ class Settings:
         hints = get_type_hints(type(self))
         for setting in fields(self):
             _check_type(setting.name, getattr(self, setting.name), hints[setting.name])
-        for name in ("epochs", "batch_size", "classifier_epochs", "threads", "cells", "views"):
+        for name in (
+            "epochs", "batch_size", "classifier_epochs", "threads", "cells", "views", "patience", "evaluate_every"
+        ):  # fmt: skip
             _check_least(name, getattr(self, name), 1)
         for name, asked in (("micro_batch", self.micro_batch), ("tiles", self.tiles)):
             for value in asked if isinstance(asked, list) else [asked]:

@@ -16,6 +16,7 @@ _TRAINED = (
     "train_accuracy",
     "losses",
     "accuracies",
+    "evaluations",
     "seconds",
     "waited_seconds",
     "peak_gpu_mb",
@@ -36,12 +37,27 @@ class Sums(Struct, frozen=True):
         return self.loss / max(self.samples, 1), self.correct / self.scored if self.scored else None
 
 
+class Evaluation(Struct, frozen=True, forbid_unknown_fields=True):
+    """Accuracy in the course of training, from 0 to 1.
+
+    Attributes:
+        epoch: after which, from 1.
+        accuracy: of the cell's own vote; ``None``: it has none.
+        net_accuracy: of the net by the method's vote, of the cells up to this one under ``separate``.
+    """
+
+    epoch: Count
+    accuracy: float | None
+    net_accuracy: float | None
+
+
 class CellRecord(Struct, forbid_unknown_fields=True):
     """Of one cell. Memory in MiB, times in seconds; ``None`` is unknown or does not apply.
 
     Attributes:
         train_loss: mean loss of the last epoch, as it was trained; ``losses`` of every epoch.
         train_accuracy: likewise, where the rule has scores; ``accuracies`` of every epoch.
+        evaluations: accuracies in the course of training, with ``--evaluate-every``.
     """
 
     name: str
@@ -58,6 +74,7 @@ class CellRecord(Struct, forbid_unknown_fields=True):
     micro_batch: Count = 0
     losses: list[float] = []
     accuracies: list[float | None] = []
+    evaluations: list[Evaluation] = []
 
     def restore(self, saved: CellRecord) -> None:
         """Take over what training had measured by a checkpoint."""
@@ -116,6 +133,7 @@ class RunRecord(Struct, forbid_unknown_fields=True):
         votes: the same for every vote the method has: ``sum``, ``last``, ``classifier``, and ``cells``.
         vote: by which the run predicts; its own, or chosen by ``validation_votes``.
         validation_votes: fraction of the validation rows right, by vote; empty without ``--validation``.
+        evaluated: which rows the cells' ``evaluations`` are of: ``validation`` or ``test``.
         peak_gpu_mb: reserved memory on CUDA, live device-side bytes elsewhere.
         disk_mb: the most that the run folder held; of that, ``latents_mb`` the caches between cells.
         written_mb: bytes written in all (flash wears out).
@@ -141,6 +159,7 @@ class RunRecord(Struct, forbid_unknown_fields=True):
     votes: dict[str, Any] = {}
     vote: str | None = None
     validation_votes: dict[str, float] = {}
+    evaluated: str | None = None
     budget_mb: float | None = None
     peak_gpu_mb: float | None = None
     predicted_peak_mb: float | None = None

@@ -113,7 +113,7 @@ def _attempt(
         placement == "auto"
         and work.device.type == "cuda"
         and work.depth <= _RESIDENT_CELLS
-        and not (tiled or work.streams_layers)
+        and not (tiled or work.streams_layers or work.evaluate_every)  # evaluations want the device free
     ):
         whole, peaks = resident_peak(work, [cell.micro_batch for cell in visits])
         whole, peaks = whole + chooser.scratch, [each + chooser.scratch for each in peaks]
@@ -122,14 +122,13 @@ def _attempt(
             cells = tuple(replace(cell, peak=peaks[index], seed=0) for index, cell in enumerate(cells))
             classifier = None if classifier is None else replace(classifier, peak=peaks[-1], seed=0)
     params = [cell.params for cell in visits]
-    between, host_bytes = storage.between_bytes(work), storage.host_bytes(work, params)
-    spills_batch = host_budget is not None and host_bytes + between > host_budget
-    if not spills_batch:
-        host_bytes += between
-    tier = 0 if placement == "stream" else sum(params) * storage.STATE_BYTES_PER_PARAMETER
-    tier = tier if host_budget is None else max(0, host_budget - host_bytes)
-    spilled = storage.spilled_bytes(work, params, tier, spills_batch)
+    host = storage.host_need(work, params, placement == "stream", host_budget)
     cut = cut or storage.cut_for(work, sum(params), chosen, disk_budget)
+    if work.patience is not None and cut.cached is not None:
+        raise InputError(
+            "--patience needs the latents of all cells on disk, and --max-disk-gb has no room for them; raise it, leave"
+            " --patience out, or use --schedule sequence"
+        )
     return Plan(
         cells=cells,
         classifier=classifier,
@@ -138,18 +137,18 @@ def _attempt(
         budget=budget,
         least=chooser.least if chosen == "stream" else lambda: peak,
         predicted_peak=peak,
-        host_bytes=host_bytes,
+        host_bytes=host.bytes,
         host_budget=host_budget,
-        disk_bytes=storage.disk_bytes(work, sum(params), chosen, cut, disk_budget) + between * spills_batch,
+        disk_bytes=storage.disk_bytes(work, sum(params), chosen, cut, disk_budget) + host.on_disk,
         disk_budget=disk_budget,
-        written_bytes=storage.written_bytes(work, sum(params), chosen, cut) + spilled,
+        written_bytes=storage.written_bytes(work, sum(params), chosen, cut) + host.written,
         cut=cut,
         least_disk=storage.least_disk_bytes(work, sum(params), chosen),
         batch_size=min(work.batch_size, work.rows),
         remarks=work.objective.remarks(work.nodes),
         splits=not any(work.couples_batch(index) for index in range(work.depth)),
         outside=outside,
-        spills_batch=spills_batch,
+        spills_batch=host.on_disk > 0,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
@@ -36,24 +37,43 @@ def host_bytes(work: Workload, params: list[int]) -> int:
     return staging_bytes(work) + order + transit + kept + DEFAULT_WINDOW
 
 
-def between_bytes(work: Workload) -> int:
-    """What waits on the host between the layers of a step that goes through all of them, in float32; else 0."""
-    widths = sum(prod(node.shape) for node in work.nodes[:-1])
-    return 4 * min(work.batch_size, work.rows) * widths if work.streams_layers else 0
+@dataclass(frozen=True)
+class HostNeed:
+    """What a run needs of the host's memory besides cells that wait there, and what goes to disk instead.
 
-
-def spilled_bytes(work: Workload, params: list[int], tier: int, spills_batch: bool) -> int:
-    """What a run that streams its layers writes in all its steps: layers for which ``tier`` has no room, and batches.
-
-    Layers fill the host tier in the order in which they leave the device, the last one first.
+    Attributes:
+        bytes: of host memory.
+        on_disk: bytes of what waits between the layers of a step that goes through all of them (``bp-stream``).
+        written: bytes of that, and of layers that find no room in memory, in all steps.
     """
+
+    bytes: int
+    on_disk: int = 0
+    written: int = 0
+
+
+def host_need(work: Workload, params: list[int], leanest: bool, budget: int | None) -> HostNeed:
+    """The need of a run.
+
+    Args:
+        work: the run.
+        params: of the cells.
+        leanest: whether cells wait on disk in any case.
+        budget: bytes of host memory; ``None``: no limit.
+    """
+    need = host_bytes(work, params)
     if not work.streams_layers:
-        return 0
-    away = between_bytes(work) * 2 * spills_batch
-    for size in (STATE_BYTES_PER_PARAMETER * each for each in reversed(params)):
+        return HostNeed(need)
+    between = 4 * min(work.batch_size, work.rows) * sum(prod(node.shape) for node in work.nodes[:-1])
+    on_disk = between if budget is not None and need + between > budget else 0
+    need += between - on_disk
+    states = [STATE_BYTES_PER_PARAMETER * each for each in params]
+    tier = max(0, budget - need) if budget is not None else 0 if leanest else sum(states)
+    away = 2 * on_disk
+    for size in reversed(states):  # the last layer is the first to leave the device with a state
         fits = size <= tier
         tier, away = (tier - size, away) if fits else (tier, away + size)
-    return work.epochs * work.steps * away
+    return HostNeed(need, on_disk, work.epochs * work.steps * away)
 
 
 def staging_bytes(work: Workload) -> int:
@@ -110,11 +130,12 @@ def bookkeeping_bytes(work: Workload) -> int:
     visits = work.depth + 1
     cells += 2 * _HEADER_BYTES * visits + 4 * _TENSOR_BYTES * (visits + 3) + 8 * prod(work.inputs.shape)
     epochs = max(work.epochs, work.classifier_epochs)
+    evaluations = 0 if work.evaluate_every is None else 120 * (epochs // work.evaluate_every)
     settings = 8192 + 48 * visits + 2 * names
     streams = visits * len(work.objective.stream_names)
-    needed = settings + names + prints + visits * (1200 + 40 * epochs) + 400 * streams
+    needed = settings + names + prints + visits * (1200 + 40 * epochs + evaluations) + 400 * streams
     series = 200 * (900 + 8 * visits)
-    record = 8192 + 2 * names + visits * (1500 + 80 * epochs) + series
+    record = 8192 + 2 * names + visits * (1500 + 80 * epochs + evaluations) + series
     sums = 2 * 8 * sum(2 * work.views * work.rows * work.row_bytes_into(index) // BLOCK_BYTES + 1
                        for index in range(1, visits))  # fmt: skip
     total = 2 * cells + model + 2 * _HEADER_BYTES + settings + 3 * needed + SLACK + record + sums
@@ -139,7 +160,13 @@ def disk_bytes(work: Workload, params: int, placement: str, cut: Cut = WHOLE, bu
     """
     on_device = placement == "resident" and (budget is not None or not work.emits_in_training)
     latents = 0 if on_device else latents_held(work, cut)
-    return fixed_disk_bytes(work, params) + max(latents, evaluation_bytes(work))
+    return fixed_disk_bytes(work, params) + _with_evaluation(work, latents)
+
+
+def _with_evaluation(work: Workload, latents: int) -> int:
+    """Disk of training latents and of those of evaluated rows, which exist at once only if training is evaluated."""
+    evaluated = evaluation_bytes(work)
+    return max(latents, evaluated) if work.evaluate_every is None else latents + evaluated
 
 
 def written_bytes(work: Workload, params: int, placement: str, cut: Cut = WHOLE) -> int:
@@ -152,10 +179,11 @@ def cut_for(work: Workload, params: int, placement: str, budget: int | None) -> 
     """The cut of the latents with which the run folder stays within ``budget``, if there is one."""
     if budget is None or placement == "resident":
         return WHOLE
-    return choose_cut(work, budget - fixed_disk_bytes(work, params)) or WHOLE
+    evaluated = 0 if work.evaluate_every is None else evaluation_bytes(work)
+    return choose_cut(work, budget - fixed_disk_bytes(work, params) - evaluated) or WHOLE
 
 
 def least_disk_bytes(work: Workload, params: int, placement: str) -> int:
     """The smallest run folder that would do."""
     latents = 0 if placement == "resident" else least_room(work)
-    return fixed_disk_bytes(work, params) + max(latents, evaluation_bytes(work))
+    return fixed_disk_bytes(work, params) + _with_evaluation(work, latents)

@@ -41,6 +41,8 @@ class Workload:
         views: of the data set that finished cells cache.
         augmentation: of what the first cell learns from, or ``None``.
         keep_latents: whether latents stay on disk when they are no longer needed.
+        evaluate_every: epochs between evaluations in the course of training; ``None``: there are none.
+        patience: evaluations without a higher accuracy after which a cell, or the run, is stopped; ``None``: never.
     """
 
     nodes: tuple[Node, ...]
@@ -62,6 +64,8 @@ class Workload:
     views: int = 1
     augmentation: Augmentation | None = None
     keep_latents: bool = False
+    evaluate_every: int | None = None
+    patience: int | None = None
 
     def tileable(self, node: Node) -> bool:
         """Whether a cell can be trained in tiles: by its rule, and without the norm of all its gradients."""

@@ -8,6 +8,7 @@ from itertools import cycle, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import structs
 
 from edgetrain.record import KINDS, CellRecord, MemorySeries, RunRecord
 from edgetrain.report.drawing import (
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 KIND_COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#9A9A9A"), strict=True))
 _FEW = 12  # cells that are shown one by one
-NAMES = r"budget|cells|timeline(-\d+)?|losses|accuracies|votes|time"  # of runs' figures
+NAMES = r"budget|cells|timeline(-\d+)?|losses|evaluations|accuracies|votes|time"  # of runs' figures
 
 
 # -- of runs -------------------------------------------------------------------------------------------
@@ -43,7 +44,15 @@ Named = Sequence[tuple[str, RunRecord]]
 
 def of_runs(runs: Named) -> list[Drawing]:
     """All figures that the records of some runs, side by side, have something for."""
-    found = (_by_cell(runs), *_timelines(runs), _losses(runs), _accuracies(runs), _votes(runs), _waits(runs))
+    found = (
+        _by_cell(runs),
+        *_timelines(runs),
+        _losses(runs),
+        _evaluations(runs),
+        _accuracies(runs),
+        _votes(runs),
+        _waits(runs),
+    )
     return [_against_budget(runs), *(drawing for drawing in found if drawing is not None)]
 
 
@@ -199,47 +208,89 @@ def _operation(text: str) -> str:
     return re.sub(r"^(aten\.\w+)\.\w+", r"\1", text)
 
 
+#: Epochs and values of a cell's curve.
+Points = tuple[Sequence[int], Sequence[float]]
+
+
+def _by_epoch(axes: Axes, runs: Named, points: Callable[[CellRecord], Points]) -> None:
+    """A curve for each cell over its epochs; cells without points have none."""
+    deepest = max(len(_visits(record)) for _, record in runs)
+    for (name, record), colour, marker in zip(runs, cycle(COLOURS), cycle(MARKERS), strict=False):
+        first = True
+        for number, cell in enumerate(_visits(record)):
+            epochs, values = points(cell)
+            if not values:
+                continue
+            label = _label(record, number)
+            if len(runs) > 1:
+                label = name if first else "_"
+            elif deepest > _FEW:
+                label = label if number in (0, deepest // 2, deepest - 1) else "_"
+            first = False
+            shade = _shade(number, deepest) if len(runs) == 1 else colour
+            mark = marker if len(runs) > 1 else MARKERS[number % len(MARKERS)]
+            fade = 1.0 if len(runs) == 1 else 1.0 - 0.6 * number / deepest
+            shown = mark if len(values) <= 2 * _FEW else None
+            axes.plot(epochs, values, color=shade, marker=shown, alpha=fade, label=label)
+    axes.set_xlabel("epoch of the cell")
+    whole_numbers(axes, max(max(points(cell)[0], default=1) for _, record in runs for cell in _visits(record)))
+
+
 def _losses(runs: Named) -> Drawing | None:
-    curves = [
-        (name, cell, number) for name, record in runs for number, cell in enumerate(_visits(record)) if cell.losses
-    ]
-    if not curves:
+    values = [loss for _, record in runs for cell in _visits(record) for loss in cell.losses if np.isfinite(loss)]
+    if not any(cell.losses for _, record in runs for cell in _visits(record)):
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        deepest = max(len(_visits(record)) for _, record in runs)
-        for (name, record), colour, marker in zip(runs, cycle(COLOURS), cycle(MARKERS), strict=False):
-            for number, cell in enumerate(_visits(record)):
-                if not cell.losses:
-                    continue
-                label = _label(record, number)
-                if len(runs) > 1:
-                    label = name if number == 0 else "_"
-                elif deepest > _FEW:
-                    label = label if number in (0, deepest // 2, deepest - 1) else "_"
-                shade = _shade(number, deepest) if len(runs) == 1 else colour
-                mark = marker if len(runs) > 1 else MARKERS[number % len(MARKERS)]
-                fade = 1.0 if len(runs) == 1 else 1.0 - 0.6 * number / deepest
-                epochs = range(1, len(cell.losses) + 1)
-                shown = mark if len(cell.losses) <= 2 * _FEW else None
-                axes.plot(epochs, cell.losses, color=shade, marker=shown, alpha=fade, label=label)
-        values = [loss for _, cell, _ in curves for loss in cell.losses if np.isfinite(loss)]
+        _by_epoch(axes, runs, lambda cell: (range(1, len(cell.losses) + 1), cell.losses))
         if values and min(values) > 0 and max(values) > 20 * min(values):
             logarithmic(axes, "y")
-        axes.set_xlabel("epoch of the cell")
         axes.set_ylabel("mean training loss")
-        whole_numbers(axes, max(len(cell.losses) for _, cell, _ in curves))
         legend_above(axes)
 
     return Drawing(
         "losses",
         "Loss of each cell",
-        "Training loss of each cell. Losses of cells with different widths or rules cannot be compared."
-        + (" Later cells are paler." if len(runs) > 1 else ""),
+        "Training loss of each cell. Losses of cells with different widths or rules cannot be compared." + _paler(runs),
         draw,
         _with_names(runs),
     )
+
+
+def _evaluations(runs: Named) -> Drawing | None:
+    def points(cell: CellRecord) -> Points:
+        known = [(each.epoch, 100 * each.net_accuracy) for each in cell.evaluations if each.net_accuracy is not None]
+        return [epoch for epoch, _ in known], [accuracy for _, accuracy in known]
+
+    def last(record: RunRecord) -> RunRecord:
+        """Of a net that is evaluated as a whole, one curve."""
+        alone = record.schedule == "separate"
+        return record if alone else structs.replace(record, cells=record.cells[-1:], classifier=None)
+
+    shown = [(name, last(record)) for name, record in runs if any(points(cell)[1] for cell in record.cells)]
+    if not shown:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _by_epoch(axes, shown, points)
+        axes.set_ylabel("accuracy, %")
+        legend_above(axes)
+
+    rows = " and ".join(sorted({f"{record.evaluated} rows" for _, record in shown}))
+    return Drawing(
+        "evaluations",
+        "Accuracy in the course of training",
+        f"Accuracy on the {rows} by the method's vote: of the whole net, or under the separate schedule of the cells up"
+        f" to the one that is trained.{_paler(shown)}",
+        draw,
+        _with_names(shown),
+    )
+
+
+def _paler(runs: Named) -> str:
+    return " Later cells are paler." if len(runs) > 1 else ""
 
 
 def _accuracies(runs: Named) -> Drawing | None:

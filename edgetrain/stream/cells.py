@@ -115,6 +115,11 @@ class CellStream:
         if self._trims:
             give_back_free_memory()
 
+    def weights(self, index: int) -> CellState:
+        """A cell's weights, of a cell that is not on the device; host tensors that must not be changed."""
+        held = self._held[index]
+        return self._read(held, optimizer=False) if held.host is None else held.host.without_optimizer()
+
     def expect(self, index: int, changes: bool = True) -> None:
         """Start to read a cell that will be visited next, if it is on disk; see ``visit``."""
         held = self._held.get(index)

@@ -29,9 +29,9 @@ from edgetrain.planning.plan import Decisions, Plan, RunTimes
 from edgetrain.planning.planner import make_plan
 from edgetrain.planning.probe import Probe
 from edgetrain.planning.workload import Workload
-from edgetrain.stream.optimizers import LearningRate, OptimizerRecipe
 from edgetrain.training.inputs import Shape, describe, normalization_of
 from edgetrain.training.methods import METHODS, method_of
+from edgetrain.training.optimizers import classifier_optimizer_of, optimizer_of
 from edgetrain.training.process import process_state
 from edgetrain.units import from_mb, show_mb, stated_mb
 
@@ -100,6 +100,7 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None, m
     opened = data_of(settings, data)
     if settings.vote == "auto" and settings.validation is None:
         raise InputError("--vote auto needs --validation, such as 0.1: a vote is never chosen by test rows")
+    _check_evaluation(settings, method, opened)
     assert opened.train is not None
     shape = Shape.of(opened)
     recipes = net_of(settings, method, shape, settings.net if net is None else net)
@@ -112,8 +113,8 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None, m
     work = Workload(
         nodes=cells_of(settings, objective, shape, recipes),
         objective=objective,
-        optimizer=_optimizer(settings, opened.train.rows),
-        classifier=_classifier_optimizer(settings, opened.train.rows),
+        optimizer=optimizer_of(settings, opened.train.rows),
+        classifier=classifier_optimizer_of(settings, opened.train.rows),
         schedule=settings.schedule or ("streamed" if objective.streams_layers else "separate"),
         classes=shape.classes,
         rows=opened.train.rows,
@@ -132,8 +133,30 @@ def open_job(settings: Settings, net: Any = None, data: DataSet | None = None, m
         views=settings.views or 1,
         augmentation=Augmentation.parse(settings.augment, shape.shape) if settings.augment else None,
         keep_latents=settings.keep_latents,
+        evaluate_every=settings.evaluate_every,
+        patience=settings.patience,
     )
     return Job(settings, opened, shape, recipes, work)
+
+
+def _check_evaluation(settings: Settings, method: type[Objective], data: DataSet) -> None:
+    """Refuse evaluations for which there are no rows, or by which nothing can be decided.
+
+    Raises:
+        InputError: says what is missing.
+    """
+    if settings.patience is not None and settings.validation is None:
+        raise InputError("--patience needs --validation, such as 0.1: a run is never stopped by its test rows")
+    if settings.patience is not None and settings.schedule == "separate" and method.vote == "classifier":
+        raise InputError(
+            f"--patience: the cells of {method.name} make no predictions by which to stop; use --schedule sequence,"
+            " where the classifier's count"
+        )
+    evaluates = settings.evaluate_every is not None or settings.patience is not None
+    if evaluates and settings.placement == "resident":
+        raise InputError("--placement resident: evaluations in the course of training stream the cells; leave one out")
+    if settings.evaluate_every is not None and data.test is None and data.validation is None:
+        raise InputError(f"--evaluate-every: data {data.name!r} has no test rows; hold some out with --validation 0.1")
 
 
 def data_of(settings: Settings, data: DataSet | None = None) -> DataSet:
@@ -256,6 +279,7 @@ def with_defaults(settings: Settings, method: type[Objective]) -> Settings:
         "weight_decay": _or(settings.weight_decay, prefers.weight_decay),
         "threads": settings.threads or min(torch.get_num_threads(), thread_limit() or torch.get_num_threads()),
         "like": settings.like or method.like,
+        "evaluate_every": settings.evaluate_every or (None if settings.patience is None else 1),
         **_classifier(settings, method, schedule),
     }
     return replace(settings, **values)
@@ -426,59 +450,3 @@ def _classifier_epochs(settings: Settings, schedule: str | None) -> int:
             f" {settings.epochs} epochs; leave it out or use --schedule separate"
         )
     return epochs
-
-
-def _optimizer(settings: Settings, rows: int) -> OptimizerRecipe:
-    return OptimizerRecipe(
-        name=settings.optimizer or "",
-        lr=settings.lr or 0.0,
-        weight_decay=settings.weight_decay or 0.0,
-        more=_optimizer_arguments(settings),
-        clip_value=settings.clip_value,
-        clip_norm=settings.clip_norm,
-        schedule=LearningRate.parse(settings.lr_schedule or "constant"),
-        steps=settings.epochs * -(-rows // settings.batch_size),
-        epochs=settings.epochs,
-    )
-
-
-def _classifier_optimizer(settings: Settings, rows: int) -> OptimizerRecipe | None:
-    if not settings.classifier_epochs:
-        return None
-    return replace(
-        _optimizer(settings, rows),
-        lr=settings.classifier_lr or 0.0,
-        weight_decay=settings.classifier_weight_decay or 0.0,
-        clip_norm=None,  # its blocks step one by one
-        steps=settings.classifier_epochs * -(-rows // settings.batch_size),
-        epochs=settings.classifier_epochs,
-    )
-
-
-def _optimizer_arguments(settings: Settings) -> tuple[tuple[str, Any], ...]:
-    """Momentum and betas, where the optimizer has them.
-
-    Raises:
-        InputError: it has none, or they are out of range.
-    """
-    name, momentum = settings.optimizer, settings.momentum
-    if name == "sgd":
-        if settings.betas is not None:
-            raise InputError("--betas is for adam, adamw and adamax; sgd has --momentum")
-        if momentum is not None and momentum >= 1:
-            raise InputError(f"--momentum {momentum:g}: expected a number from 0 to below 1")
-        if settings.nesterov and not momentum:
-            raise InputError("--nesterov needs --momentum, such as 0.9")
-        return (("momentum", momentum), ("nesterov", settings.nesterov)) if momentum else ()
-    if momentum is not None or settings.nesterov:
-        flag = "--momentum" if momentum is not None else "--nesterov"
-        raise InputError(f"{flag} is for --optimizer sgd; this run uses {name}, which has --betas")
-    if settings.betas is None:
-        return ()
-    try:
-        first, second = (float(part) for part in settings.betas.split(","))
-    except ValueError:
-        first = second = -1.0
-    if not (0 <= first < 1 and 0 <= second < 1):
-        raise InputError(f"--betas {settings.betas!r}: expected two numbers from 0 to below 1, such as 0.9,0.999")
-    return (("betas", (first, second)),)

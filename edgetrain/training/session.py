@@ -152,11 +152,16 @@ def _train(job: Job, plan: Plan, around: _Surroundings, inputs: Inputs | None) -
     rows = FileLatents.of_files({"x": train.x}, around.meter.host)
     trainer = Trainer(
         job.work, plan, folder, rows, train.y, pack(inputs.statistics), digests, around.meter, around.callback, choices,
-        around.stop, lambda: around.energy.joules,
+        around.stop, lambda: around.energy.joules, _evaluated_rows(job, inputs),
     )  # fmt: skip
     with around.stop.listening():
         trainer.run()
     return trainer, inputs
+
+
+def _evaluated_rows(job: Job, inputs: Inputs) -> Prepared | None:
+    """The rows with which training is evaluated, if it is."""
+    return None if job.work.evaluate_every is None else inputs.validation or inputs.test
 
 
 def _keep_path(job: Job, folder: RunFolder, plan: Plan) -> None:
@@ -188,6 +193,8 @@ def _evaluate(
 
     own: str = job.work.objective.vote
     record.vote = own
+    if job.work.evaluate_every is not None:
+        record.evaluated = "test" if inputs.validation is None else "validation"
     if inputs.validation is not None:
         record.validation_votes = dict(evaluated(inputs.validation).accuracy)
         if job.settings.vote == "auto":  # of equal ones the method's own

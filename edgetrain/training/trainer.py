@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NoReturn
 
+from edgetrain.data.prepare import Prepared
 from edgetrain.errors import BudgetError, CorruptError, Stopped
 from edgetrain.keys import epoch_order
 from edgetrain.memory import device as devices
@@ -36,6 +37,7 @@ from edgetrain.stream.streamed import Between, StreamedNet
 from edgetrain.training.callbacks import Callback, Progress
 from edgetrain.training.checkpointing import Checkpoints, Digests, Position
 from edgetrain.training.diagnostics import Diagnostics
+from edgetrain.training.evaluations import Evaluations
 from edgetrain.training.latent_cache import LatentCache
 from edgetrain.training.stopping import Stop
 from edgetrain.training.system_monitor import SystemMonitor
@@ -76,6 +78,7 @@ class Trainer:
         choices: see ``Choices``.
         stop: asked whether to end early.
         energy: joules of the device so far, or ``None``.
+        evaluated: rows with which cells are evaluated in the course of training.
     """
 
     def __init__(
@@ -92,13 +95,16 @@ class Trainer:
         choices: Choices,
         stop: Stop,
         energy: Callable[[], float | None],
+        evaluated: Prepared | None = None,
     ):
         self._work, self._plan, self._meter = work, plan, meter
         self._labels, self._callback, self._choices, self._stop = labels, callback, choices, stop
         self._resident = plan.placement == "resident"
         self._executor = Executor(meter, work.seed)
         self._builder = work.builder(work.device, meter.host, plan.classifier_resident)
-        self._cells = CellStream(self._place, work.device, meter, folder.units, choices.host_tier, self._resident, not work.streams_layers)
+        self._cells = CellStream(
+            self._place, work.device, meter, folder.units, choices.host_tier, self._resident, not work.streams_layers
+        )
         self._streamed = self._streamed_net(folder) if work.streams_layers else None
         self._files: FileLatents = inputs
         self._latents = LatentCache(
@@ -115,6 +121,9 @@ class Trainer:
             )
             for cell in plan.visits
         ]
+        self._evaluations = (
+            None if evaluated is None else Evaluations(work, plan, folder, evaluated, meter, self._cells, self.records)
+        )
         self._monitor = SystemMonitor(work.device, plan.budget, callback.note)
         self._diagnostics = Diagnostics(work, self.records, callback.warn)
         self.checkpoints = Checkpoints(
@@ -156,7 +165,11 @@ class Trainer:
                 continue
             assert visit is not None
             begun = position if number == position.visit else Position.before(number, visits)
-            self._visit(begun, visit, following)
+            if self._evaluations is not None and self._evaluations.is_over(visit):
+                self._leave_out(number, visit, following)
+            else:
+                self._visit(begun, visit, following)
+                self._evaluate(visit)
             if following is not None and visit.frontier and self._checkpoint_due(number + 1):
                 self._save(Position.before(number + 1, visits))
         self._cells.leave()
@@ -192,13 +205,16 @@ class Trainer:
         self._latents.free(visit.frees)
         loss, accuracy = sums.means
         record, size = self.records[visit.node], self._work.batch_size
-        record.add(visit.epoch, visit.first * size / min(visit.last * size, self._work.rows), loss, accuracy)
+        if sums.samples:
+            record.add(visit.epoch, visit.first * size / min(visit.last * size, self._work.rows), loss, accuracy)
         record.waited_seconds += waited
         self._clock(visit)
         if visit.last > begun.step:
             self._monitor.visited(visit.node, visit.last - begun.step, time.monotonic() - start)
-        self._diagnostics.visited(visit)
-        self._callback.visited(self._progress(begun.visit, visit, visit.last, sums))
+        if sums.samples:
+            self._diagnostics.visited(visit)
+        if sums.samples:
+            self._callback.visited(self._progress(begun.visit, visit, visit.last, sums))
 
     def _train(self, begun: Position, visit: Visit, following: Visit | None) -> tuple[Sums, float]:
         cell: Learner = self._streamed or self._cells.visit(visit.node)
@@ -229,6 +245,22 @@ class Trainer:
         if self._streamed is None:
             self._note_peak(visit.node)
         return sums, reader.waited_s
+
+    def _leave_out(self, number: int, visit: Visit, following: Visit | None) -> None:
+        """Pass over a visit of training that has ended early; a cell that is finished with it emits its latents."""
+        if visit.emit == "finished":
+            self._visit(Position(number, number, visit.last), visit, following)
+        else:
+            self._latents.free(tuple(index for index in visit.frees if index in self._latents))
+
+    def _evaluate(self, visit: Visit) -> None:
+        """Measure accuracies after a visit, if it is time, with no cell on the device."""
+        if self._evaluations is not None and self._evaluations.due(visit):
+            self._cells.leave()
+            self._evaluations.evaluate(visit)
+            if self._evaluations.is_over(visit) and not visit.final:
+                what = f"cell {visit.node + 1}" if self._work.schedule == "separate" else "training"
+                self._callback.note(f"{what} ends after epoch {visit.epoch + 1}: its validation accuracy rises no more")
 
     def _between_checkpoints(
         self, begun: Position, visit: Visit, train: Callable[[int, Tally, Callable[[int], bool]], int]
