@@ -27,8 +27,8 @@ from reporting import RESULTS, edgetrain, publish
 
 from edgetrain.data.specs import open_data
 from edgetrain.report.drawing import png
-from edgetrain.report.figures import of_profile
 from edgetrain.report.profile import Point
+from edgetrain.report.profile_figures import of_profile
 
 WIDTH, ROWS = 1000, 50_000
 PAPER = {"bp": 204.00, "mf, all resident": 16.16}  # MB; it did not stream cells

@@ -1,9 +1,9 @@
-"""The figures of runs, made from their records, and those of profiles."""
+"""The figures of runs, made from their records."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +29,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from edgetrain.report.profile import Point
 
 KIND_COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#9A9A9A"), strict=True))
 _FEW = 12  # cells that are shown one by one
 NAMES = r"budget|cells|timeline(-\d+)?|losses|evaluations|accuracies|votes|time"  # of runs' figures
-
-
-# -- of runs -------------------------------------------------------------------------------------------
 
 
 Named = Sequence[tuple[str, RunRecord]]
@@ -208,6 +204,7 @@ def _operation(text: str) -> str:
     return re.sub(r"^(aten\.\w+)\.\w+", r"\1", text)
 
 
+_PALER = " Later cells are paler."
 #: Epochs and values of a cell's curve.
 Points = tuple[Sequence[int], Sequence[float]]
 
@@ -237,9 +234,10 @@ def _by_epoch(axes: Axes, runs: Named, points: Callable[[CellRecord], Points]) -
 
 
 def _losses(runs: Named) -> Drawing | None:
-    values = [loss for _, record in runs for cell in _visits(record) for loss in cell.losses if np.isfinite(loss)]
-    if not any(cell.losses for _, record in runs for cell in _visits(record)):
+    every = [loss for _, record in runs for cell in _visits(record) for loss in cell.losses]
+    if not every:
         return None
+    values = [loss for loss in every if np.isfinite(loss)]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -252,7 +250,8 @@ def _losses(runs: Named) -> Drawing | None:
     return Drawing(
         "losses",
         "Loss of each cell",
-        "Training loss of each cell. Losses of cells with different widths or rules cannot be compared." + _paler(runs),
+        "Training loss of each cell. Losses of cells with different widths or rules cannot be compared."
+        + _PALER * (len(runs) > 1),
         draw,
         _with_names(runs),
     )
@@ -260,11 +259,10 @@ def _losses(runs: Named) -> Drawing | None:
 
 def _evaluations(runs: Named) -> Drawing | None:
     def points(cell: CellRecord) -> Points:
-        known = [(each.epoch, 100 * each.net_accuracy) for each in cell.evaluations if each.net_accuracy is not None]
-        return [epoch for epoch, _ in known], [accuracy for _, accuracy in known]
+        known = [each for each in cell.evaluations if each.net_accuracy is not None]
+        return [each.epoch for each in known], _percent([each.net_accuracy for each in known])
 
-    def last(record: RunRecord) -> RunRecord:
-        """Of a net that is evaluated as a whole, one curve."""
+    def last(record: RunRecord) -> RunRecord:  # of a net that is evaluated as a whole, one curve
         alone = record.schedule == "separate"
         return record if alone else structs.replace(record, cells=record.cells[-1:], classifier=None)
 
@@ -278,19 +276,15 @@ def _evaluations(runs: Named) -> Drawing | None:
         axes.set_ylabel("accuracy, %")
         legend_above(axes)
 
-    rows = " and ".join(sorted({f"{record.evaluated} rows" for _, record in shown}))
+    rows = " and ".join(sorted({str(record.evaluated) for _, record in shown}))
     return Drawing(
         "evaluations",
         "Accuracy in the course of training",
-        f"Accuracy on the {rows} by the method's vote: of the whole net, or under the separate schedule of the cells up"
-        f" to the one that is trained.{_paler(shown)}",
+        f"Accuracy on the {rows} rows by the method's vote: of the whole net, or under the separate schedule of the"
+        f" cells up to the one that is trained.{_PALER * (len(shown) > 1)}",
         draw,
         _with_names(shown),
     )
-
-
-def _paler(runs: Named) -> str:
-    return " Later cells are paler." if len(runs) > 1 else ""
 
 
 def _accuracies(runs: Named) -> Drawing | None:
@@ -381,89 +375,6 @@ def _waits(runs: Named) -> Drawing | None:
     bars = len(_visits(runs[0][1])) + 1 if len(runs) == 1 and len(_visits(runs[0][1])) <= _FEW else len(runs)
     caption = "How the run spent its time. Waiting for data means that the disk or the host could not keep up."
     return Drawing("time", "What the run waited for", caption, draw, (SIZE[0], 1.5 + 0.28 * bars))
-
-
-# -- of profiles ---------------------------------------------------------------------------------------
-
-
-def of_profile(points: Sequence[Point], lived: Mapping[str, Sequence[MemorySeries]]) -> list[Drawing]:
-    """Peak memory, and time where it was measured, against what was varied; what lives when, for each method."""
-    axis = next(
-        (name for name in ("depth", "width", "batch_size") if len({getattr(point, name) for point in points}) > 1),
-        "depth",
-    )
-    found = [
-        _profile(
-            points,
-            axis,
-            "peaks",
-            "Peak device memory",
-            "MiB",
-            lambda point: point.peak_mb,
-            lambda point: point.predicted_mb,
-        )
-    ]
-    if any(point.seconds_per_epoch is not None for point in points):
-        found.append(
-            _profile(
-                points, axis, "seconds", "Time of an epoch", "seconds", lambda point: point.seconds_per_epoch, None
-            )
-        )
-    if lived:
-        found.append(timeline("timeline", "Device memory over time, by kind", list(lived.items())))
-    return found
-
-
-def _profile(
-    points: Sequence[Point],
-    axis: str,
-    name: str,
-    title: str,
-    unit: str,
-    measured: Callable[[Point], float | None],
-    predicted: Callable[[Point], float | None] | None,
-) -> Drawing:
-    others = [other for other in ("width", "batch_size", "depth") if other != axis]
-    varied = [other for other in others if len({getattr(point, other) for point in points}) > 1]
-
-    def key(point: Point) -> str:
-        words = [f"{other.replace('_size', '')} {getattr(point, other)}" for other in varied]
-        return ", ".join([point.method, *words])
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        values: list[float] = []
-        every = dict.fromkeys(map(key, points))
-        for number, (series, colour, marker) in enumerate(zip(every, cycle(COLOURS), cycle(MARKERS), strict=False)):
-            own = sorted((point for point in points if key(point) == series), key=lambda point: getattr(point, axis))
-            where = [getattr(point, axis) for point in own]
-            seen = [measured(point) for point in own]
-            told = [None] * len(own) if predicted is None else [predicted(point) for point in own]
-            values += [value for value in (*seen, *told) if value is not None]
-            # Lines that cover each other stay visible: early ones are broad, and markers are hollow.
-            style: dict[str, Any] = {"color": colour, "marker": marker, "mfc": "none", "lw": max(1.2, 3 - 0.6 * number)}
-            if any(value is not None for value in seen):
-                axes.plot(where, numbers_of(seen), label=series, **style)
-                axes.plot(where, numbers_of(told), color=colour, ls="--", lw=3.5, alpha=0.4)
-            else:
-                axes.plot(where, numbers_of(told), ls="--", label=f"{series}, predicted", **style)
-        spread = [getattr(point, axis) for point in points]
-        if values and min(values) > 0 and max(values) > 50 * min(values):
-            logarithmic(axes, "y")
-        else:
-            axes.set_ylim(0, 1.08 * max(values, default=1.0))
-        if max(spread) > 50 * min(spread):
-            logarithmic(axes, "x")
-        else:
-            whole_numbers(axes)
-        axes.set_xlabel({"depth": "layers", "width": "units of a layer", "batch_size": "samples of a batch"}[axis])
-        axes.set_ylabel(f"{title.lower()}, {unit}" if name == "seconds" else f"peak, {unit}")
-        legend_above(axes, 2)
-
-    dashed = any(measured(point) is not None for point in points) and predicted is not None
-    caption = "Each point is a separate net." + (" Thick dashed lines are predictions." if dashed else "")
-    labels = [f"{series}, predicted" for series in dict.fromkeys(map(key, points))]
-    return Drawing(name, title, caption, draw, (SIZE[0], SIZE[1] + room_for(labels)))
 
 
 # -- parts ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 from edgetrain import __version__
 from edgetrain.errors import InputError
 from edgetrain.record import MemorySeries, RunRecord
-from edgetrain.report import figures
+from edgetrain.report import figures, profile_figures
 from edgetrain.report.drawing import Drawing, png, svg
 from edgetrain.report.profile import Point
 from edgetrain.report.runs import ShownRun, open_shown, shown_path
@@ -89,7 +89,7 @@ def write_profile(
         InputError: a package is not installed.
         StorageError: the disk refused.
     """
-    drawings = figures.of_profile(points, lived)
+    drawings = profile_figures.of_profile(points, lived)
     if pictures is not None:
         _write_pngs(pictures, drawings)
     if page is None:

@@ -15,8 +15,9 @@ from msgspec import structs
 from edgetrain.record import KINDS, CellRecord, MemorySeries, RunRecord
 from edgetrain.report import figures
 from edgetrain.report.drawing import Drawing, png, svg
-from edgetrain.report.figures import of_profile, of_runs
+from edgetrain.report.figures import of_runs
 from edgetrain.report.profile import Point
+from edgetrain.report.profile_figures import of_profile
 
 matplotlib = pytest.importorskip("matplotlib")
 
