@@ -1,4 +1,4 @@
-"""The largest net that trains under a budget: backpropagation, its two remedies, and Mono-Forward, by search.
+"""The largest net that trains under a budget: backpropagation, its remedies, and Mono-Forward, by search.
 
 Run: python benchmarks/largest_net.py [--budget 512] [--out NAME]
 
@@ -23,7 +23,7 @@ from edgetrain.config import Settings
 from edgetrain.data.arrays import from_arrays
 from edgetrain.training.job import open_job, plan_job
 
-METHODS = ("bp", "bp-checkpoint", "bp-offload", "mf")
+METHODS = ("bp", "bp-checkpoint", "bp-offload", "bp-stream", "mf")
 ENOUGH = 1 << 20  # where a search would stop
 HOST_MB, DISK_GB = 16384.0, 100.0
 TRIED = 300_000_000

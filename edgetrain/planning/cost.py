@@ -22,6 +22,7 @@ from edgetrain.planning.plan import CellPlan, Plan, VisitTime
 from edgetrain.planning.workload import Workload
 
 _LOOKED_AT_TILES = 3  # a dry run makes no more of a cell's equal tiles
+_LAYER_BYTES = 28  # that travel for a parameter in a step: its weight forward, with two moments there and back again
 
 
 class OperationTime(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -115,6 +116,10 @@ def _cell_work(work: Workload, index: int, cell: CellPlan, plan: Plan, rates: Ra
             work, cell.micro_batch, lambda of, steps: _seconds(of, index, cell, steps, rates, emitting)
         )
     compute *= cell.tiles / min(cell.tiles, _LOOKED_AT_TILES) * work.rows / work.batch_size
+    if work.streams_layers:
+        moved = work.epochs * work.rows / work.batch_size * _LAYER_BYTES * cell.params
+        compute += 2 * moved / rates.memory if rates.bus is None else 0.0  # read here, written there
+        return _Work(compute, round(moved), 0, 0)
     row, out = work.row_bytes_into(index), work.row_bytes_into(index + 1) if emits else 0
     emissions = passes + (work.epochs if emits and work.emits_in_training else 0)
     if plan.placement == "resident":
