@@ -60,6 +60,12 @@ def flushing() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
+@contextmanager
+def keeping() -> Iterator[None]:
+    yield
+    assert float(torch.tensor(1e-40) * 1) != 0
+
+
 AMBIENT: dict[str, Any] = {
     "no_grad": torch.no_grad,
     "inference mode": torch.inference_mode,
@@ -75,6 +81,7 @@ AMBIENT: dict[str, Any] = {
     "anomaly": lambda: changed(torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly, True),
     "other kernels": lambda: changed(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled, False),
     "flush denormals": flushing,
+    "keep denormals": keeping,
     "another mode": lambda: FlopCounterMode(display=False),
     "numpy errors": lambda: np.errstate(all="raise"),
 }
