@@ -31,7 +31,7 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _CHUNK = MIB
 _TRIM_THRESHOLD, _MAP_THRESHOLD = -1, -3  # of glibc's mallopt
-_NEVER, _HIGHEST = (1 << 31) - 1, 32 * MIB  # bytes
+_NEVER, _HIGHEST = (1 << 31) - 1, 32 * MIB  # bytes; blocks above the latter are mapped in any case
 _NAMED_PACKAGES = ("torch", "numpy", "safetensors", "psutil")
 
 
@@ -249,13 +249,12 @@ def freed_memory_is_kept() -> Iterator[None]:
     if mallopt is None:
         yield
         return
+    mallopt(_MAP_THRESHOLD, _HIGHEST)
+    mallopt(_TRIM_THRESHOLD, _NEVER)
     try:
-        for limit in (_TRIM_THRESHOLD, _MAP_THRESHOLD):
-            mallopt(limit, _NEVER)
         yield
     finally:
-        for limit in (_TRIM_THRESHOLD, _MAP_THRESHOLD):
-            mallopt(limit, _HIGHEST)
+        mallopt(_TRIM_THRESHOLD, 2 * _HIGHEST)
         give_back_free_memory()
 
 

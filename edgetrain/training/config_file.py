@@ -14,6 +14,8 @@ from edgetrain.planning.plan import Decisions
 from edgetrain.store.edit import open_folder
 from edgetrain.training.process import described
 
+_BEFORE = "contiguous"  # of runs whose settings do not say it yet
+
 
 def config_text(settings: Settings, decisions: Decisions) -> str:
     """``config.toml``, without the time limit, which is for one process."""
@@ -31,7 +33,8 @@ def settings_of(path: Path) -> Settings:
         InputError: the folder holds no run, or a setting is unknown or wrong.
         CorruptError: the journal is damaged.
     """
-    return Settings().with_values({name: value for name, value in _values(path).items() if name not in TABLES})
+    settings = {name: value for name, value in _values(path).items() if name not in TABLES}
+    return Settings().with_values({"memory_format": _BEFORE, **settings})
 
 
 def decisions_of(path: Path) -> Decisions:

@@ -21,6 +21,7 @@ from edgetrain.nets.memory_format import prefers_channels_last
 from edgetrain.nets.spec import open_net
 from edgetrain.nets.trial import try_module
 from edgetrain.planning.workload import Workload
+from edgetrain.training import config_file
 from edgetrain.training.fit import fit
 from edgetrain.training.job import open_job
 
@@ -166,3 +167,15 @@ def test_the_plan_compares_with_backpropagation_in_the_same_order() -> None:
         job = open_job(Settings().with_values({**FAST, "net": "cnn:4,6", "memory_format": order}), data=rows)
         whole: Workload = backprop_work(job.work, job.net)
         assert [node.channels_last for node in whole.nodes] == [order == "channels-last"]
+
+
+def test_a_run_of_before_the_setting_stays_contiguous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = edgetrain.fit(net(), images(), run_dir=tmp_path / "run", channels="first", **FAST)
+    read = config_file._values
+    assert config_file.settings_of(run.path).memory_format == "channels-last"
+
+    def before(path: Path) -> dict[str, Any]:
+        return {name: value for name, value in read(path).items() if name != "memory_format"}
+
+    monkeypatch.setattr(config_file, "_values", before)
+    assert config_file.settings_of(run.path).memory_format == "contiguous"

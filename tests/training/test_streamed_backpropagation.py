@@ -85,6 +85,7 @@ VIT = "vit:depth=3,width=12,heads=2,patch=4;dropout=0.2"
 NETS: dict[str, Any] = {
     "mlp": "mlp:20,12,12,7;bias=1",
     "cnn": "cnn:5,6;norm=none",
+    "one": "mlp:9",
     "vit": VIT,
     "resnet": resnet,
     "own": dropped,
@@ -253,3 +254,10 @@ def test_on_a_simulated_gpu_the_bits_are_the_same_within_the_budget(net: str, tm
         assert found.record.peak_gpu_mb <= (found.record.predicted_peak_mb or 0.0)
         assert cuda.peak > 0
     assert_same(units(found.path), units(trained(tmp_path / "cpu", "bp-stream", net, **values).path))
+
+
+@pytest.mark.parametrize("micro_batch", [16, 6])
+def test_a_net_of_one_layer_is_streamed_too(micro_batch: int, tmp_path: Path) -> None:
+    streamed = trained(tmp_path / "streamed", "bp-stream", "one", micro_batch=micro_batch)
+    kept = trained(tmp_path / "kept", "bp", "one", micro_batch=micro_batch)
+    assert_same(whole_names(units(streamed.path), 1), units(kept.path))
