@@ -47,6 +47,14 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_frozen_cell_has_no_learning_rate_to_change(tmp_path: Path) -> None:
+    net = [dense(WIDTH, 12).requires_grad_(False), dense(12, 8)]
+    trained = fit(net, tmp_path / "run", "dfa", lr_schedule="cosine").cells()
+    assert same(values(trained[0][0]), values(net[0]))
+    bare = fit([nn.Flatten(), net[0]], tmp_path / "bare", "bp-stream", lr_schedule="one-cycle")
+    assert bare.record.peak_gpu_mb == bare.record.predicted_peak_mb
+
+
 @pytest.mark.parametrize(("method", "schedule"), WAYS)
 def test_frozen_weights_do_not_move(method: str, schedule: str | None, tmp_path: Path) -> None:
     partly = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
