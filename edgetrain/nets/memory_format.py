@@ -2,8 +2,8 @@
 
 On the CPU a training step of nets with overlapping or depthwise convolutions takes 0.77 to 1.07 of its time with images
 in channels-last order (0.86 in the middle of nine nets), of one with a patch embedding, whose stride is as wide as its
-kernel, 1.18 of it (``benchmarks/memory_format.py``). The rule is fixed, since the two orders differ in rounding: bits must not depend on
-what a machine measured.
+kernel, 1.18 of it (``benchmarks/memory_format.py``). The rule is fixed, since the two orders differ in rounding: bits
+must not depend on what a machine measured.
 """
 
 from __future__ import annotations
