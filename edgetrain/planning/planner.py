@@ -126,7 +126,7 @@ def _attempt(
     cut = cut or storage.cut_for(work, sum(params), chosen, disk_budget)
     if work.patience is not None and cut.cached is not None:
         raise InputError(
-            "--patience needs the latents of all cells on disk, and --max-disk-gb has no room for them; raise it, leave"
+            "--patience needs the latents of all cells on disk, which --max-disk-gb does not allow; raise it, leave"
             " --patience out, or use --schedule sequence"
         )
     return Plan(

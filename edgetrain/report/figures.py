@@ -291,7 +291,7 @@ def _accuracies(runs: Named) -> Drawing | None:
     def known(record: RunRecord) -> bool:
         return any(cell.test_accuracy is not None for cell in record.cells)
 
-    if not any(known(record) and len(record.cells) > 1 for _, record in runs):
+    if not any(sum(cell.test_accuracy is not None for cell in record.cells) > 1 for _, record in runs):
         return None
 
     def draw(figure: Figure) -> None:

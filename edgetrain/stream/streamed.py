@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from edgetrain.nets.settled import settled
 from edgetrain.objectives.base import Batch as Shown
 from edgetrain.store.scratch import mapped
 from edgetrain.stream.cell import ResidentCell, copied
+from edgetrain.stream.cells import CellStream
 from edgetrain.stream.outputs import Outputs
 from edgetrain.stream.reader import LABELS_ONLY, Batch
 from edgetrain.stream.state import Host
@@ -136,31 +136,19 @@ class StreamedLayer(ResidentCell):
             shown.draws.seed_layer(self.index, shown.streams["x"])
 
 
-class Layers(Protocol):
-    """Gives layers a place on the device, one at a time (``stream.cells.CellStream``)."""
-
-    def visit(self, index: int, changes: bool = True) -> StreamedLayer:
-        """The layer, on the device: with its optimizer if it changes."""
-        ...
-
-    def expect(self, index: int, changes: bool = True) -> None:
-        """A layer that is visited next."""
-        ...
-
-
 class StreamedNet:
     """A whole net whose layers come to the device one by one in every step; implements ``stream.cell.Learner``.
 
     Args:
         depth: number of layers.
-        layers: brings them to the device.
+        layers: brings them to the device, as ``StreamedLayer``.
         between: what waits on the host.
         left: called with a layer's number when its part of a step is done.
     """
 
     index = 0  # as of a whole net in one cell, whose random numbers it draws
 
-    def __init__(self, depth: int, layers: Layers, between: Between, left: Callable[[int], None]):
+    def __init__(self, depth: int, layers: CellStream, between: Between, left: Callable[[int], None]):
         self._depth, self._layers, self._between, self._left = depth, layers, between, left
         self.train_reads: Sequence[int] = (0,) if depth == 1 else (0, LABELS_ONLY, 0)
 
@@ -177,6 +165,7 @@ class StreamedNet:
         order = [*((index, False) for index in range(last)), *((index, True) for index in range(last, -1, -1))]
         for (index, learns), (following, changes) in zip(order, [*order[1:], order[0]], strict=True):
             layer = self._layers.visit(index, changes=learns)
+            assert isinstance(layer, StreamedLayer)
             layer.set_training(True)
             if following != index:
                 self._layers.expect(following, changes)

@@ -149,8 +149,8 @@ def _check_evaluation(settings: Settings, method: type[Objective], data: DataSet
         raise InputError("--patience needs --validation, such as 0.1: a run is never stopped by its test rows")
     if settings.patience is not None and settings.schedule == "separate" and method.vote == "classifier":
         raise InputError(
-            f"--patience: the cells of {method.name} make no predictions by which to stop; use --schedule sequence,"
-            " where the classifier's count"
+            f"--patience: the cells of {method.name} make no predictions of their own; use --schedule sequence, which"
+            " stops by the predictions of the classifier"
         )
     evaluates = settings.evaluate_every is not None or settings.patience is not None
     if evaluates and settings.placement == "resident":

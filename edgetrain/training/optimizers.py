@@ -11,7 +11,11 @@ from edgetrain.stream.optimizers import LearningRate, OptimizerRecipe
 
 
 def optimizer_of(settings: Settings, rows: int) -> OptimizerRecipe:
-    """The optimizer of cells, for a run on so many training rows.
+    """The optimizer of each cell.
+
+    Args:
+        settings: of the run, with the defaults of its method.
+        rows: number of training samples.
 
     Raises:
         InputError: settings that it does not have, or out of range.

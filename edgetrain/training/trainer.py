@@ -199,7 +199,7 @@ class Trainer:
                     raise self._stopped("while latents were emitted again")
                 self._halt(Position.before(self._frontier(begun.visit), self._visits))
             self._latents.free(visit.frees)
-            self._clock(visit)
+            self._clock(visit.node)
             return
         sums, waited = self._train(begun, visit, following)
         self._latents.free(visit.frees)
@@ -207,8 +207,11 @@ class Trainer:
         record, size = self.records[visit.node], self._work.batch_size
         if sums.samples:
             record.add(visit.epoch, visit.first * size / min(visit.last * size, self._work.rows), loss, accuracy)
+            if self._streamed is not None:
+                for each in self.records:
+                    each.epochs = record.epochs
         record.waited_seconds += waited
-        self._clock(visit)
+        self._clock(visit.node)
         if visit.last > begun.step:
             self._monitor.visited(visit.node, visit.last - begun.step, time.monotonic() - start)
         if sums.samples:
@@ -285,7 +288,7 @@ class Trainer:
             step = train(step, tally, pause)
             stopping, unfinished = self._stop.asked(), step < visit.last or visit.emit == "finished"
             if stopping or (unfinished and self._checkpoint_due_within(begun.visit, visit, step)):
-                self._clock(visit)
+                self._clock(visit.node)
                 position = Position(self._frontier(begun.visit), begun.visit, step, self._read(tally, visit))
                 if stopping:
                     self._halt(position)
@@ -336,7 +339,7 @@ class Trainer:
         between = Between(
             min(work.batch_size, work.rows), self._meter.host, folder.units.scratch if plan.spills_batch else None
         )
-        return StreamedNet(work.depth, self._cells, between, self._note_peak)  # type: ignore[arg-type]
+        return StreamedNet(work.depth, self._cells, between, self._layer_done)
 
     def _span(self, visit: Visit, first: int) -> Span:
         """The visit's steps from ``first`` on."""
@@ -413,11 +416,16 @@ class Trainer:
             self._save(position)
         raise self._stopped(self._where(position))
 
-    def _clock(self, visit: Visit) -> None:
-        """Count the time of the visit up to now."""
+    def _clock(self, node: int) -> None:
+        """Count the time up to now as a cell's."""
         now = time.monotonic()
-        self.records[visit.node].seconds += now - self._visit_began
+        self.records[node].seconds += now - self._visit_began
         self._visit_began = now
+
+    def _layer_done(self, index: int) -> None:
+        """A streamed layer leaves the device; see ``StreamedNet``."""
+        self._note_peak(index)
+        self._clock(index)
 
     def _frontier(self, number: int) -> int:
         """Where to take up a run that ends within a visit; latents that cannot be emitted again are saved."""

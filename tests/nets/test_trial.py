@@ -15,6 +15,7 @@ from edgetrain.errors import InputError
 from edgetrain.nets.base import CellRecipe
 from edgetrain.nets.copying import cloned, named_tensors
 from edgetrain.nets.spec import open_net
+from edgetrain.nets.trial import try_module
 
 WIDTH = 6
 
@@ -288,3 +289,23 @@ def test_a_function_is_called_once_and_a_generator_again_for_each_cell() -> None
         same = net.cells[index].materialise(2, index).state_dict()
         assert all(torch.equal(value, same[name]) for name, value in recipe.materialise(2, index).state_dict().items())
     assert calls.count("generator") == 3
+
+
+class Quiet(nn.Sequential):
+    """A user's own class, which may draw at any time."""
+
+
+@pytest.mark.parametrize(
+    ("module", "draws"),
+    [
+        (nn.Sequential(nn.Linear(WIDTH, 4), nn.BatchNorm1d(4), nn.ReLU()), False),
+        (nn.Sequential(nn.Linear(WIDTH, 4), nn.Dropout(0.1)), True),
+        (nn.Sequential(nn.Linear(WIDTH, 4), nn.RReLU()), True),
+        (nn.Sequential(nn.Linear(WIDTH, 4), nn.Dropout(0.0)), False),
+        (Quiet(nn.Linear(WIDTH, 4)), True),
+    ],
+)
+def test_modules_that_draw_are_known(module: nn.Module, draws: bool) -> None:
+    assert try_module(module, torch.randn(6, WIDTH), "it").draws == draws
+    module.register_forward_hook(lambda *_: None)
+    assert try_module(module, torch.randn(6, WIDTH), "it").draws, "a hook is the user's own code"

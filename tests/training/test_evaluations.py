@@ -154,7 +154,10 @@ def test_the_report_draws_the_accuracies(tmp_path: Path) -> None:
         ({"patience": 2}, "--patience needs --validation"),
         ({"patience": 0, "validation": 0.2}, "at least 1"),
         ({"evaluate_every": 0}, "at least 1"),
-        ({"patience": 2, "validation": 0.2, "method": "lbp-ae", "schedule": "separate"}, "make no predictions"),
+        (
+            {"patience": 2, "validation": 0.2, "method": "lbp-ae", "schedule": "separate"},
+            "make no predictions of their own",
+        ),
         ({"evaluate_every": 1, "placement": "resident"}, "--placement resident"),
     ],
 )

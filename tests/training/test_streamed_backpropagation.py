@@ -125,6 +125,8 @@ def assert_streams_to_the_same_bits(tmp_path: Path, net: str, data: DataSet | No
     assert_same(whole_names(units(streamed.path), len(streamed.nodes)), units(kept.path))
     assert list(streamed.record.cells[-1].losses) == kept.record.cells[0].losses
     assert streamed.record.test_accuracy == kept.record.test_accuracy
+    assert {cell.epochs for cell in streamed.record.cells} == {kept.record.cells[0].epochs}
+    assert all(cell.seconds > 0 for cell in streamed.record.cells)
 
 
 @pytest.mark.parametrize("net", NETS)
